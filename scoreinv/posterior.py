@@ -1,0 +1,202 @@
+"""The posterior of one observation, and the path of targets that leads to it.
+
+With the prior's moments (mu, C), W_s = C (C + s^2)^-1, m_s(x) = mu + W_s (x - mu) and C_s = s^2 W_s, the twist
+
+    g_s(x) = N(y; A m_s(x), S + A C_s A^T)
+
+is the likelihood of a noisy image under a Gaussian prior: exact for a Gaussian prior at every s, and for any prior as
+s -> 0. The targets pi_s(x) = p_s(x) g_s(x) / Z_s lead from a Gaussian at large s to the posterior at s = 0.
+In terms of u_s(x) = (C_s^-1 + H)^-1 (D - H m_s(x)), by which the data would move the denoised image,
+
+    grad log g_s(x) = u_s(x) / s^2.
+
+Twisted targets: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (2023,
+arXiv:2306.17775).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from scoreinv.conditioning import Conditioned, Conditioner, Mobility, Streams, conditioner
+from scoreinv.gaussian import Covariance, Gaussian
+from scoreinv.kernels import conditional, expectation
+from scoreinv.likelihood import Likelihood
+from scoreinv.operators.information import white
+from scoreinv.priors.base import Prior
+
+
+@dataclass(frozen=True)
+class Level:
+    """The twist at one noise level s."""
+
+    s: float
+    mean: Tensor
+    slope: Covariance
+    covariance: Covariance
+    conditioned: Conditioned
+
+    def expected(self, x: Tensor) -> Tensor:
+        """m_s(x), with shape (B, C, H, W)."""
+        return self.mean + self.slope.apply(x - self.mean)
+
+    def shift(self, x: Tensor) -> Tensor:
+        """u_s(x) = s^2 grad log g_s(x), with shape (B, C, H, W)."""
+        return self.conditioned.shift(self.expected(x))
+
+    def mobility(self, prior_precision: Covariance) -> Mobility:
+        """Preconditioner of moves at this level, for a prior of this local precision."""
+        return self.conditioned.mobility(prior_precision, self.slope)
+
+
+class Posterior:
+    """p(x | y) for one observation y.
+
+    Args:
+        prior: The prior, in sky units.
+        likelihood: p(y | x).
+        y: Data, with shape (*data).
+        tolerance: Relative residual of the iterative solves, where those are needed.
+
+    Raises:
+        ValueError: Shapes of prior, operator and data that do not fit; data that are not finite.
+    """
+
+    def __init__(
+        self, prior: Prior, likelihood: Likelihood, y: Tensor, tolerance: float = 1e-3
+    ) -> None:
+        _check(prior, likelihood, y)
+        self.prior, self.likelihood, self.y = prior, likelihood, y
+        self.tolerance = tolerance
+        self.shape, self.dtype = tuple(prior.shape), prior.dtype
+        self._levels: dict[float, Level] = {}
+
+    @property
+    def moments(self) -> Gaussian:
+        """The Gaussian with the prior's mean and covariance."""
+        return self.prior.moments
+
+    @cached_property
+    def conditioner(self) -> Conditioner:
+        return conditioner(
+            self.likelihood, self.y, self.moments.covariance, self.dtype, self.tolerance
+        )
+
+    def level(self, s: float) -> Level:
+        """The twist at level s; prepared once."""
+        if s not in self._levels:
+            C = self.moments.covariance
+            covariance = conditional(C, s)
+            self._levels[s] = Level(
+                s,
+                self.moments.mean.to(self.dtype),
+                expectation(C, s),
+                covariance,
+                self.conditioner.given(covariance),
+            )
+        return self._levels[s]
+
+    @cached_property
+    def gaussian(self) -> Conditioned:
+        """The moments conditioned on the data: what the posterior would be for a Gaussian prior."""
+        return self.conditioner.given(self.moments.covariance)
+
+    def gaussian_draw(self, streams: Streams, each: int) -> Tensor:
+        """Draws of the posterior under the Gaussian prior, with shape (len(streams) * each, C, H, W)."""
+        z = white(self.shape, streams, each, self.dtype)
+        x = self.moments.mean.to(self.dtype) + self.moments.covariance.sqrt(z)
+        return x + self.gaussian.shift(x, self.conditioner.noise(streams, each))
+
+    @cached_property
+    def gaussian_log_evidence(self) -> float:
+        """log N(y; A mu, S + A C A^T) [nat]."""
+        return self.conditioner.log_evidence(self.moments)
+
+    @cached_property
+    def sigma_range(self) -> tuple[float, float]:
+        """Largest and smallest noise level of the path.
+
+        Three times the widest direction of the prior is noise to any of its structure; the smallest level is the
+        prior's own.
+        """
+        widest = float(self.moments.covariance.eigenvalues(self.shape).max()) ** 0.5
+        return min(3 * widest, self.prior.sigma_max), self.prior.sigma_min
+
+    def data_image(self, y: Tensor | None = None) -> Tensor:
+        """The data as an image, with shape (C, H, W): A^T S^-1 y over the mean weight of a pixel.
+
+        For visibilities this is the naturally weighted dirty image [Jy/beam], for a cutout with white noise the data
+        correlated with the PSF.
+        """
+        y = self.y if y is None else y
+        ones = torch.ones(1, *self.likelihood.operator.data_shape, dtype=torch.float64)
+        weight = self.likelihood.noise.weigh(ones)
+        total = float(weight.sum())
+        if not self.likelihood.operator.complex:
+            total /= math.prod(self.shape)
+        return self.likelihood.projection(y) / total
+
+    def residual_image(self, x: Tensor) -> Tensor:
+        """`data_image` of y - A x, with shape (C, H, W), for one image x with shape (C, H, W)."""
+        return self.data_image(self.likelihood.residual(self.y, x[None])[0])
+
+
+def amplitude_by_evidence(prior: Prior, likelihood: Likelihood, y: Tensor) -> float:
+    """Sky units per model unit for which the data are most probable under the prior's moments.
+
+    Maximises log N(y; a A mu, S + a^2 A C A^T) over a, by Brent's method in log a around the scale of the
+    least-squares flux; empirical Bayes for the one parameter that a prior in model units leaves open.
+
+    Args:
+        prior: In model units.
+        likelihood: In sky units.
+        y: Data, with shape (*data).
+
+    Raises:
+        ValueError: The data carry no information on the image.
+    """
+    from scipy.optimize import minimize_scalar
+
+    solver = conditioner(likelihood, y, prior.moments.covariance, torch.float64)
+    D = likelihood.projection(y)
+    # <y, S^-1 y> - chance = a^2 <mu + sqrt(C) z, H (mu + sqrt(C) z)> on average: a first guess of the scale
+    H = likelihood.operator.information(likelihood.noise, torch.float64).apply
+    z = prior.moments.sample(8, torch.Generator().manual_seed(0)).double()
+    expected = float((z * H(z)).flatten(1).sum(1).mean())
+    if not expected > 0:
+        raise ValueError("the data carry no information on the image: is every weight zero?")
+    dirty = float((D * D).sum()) / max(float((D * H(D[None])[0]).sum()), 1e-300)
+    guess = math.sqrt(max(dirty * float((D * D).sum()), 1e-300) / expected)
+    best = minimize_scalar(
+        lambda t: -solver.log_evidence(prior.moments.rescaled(math.exp(t))),
+        bracket=(math.log(guess) - 0.5, math.log(guess) + 0.5),
+        method="brent",
+        options={"xtol": 0.01, "maxiter": 30},
+    )
+    return math.exp(float(best.x))
+
+
+def _check(prior: Prior, likelihood: Likelihood, y: Tensor) -> None:
+    operator = likelihood.operator
+    if tuple(prior.shape) != tuple(operator.shape):
+        raise ValueError(
+            f"the prior makes images of shape {tuple(prior.shape)}, the operator takes {tuple(operator.shape)}; "
+            "choose another prior, or build the operator on the prior's canvas (channels, rows, columns)"
+        )
+    if tuple(y.shape) != tuple(operator.data_shape):
+        batch = " (one observation per Posterior: pass y[0]?)" if y.shape[1:] == torch.Size(operator.data_shape) else ""
+        raise ValueError(
+            f"data have shape {tuple(y.shape)}, the operator makes {tuple(operator.data_shape)}{batch}"
+        )
+    if y.is_complex() != operator.complex:
+        raise ValueError(f"data are {y.dtype}, the operator makes {'complex' if operator.complex else 'real'} data")
+    if not bool(torch.isfinite(y).all()):
+        raise ValueError(
+            f"{int((~torch.isfinite(y)).sum())} of {y.numel()} data are not finite; "
+            "drop them, or give them a finite value and infinite noise variance"
+        )

@@ -1,0 +1,127 @@
+"""A prior over images: a denoiser at every noise level, plus its two moments.
+
+With x_sigma = x_0 + sigma n, n ~ N(0, I), a prior answers D(x, sigma) = E[x_0 | x_sigma = x]; its
+score is grad log p_sigma(x) = (D(x, sigma) - x) / sigma^2 (Robbins 1956; Efron, Tweedie's Formula
+and Selection Bias, 2011).
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor
+
+from scoreinv.gaussian import Gaussian
+from scoreinv.kernels import noise_levels
+
+
+class Prior(abc.ABC):
+    """What every sampler needs of a prior.
+
+    Attributes:
+        shape: Shape (C, H, W) of an image.
+        dtype: The precision in which the denoiser is evaluated and the particles are kept.
+        sigma_min: Below this level the denoiser is not used [model unit].
+        sigma_max: Above this level the denoiser is not used [model unit].
+        moments: The Gaussian with the prior's mean and covariance.
+        identity: What the provenance of a result calls this prior: name, hash of the weights.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sigma_min: float
+    sigma_max: float
+    moments: Gaussian
+    identity: dict[str, str]
+
+    @abc.abstractmethod
+    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """E[x_0 | x_sigma = x].
+
+        Args:
+            x: Noisy images, with shape (B, C, H, W).
+            sigma: Noise levels, with shape (B,).
+
+        Returns:
+            Denoised images, with shape (B, C, H, W).
+        """
+
+    def score(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """grad log p_sigma(x), with shape (B, C, H, W)."""
+        variance = sigma.reshape(-1, *[1] * (x.ndim - 1)) ** 2
+        return (self.denoise(x, sigma) - x) / variance
+
+    def sample(self, n: int, seed: int, steps: int = 40) -> Tensor:
+        """n draws, with shape (n, C, H, W), by Heun's method on the probability-flow ODE.
+
+        The start is the Gaussian N(mean, C + sigma_max^2 I). Draw i depends on (seed, i) only.
+        Karras et al. (2022, arXiv:2206.00364), algorithm 1.
+        """
+        return torch.cat([self._flow(seed, i, min(64, n - i), steps) for i in range(0, n, 64)])
+
+    @torch.no_grad()
+    def _flow(self, seed: int, first: int, n: int, steps: int) -> Tensor:
+        levels = noise_levels(steps, self.sigma_max, self.sigma_min) + [0.0]
+        white = torch.stack([noise(self.shape, self.dtype, seed, first + i) for i in range(n)])
+        start = self.moments.covariance.map(lambda v: v + levels[0] ** 2)
+        x = self.moments.mean.to(self.dtype) + start.sqrt(white)
+        for sigma, s in zip(levels[:-1], levels[1:], strict=True):
+            slope = -sigma * self.score(x, x.new_full((n,), sigma))
+            y = x + (s - sigma) * slope
+            if s > 0:
+                slope = 0.5 * (slope - s * self.score(y, x.new_full((n,), s)))
+                y = x + (s - sigma) * slope
+            x = y
+        return x
+
+    def rescaled(self, amplitude: float) -> Prior:
+        """The prior of amplitude * x, amplitude > 0 [sky unit per model unit]."""
+        return RescaledPrior(self, amplitude)
+
+    def check(self, x: Tensor) -> None:
+        """Raise if x is not a batch of this prior's images."""
+        if tuple(x.shape[1:]) != tuple(self.shape):
+            raise ValueError(
+                f"images have shape {tuple(x.shape)}, "
+                f"expected (B, {', '.join(map(str, self.shape))})"
+            )
+
+
+def noise(shape: tuple[int, ...], dtype: torch.dtype, *seed: int) -> Tensor:
+    """White noise that depends on the integers `seed` only, with this shape."""
+    return torch.randn(shape, generator=stream(*seed), dtype=dtype)
+
+
+def stream(*seed: int) -> torch.Generator:
+    """A generator for each tuple of integers; different tuples give unrelated streams."""
+    state = 0
+    for value in seed:
+        # splitmix64 (Steele, Lea & Flood 2014): nearby integers land far apart
+        state = (state + 0x9E3779B97F4A7C15 + int(value)) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state >> 1)
+
+
+class RescaledPrior(Prior):
+    """The prior of a x, with the denoiser D(x, sigma) = a D_0(x / a, sigma / a)."""
+
+    def __init__(self, prior: Prior, amplitude: float) -> None:
+        if not amplitude > 0:
+            raise ValueError(
+                f"amplitude is {amplitude:g}, expected a number > 0 [sky unit per model unit]"
+            )
+        self.prior, self.amplitude = prior, float(amplitude)
+        self.shape, self.dtype = prior.shape, prior.dtype
+        self.sigma_min, self.sigma_max = amplitude * prior.sigma_min, amplitude * prior.sigma_max
+        self.moments = prior.moments.rescaled(amplitude)
+        self.identity = {**prior.identity, "amplitude": f"{amplitude:.9g}"}
+
+    def sample(self, n: int, seed: int, steps: int = 40) -> Tensor:
+        """amplitude times the draws of the prior, with shape (n, C, H, W)."""
+        return self.amplitude * self.prior.sample(n, seed, steps)
+
+    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.amplitude * self.prior.denoise(x / self.amplitude, sigma / self.amplitude)

@@ -1,0 +1,110 @@
+"""The network F of a trained prior: a small U-Net that is fast on a CPU.
+
+A 2x pixel-unshuffle in front and a 2x pixel-shuffle behind move all convolutions to a quarter of the pixels; the rest is
+a residual U-Net with group normalisation whose scale and shift follow the noise level. With channels_last memory and
+bfloat16 autocast a 64x64 image costs about 2 ms on two CPU cores.
+
+The residual block and its conditioning follow Dhariwal & Nichol, Diffusion Models Beat GANs on Image Synthesis (2021,
+arXiv:2105.05233); the pixel-unshuffle follows Shi et al., Real-Time Single Image and Video Super-Resolution Using an
+Efficient Sub-Pixel Convolutional Neural Network (2016, arXiv:1609.05158).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def sinusoidal(c: Tensor, features: int) -> Tensor:
+    """Sines and cosines of a scalar condition, with shape (B, features), for c with shape (B,)."""
+    frequency = torch.exp(torch.linspace(0, math.log(100.0), features // 2, device=c.device))
+    phase = c[:, None] * frequency
+    return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions; the noise level scales and shifts the second normalisation."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * outputs)
+        self.norm2 = nn.GroupNorm(8, outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv2(F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale)))
+        return self.skip(x) + h
+
+
+class UNet(nn.Module):
+    """U-Net over pixel-unshuffled images.
+
+    Args:
+        channels: Channels C of the image.
+        widths: Feature channels of each level; level i works at 1 / 2^(i + 1) of the image's resolution.
+        blocks: Residual blocks in each level, on the way down and on the way up.
+        embedding: Features of the noise-level embedding.
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        widths: Sequence[int] = (48, 96, 144),
+        blocks: int = 1,
+        embedding: int = 128,
+    ) -> None:
+        super().__init__()
+        self.features = embedding
+        self.embed = nn.Sequential(
+            nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
+        )
+        self.first = nn.Conv2d(4 * channels, widths[0], 3, padding=1)
+        self.down, self.pool = nn.ModuleList(), nn.ModuleList()
+        self.up, self.lift = nn.ModuleList(), nn.ModuleList()
+        for i, width in enumerate(widths):
+            self.down.append(
+                nn.ModuleList(ResidualBlock(width, width, embedding) for _ in range(blocks))
+            )
+            if i + 1 < len(widths):
+                self.pool.append(nn.Conv2d(width, widths[i + 1], 2, stride=2))
+                self.lift.append(nn.Conv2d(widths[i + 1], 4 * width, 1))
+                self.up.append(
+                    nn.ModuleList(
+                        ResidualBlock(2 * width if b == 0 else width, width, embedding)
+                        for b in range(blocks)
+                    )
+                )
+        self.middle = ResidualBlock(widths[-1], widths[-1], embedding)
+        self.norm = nn.GroupNorm(8, widths[0])
+        self.last = nn.Conv2d(widths[0], 4 * channels, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """F(x, c) for scaled images x, with shape (B, C, H, W), and conditions c, with shape (B,)."""
+        e = self.embed(sinusoidal(c, self.features))
+        h = self.first(F.pixel_unshuffle(x, 2))
+        skips = []
+        for i, level in enumerate(self.down):
+            for block in level:
+                h = block(h, e)
+            if i < len(self.pool):
+                skips.append(h)
+                h = self.pool[i](h)
+        h = self.middle(h, e)
+        for level, lift in zip(reversed(self.up), reversed(self.lift), strict=True):
+            h = torch.cat([F.pixel_shuffle(lift(h), 2), skips.pop()], dim=1)
+            for block in level:
+                h = block(h, e)
+        return F.pixel_shuffle(self.last(F.silu(self.norm(h))), 2)

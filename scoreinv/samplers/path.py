@@ -1,0 +1,273 @@
+"""One island of particles on its way from noise to the posterior: the engine of all samplers.
+
+From level sigma to s, a = (s / sigma)^2, with delta = D - m_sigma(x), the covariance-aware kernel proposes
+x' ~ N(r, V) g_s(x') and the importance weight is the twist's own prediction over g_sigma(x). For this kernel
+C_s + W_s V W_s = C_sigma, so that both Gaussians share one covariance, their determinants cancel, and
+
+    log w = (1 - a) / (2 sigma^2) <(C + sigma^2)(C + s^2)^-1 delta,  u_sigma(m_sigma(x)) + u_sigma(m')>
+    m'    = m_sigma(x) + (1 - a) W_s delta                                       (mean of x_0 after the step)
+    x'    = x_u + (1 - a) u_sigma(x_0u),   x_u ~ N(r, V),  x_0u ~ N(m_s(x_u), C_s)      (data perturbed: Matheron)
+
+Moves at s are MALA steps with preconditioner M. With the trapezoid of the score along the proposal for the change of
+log p_s, which no density is needed for, all terms but the gradients' norms cancel in the acceptance,
+
+    x' = x + h/2 M G(x) + (h M)^1/2 z,     log acceptance = h/8 (G^T M G - G'^T M G'),    G = score + u_s / s^2.
+
+The mean of the first-order weights integrates to the evidence without an exponential: with u = u_s(x),
+
+    d log Z / d log s = -2 E[<D - m_s(x), u>] / s^2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from scoreinv.conditioning import Mobility
+from scoreinv.gaussian import Covariance, dot
+from scoreinv.kernels import ReverseKernel, noise_levels
+from scoreinv.operators.information import white
+from scoreinv.posterior import Level, Posterior
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an island descends.
+
+    Args:
+        levels: Noise levels; the last step goes from the lowest to s = 0.
+        moves: MALA steps at each level.
+        weights: Use importance weights while they can be trusted.
+        resample_below: Resample when ESS / n falls below this.
+        drop_below: Drop the weights when the ESS / n of one step falls below this at two of three levels in a row.
+        acceptance: Target acceptance of the moves.
+    """
+
+    levels: int
+    moves: int
+    weights: bool
+    resample_below: float = 0.5
+    drop_below: float = 0.3
+    acceptance: float = 0.6
+
+
+@dataclass
+class Trace:
+    """What happened to one island.
+
+    Attributes:
+        ess: Effective sample size over n, before resampling, at each level where weights were used.
+        one_step: The same for the increments of that step alone.
+        acceptance: Mean acceptance at each level.
+        step: Step size h at each level.
+        weighted_until: Level from which on weights were dropped; 0 if they were used throughout.
+        log_evidence: From the weights [nat]; None once they were dropped.
+        path_evidence: From the path integral [nat].
+        evaluations: Network evaluations per particle.
+    """
+
+    ess: list[float] = field(default_factory=list)
+    one_step: list[float] = field(default_factory=list)
+    acceptance: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
+    weighted_until: float = math.inf
+    log_evidence: float | None = None
+    path_evidence: float = 0.0
+    evaluations: int = 0
+
+
+class Island:
+    """Particles that share resampling and step sizes; everything random comes from one generator.
+
+    Args:
+        posterior: The target.
+        plan: How to descend.
+        n: Particles.
+        generator: The island's own stream.
+    """
+
+    def __init__(self, posterior: Posterior, plan: Plan, n: int, generator: torch.Generator) -> None:
+        self.posterior, self.plan, self.n, self.streams = posterior, plan, n, [generator]
+        self.levels = noise_levels(plan.levels, *posterior.sigma_range)
+        self.trace = Trace(weighted_until=0.0 if plan.weights else math.inf)
+        self.weighted = plan.weights
+        self.h = 0.5
+        self.log_w = torch.zeros(n, dtype=torch.float64)
+        self.log_z = posterior.gaussian_log_evidence
+        self.trace.path_evidence = self.log_z
+        self.slopes: list[float] = []
+
+    @torch.no_grad()
+    def descend(self) -> Iterator[float]:
+        """Walk down the levels; yields each level when it is done. The draws are in `x` at the end."""
+        C = self.posterior.moments.covariance
+        self._start()
+        yield self.levels[0]
+        for sigma, s in zip(self.levels, [*self.levels[1:], 0.0], strict=True):
+            self._step(ReverseKernel.between(sigma, s, C))
+            if s > 0:
+                self._arrive(s)
+                self._move()
+            yield s
+        self._finish()
+
+    def _start(self) -> None:
+        """The widest level, where the target is Gaussian: N(posterior mean, posterior covariance + sigma^2)."""
+        sigma = self.levels[0]
+        self.x = self.posterior.gaussian_draw(self.streams, self.n) + sigma * self._white()
+        self._arrive(sigma)
+
+    def _arrive(self, s: float) -> None:
+        """Evaluate the network and the twist at the new level."""
+        self.level = self.posterior.level(s)
+        self.denoised = self._denoise(self.x, s)
+        self.u = self.level.shift(self.x)
+
+    def _denoise(self, x: Tensor, s: float) -> Tensor:
+        self.trace.evaluations += 1
+        return self.posterior.prior.denoise(x, x.new_full((len(x),), s))
+
+    def _white(self) -> Tensor:
+        return white(self.posterior.shape, self.streams, self.n, self.posterior.dtype)
+
+    # ------------------------------------------------------------ from level to level
+
+    def _step(self, kernel: ReverseKernel) -> None:
+        sigma, s, a = kernel.sigma, kernel.s, kernel.a
+        m = self.level.expected(self.x)
+        delta = self.denoised - m
+        self.slopes.append(2 * float(dot(delta, self.u).mean()) / sigma**2)
+        r = kernel.mean(self.x, self.denoised)
+        if self.weighted:
+            keep = self._weigh(kernel, m, delta)
+            r = r if keep is None else r[keep]
+        x = r + kernel.std(self._white())
+        x0 = x
+        if s > 0:
+            below = self.posterior.level(s)
+            x0 = below.expected(x) + below.covariance.sqrt(self._white())
+        noise = self.posterior.conditioner.noise(self.streams, self.n)
+        self.x = x + (1 - a) * self.level.conditioned.shift(x0, noise)
+
+    def _weigh(self, kernel: ReverseKernel, m: Tensor, delta: Tensor) -> Tensor | None:
+        """Weigh the particles; returns the survivors' indices if it resampled."""
+        sigma, s, a = kernel.sigma, kernel.s, kernel.a
+        C, n = self.posterior.moments.covariance, self.n
+        W = C.map(lambda v: v / (v + s**2)) if s > 0 else C.map(torch.ones_like)
+        ahead = self.level.conditioned.shift(m + (1 - a) * W.apply(delta))
+        widened = C.map(lambda v: (v + sigma**2) / (v + s**2) if s > 0 else 1 + sigma**2 / v)
+        increment = (1 - a) / (2 * sigma**2) * dot(delta, widened.apply(self.u + ahead))
+        self.trace.one_step.append(effective(increment))
+        if self._collapsed():
+            self.weighted, self.trace.weighted_until = False, sigma
+            self.log_w.zero_()
+            return None
+        self.log_w += increment
+        self.trace.ess.append(effective(self.log_w))
+        if self.trace.ess[-1] >= self.plan.resample_below and s > 0:
+            return None
+        # the last proposal depends on the particle it starts from only: resample before it, not after
+        keep = systematic(torch.softmax(self.log_w, 0), self.streams[0])
+        self.log_z += float(torch.logsumexp(self.log_w, 0)) - math.log(n)
+        self.log_w.zero_()
+        return keep
+
+    def _collapsed(self) -> bool:
+        recent = self.trace.one_step[-3:]
+        return sum(e < self.plan.drop_below for e in recent) >= 2
+
+    def _finish(self) -> None:
+        if self.weighted:
+            self.trace.log_evidence = self.log_z
+        self.trace.path_evidence += path_integral(self.levels, self.slopes)
+        if not bool(torch.isfinite(self.x).all()):
+            raise FloatingPointError("the draws are not finite")
+
+    # ------------------------------------------------------------ moves at one level
+
+    def _move(self) -> None:
+        s, plan = self.level.s, self.plan
+        if plan.moves == 0:
+            return
+        score = (self.denoised - self.x) / s**2
+        M = self._mobility(score)
+        G = score + self.u / s**2
+        MG = M.apply(G)
+        accepted = []
+        for _ in range(plan.moves):
+            h = self.h
+            x = self.x + 0.5 * h * MG + math.sqrt(h) * M.draw(self.streams, self.n)
+            denoised, u = self._denoise(x, s), self.level.shift(x)
+            G_new = (denoised - x + u) / s**2
+            MG_new = M.apply(G_new)
+            log_acceptance = h / 8 * (dot(G, MG) - dot(G_new, MG_new))
+            chance = torch.rand(self.n, generator=self.streams[0], dtype=torch.float64)
+            ok = (chance.log() < log_acceptance).reshape(-1, *[1] * (x.ndim - 1))
+            self.x, self.denoised, self.u, G, MG = (
+                torch.where(ok, new, old)
+                for new, old in (
+                    (x, self.x),
+                    (denoised, self.denoised),
+                    (u, self.u),
+                    (G_new, G),
+                    (MG_new, MG),
+                )
+            )
+            rate = float(log_acceptance.clamp(max=0).exp().mean())
+            accepted.append(rate)
+            self.h = min(1.8, max(1e-4, h * math.exp(0.5 * (rate - plan.acceptance))))
+        self.trace.acceptance.append(sum(accepted) / len(accepted))
+        self.trace.step.append(self.h)
+
+    def _mobility(self, score: Tensor) -> Mobility:
+        C, s = self.posterior.moments.covariance, self.level.s
+        return self.level.mobility(local_precision(C, score, s))
+
+
+def local_precision(C: Covariance, score: Tensor, s: float) -> Covariance:
+    """The prior's local precision at level s, -E grad^2 log p_s, in bands of directions of similar prior variance.
+
+    Fisher's identity, E[score score^T] = -E grad^2 log p, takes it from the scores of the particles themselves. It
+    follows the prior where the global covariance is too wide, as it is between separated modes; it lies between the
+    precision of the global Gaussian, 1 / (C + s^2), and that of the noise, 1 / s^2. Titsias, Optimal Preconditioning
+    and Fisher Adaptive Langevin Sampling (2023, arXiv:2305.14442).
+    """
+    power = C.power(score)
+
+    def banded(v: Tensor) -> Tensor:
+        band = (v.clamp_min(1e-6 * float(v.max())).log() / math.log(2.0)).round().long().flatten()
+        band = band - band.min()
+        total = torch.zeros(int(band.max()) + 1, dtype=torch.float64)
+        count = total.index_add(0, band, torch.ones_like(power).flatten())
+        mean = total.index_add(0, band, power.flatten()) / count.clamp_min(1)
+        return mean[band].reshape(v.shape).clamp(1 / (v + s**2), torch.as_tensor(1 / s**2).expand_as(v))
+
+    return C.map(banded)
+
+
+def effective(log_w: Tensor) -> float:
+    """Effective sample size over n of these log-weights (Kong 1992)."""
+    w = torch.softmax(log_w, 0)
+    return float(1 / (w * w).sum() / len(w))
+
+
+def systematic(w: Tensor, generator: torch.Generator) -> Tensor:
+    """Indices of a systematic resampling of the normalised weights w, with shape (n,)."""
+    n = len(w)
+    u = (torch.arange(n) + torch.rand(1, generator=generator, dtype=torch.float64)) / n
+    return torch.searchsorted(torch.cumsum(w, 0), u).clamp(max=n - 1)
+
+
+def path_integral(levels: list[float], slopes: list[float]) -> float:
+    """The integral of -d log Z / d log s over log s, by trapezoids; below the lowest level the slope falls as s^2."""
+    total = 0.5 * slopes[-1]
+    for i in range(len(levels) - 1):
+        total += 0.5 * (slopes[i] + slopes[i + 1]) * math.log(levels[i] / levels[i + 1])
+    return total
+
+
+__all__ = ["Island", "Level", "Plan", "Trace"]

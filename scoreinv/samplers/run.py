@@ -1,0 +1,254 @@
+"""The verb `sample`: islands, seeds, progress and resuming.
+
+Draws come in islands of particles. Island j depends on (seed, j) and on the problem, not on how many others there are or
+in which order they run, so a run that was stopped goes on at the first island that is missing and ends with the same
+draws. Finished islands are kept in a folder, one file each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from scoreinv.data.grid import Grid
+from scoreinv.posterior import Posterior
+from scoreinv.priors.base import stream
+from scoreinv.samplers.path import Island, Plan, Trace, systematic
+from scoreinv.samplers.samples import Samples
+from scoreinv.samplers.smc import SMC
+
+
+class Sampler(Protocol):
+    """A frozen dataclass of options with a plan."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+
+def sample(
+    posterior: Posterior,
+    n: int,
+    sampler: Sampler | None = None,
+    *,
+    seed: int,
+    island: int = 16,
+    folder: str | Path | None = None,
+    progress: bool = False,
+    grid: Grid | None = None,
+    meta: dict[str, Any] | None = None,
+) -> Samples:
+    """Draw from a posterior.
+
+    Args:
+        posterior: What to draw from.
+        n: Draws wanted; whole islands are run.
+        sampler: `SMC()` if not given.
+        seed: Decides every draw.
+        island: Particles in an island.
+        folder: Where finished islands are kept, and found again after an interruption.
+        progress: Show a progress bar.
+        grid: Sky coordinates to hand on to the result.
+        meta: More provenance to hand on to the result.
+
+    Returns:
+        The draws, equally weighted. If every island kept its weights the islands are pooled by their evidence, and
+        draws of a heavy island can repeat; otherwise they count equally.
+
+    Raises:
+        ValueError: n < 1, or a folder with islands of another problem.
+        FloatingPointError: An island's draws are not finite; the finished islands stay in the folder.
+    """
+    sampler = SMC() if sampler is None else sampler
+    if n < 1 or island < 2:
+        raise ValueError(f"n is {n} and island {island}; expected n >= 1 and island >= 2")
+    count, plan, began = math.ceil(n / island), sampler.plan, time.monotonic()
+    store = _Store(folder, fingerprint(posterior, sampler, seed, island)) if folder else None
+    missing = [j for j in range(count) if store is None or not store.has(j)]
+    total = len(missing) * (plan.levels + 1)
+    done: dict[int, tuple[Tensor, Trace, float]] = {}
+    with tqdm(total=total, disable=not progress, unit="level", desc="sampling") as bar:
+        for j in missing:
+            bar.set_postfix(island=f"{j + 1}/{count}")
+            done[j] = _run(posterior, plan, island, seed, j, bar)
+            if store:
+                store.put(j, *done[j])
+    islands = [done[j] if j in done else store.get(j) for j in range(count)]
+    return _pool(posterior, sampler, islands, n, seed, grid, meta or {}, time.monotonic() - began)
+
+
+def _run(
+    posterior: Posterior, plan: Plan, n: int, seed: int, j: int, bar: tqdm
+) -> tuple[Tensor, Trace, float]:
+    """Draws, trace and seconds of island j."""
+    began = time.monotonic()
+    particles = Island(posterior, plan, n, stream(seed, j))
+    try:
+        for _ in particles.descend():
+            bar.update()
+    except FloatingPointError as error:
+        raise FloatingPointError(
+            f"island {j} failed: {error}. Finished islands are kept. Data far outside the prior's range? "
+            "Check the amplitude, the units and the noise; or lower the number of moves"
+        ) from error
+    return particles.x, particles.trace, time.monotonic() - began
+
+
+def _pool(
+    posterior: Posterior,
+    sampler: Sampler,
+    islands: list[tuple[Tensor, Trace, float]],
+    n: int,
+    seed: int,
+    grid: Grid | None,
+    meta: dict[str, Any],
+    elapsed: float,
+) -> Samples:
+    draws, traces = torch.cat([x for x, _, _ in islands]), [t for _, t, _ in islands]
+    weighted = all(t.log_evidence is not None for t in traces)
+    evidence = torch.tensor([t.log_evidence if weighted else t.path_evidence for t in traces], dtype=torch.float64)
+    if weighted:
+        share = torch.softmax(evidence, 0).repeat_interleave(len(draws) // len(islands))
+        x = draws[_select(share / share.sum(), n, seed)]
+        log_z = float(torch.logsumexp(evidence, 0)) - math.log(len(evidence))
+    else:
+        x, log_z = draws[:n], float(evidence.mean())
+    levels = torch.tensor(Island(posterior, sampler.plan, 2, stream(0)).levels, dtype=torch.float64)
+    return Samples(
+        x=x,
+        log_evidence=log_z,
+        log_evidence_std=float(evidence.std() / math.sqrt(len(evidence))) if len(evidence) > 1 else math.nan,
+        weights=_in_words(sampler.plan, traces),
+        levels=levels,
+        ess=_curve([t.ess for t in traces], len(levels)),
+        acceptance=_curve([[math.nan, *t.acceptance] for t in traces], len(levels)),
+        island_log_evidence=evidence,
+        evaluations=max(t.evaluations for t in traces),
+        seconds=max(sum(s for _, _, s in islands), elapsed),
+        meta={**provenance(posterior, sampler, seed), **meta},
+        grid=grid,
+        data_image=posterior.data_image(),
+        residual_image=posterior.residual_image(x.double().mean(0)),
+    )
+
+
+def _select(share: Tensor, n: int, seed: int) -> Tensor:
+    """n indices by systematic resampling; all of them once where the weights are equal."""
+    generator = stream(seed, -1)
+    order = torch.randperm(len(share), generator=generator)
+    ticks = (torch.arange(n) + torch.rand(1, generator=generator, dtype=torch.float64)) / n
+    index = torch.searchsorted(torch.cumsum(share[order], 0), ticks).clamp(max=len(share) - 1)
+    return order[index].sort().values
+
+
+def _in_words(plan: Plan, traces: list[Trace]) -> str:
+    """What became of the weights, as a user should read it."""
+    if not plan.weights:
+        kind = "moves only" if plan.moves else "one pass, approximate"
+        return f"not used ({kind}); evidence from the path integral"
+    dropped = [t.weighted_until for t in traces if t.weighted_until > 0]
+    if not dropped:
+        return "used throughout"
+    return (
+        f"dropped from sigma = {max(dropped):.3g} on in {len(dropped)} of {len(traces)} islands: one-step ESS/n stayed "
+        f"below {plan.drop_below:g} (the prior is far from Gaussian there); moves carried on, islands count equally, "
+        "evidence from the path integral"
+    )
+
+
+def _curve(rows: list[list[float]], length: int) -> Tensor:
+    """Mean over islands at each level, nan where no island has a value."""
+    padded = torch.full((len(rows), length), math.nan, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.tensor(row[:length], dtype=torch.float64)
+    return padded.nanmean(0)
+
+
+def fingerprint(posterior: Posterior, sampler: Sampler, seed: int, island: int) -> str:
+    """A hash of everything that decides an island."""
+    h = hashlib.sha256()
+    h.update(json.dumps([provenance(posterior, sampler, seed), island], sort_keys=True, default=str).encode())
+    h.update(posterior.y.contiguous().numpy().tobytes())
+    h.update(posterior.likelihood.projection(posterior.y).numpy().tobytes())
+    probe = torch.linspace(-1, 1, math.prod(posterior.shape), dtype=torch.float64)
+    probe = posterior.likelihood.operator(probe.reshape(1, *posterior.shape))
+    h.update(posterior.likelihood.noise.whiten(probe).numpy().tobytes())
+    return h.hexdigest()
+
+
+def provenance(posterior: Posterior, sampler: Sampler, seed: int) -> dict[str, Any]:
+    """Seed, sampler, prior and versions."""
+    return {
+        "seed": seed,
+        "sampler": f"{type(sampler).__name__}({', '.join(f'{k}={v}' for k, v in asdict(sampler).items())})",
+        "prior": dict(posterior.prior.identity),
+        "likelihood": f"{type(posterior.likelihood.operator).__name__}, {type(posterior.likelihood.noise).__name__}",
+        "versions": {name: _version(name) for name in ("scoreinv", "torch", "numpy")},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+class _Store:
+    """Finished islands on disk, one safetensors file each, written whole or not at all."""
+
+    def __init__(self, folder: str | Path, key: str) -> None:
+        self.folder, self.key = Path(folder), key
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, j: int) -> Path:
+        return self.folder / f"island-{j:05d}.safetensors"
+
+    def has(self, j: int) -> bool:
+        path = self.path(j)
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, "pt") as f:
+                key = f.metadata()["key"]
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a finished island ({error}); delete it to run it again") from error
+        if key != self.key:
+            raise ValueError(
+                f"{self.folder} holds islands of another problem, sampler or seed; "
+                "choose another output, or pass --overwrite to delete them"
+            )
+        return True
+
+    def put(self, j: int, x: Tensor, trace: Trace, seconds: float) -> None:
+        record = {"key": self.key, "seconds": str(seconds), "trace": json.dumps(asdict(trace))}
+        partial = self.path(j).with_suffix(".part")
+        try:
+            save_file({"x": x.contiguous()}, partial, metadata=record)
+            os.replace(partial, self.path(j))
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(
+                f"could not keep island {j} in {self.folder}: {error}. The islands finished before stay there; "
+                "free some space and run again to go on"
+            ) from error
+
+    def get(self, j: int) -> tuple[Tensor, Trace, float]:
+        with safe_open(self.path(j), "pt") as f:
+            record, x = f.metadata(), f.get_tensor("x")
+        return x, Trace(**json.loads(record["trace"])), float(record["seconds"])
+
+
+__all__ = ["Sampler", "fingerprint", "provenance", "sample", "systematic"]

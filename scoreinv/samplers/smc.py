@@ -1,0 +1,36 @@
+"""Sequential Monte Carlo along the noise levels: the default sampler, asymptotically exact.
+
+Particles follow the path of targets of `scoreinv.posterior` under the covariance-aware kernel, are weighted and resampled
+where the weights can be trusted, and moved by score-only MALA steps at every level (`scoreinv.samplers.path`). It needs no
+backward pass and has no guidance weight.
+
+Del Moral, Doucet & Jasra, Sequential Monte Carlo Samplers (2006); Wu et al. (2023, arXiv:2306.17775).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scoreinv.samplers.path import Plan
+
+
+@dataclass(frozen=True)
+class SMC:
+    """Weighted particles with moves.
+
+    Args:
+        levels: Noise levels.
+        moves: MALA steps at each level; a draw costs levels * (1 + moves) evaluations.
+        resample_below: Resample when ESS / n falls below this.
+        drop_below: Weights whose one-step ESS / n stays below this have collapsed; they are dropped from there on,
+            and the result says so.
+    """
+
+    levels: int = 50
+    moves: int = 3
+    resample_below: float = 0.5
+    drop_below: float = 0.3
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(self.levels, self.moves, True, self.resample_below, self.drop_below)
