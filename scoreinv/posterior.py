@@ -189,12 +189,18 @@ def _check(prior: Prior, likelihood: Likelihood, y: Tensor) -> None:
             "choose another prior, or build the operator on the prior's canvas (channels, rows, columns)"
         )
     if tuple(y.shape) != tuple(operator.data_shape):
-        batch = " (one observation per Posterior: pass y[0]?)" if y.shape[1:] == torch.Size(operator.data_shape) else ""
+        batch = (
+            " (one observation per Posterior: pass y[0]?)"
+            if y.shape[1:] == torch.Size(operator.data_shape)
+            else ""
+        )
         raise ValueError(
             f"data have shape {tuple(y.shape)}, the operator makes {tuple(operator.data_shape)}{batch}"
         )
     if y.is_complex() != operator.complex:
-        raise ValueError(f"data are {y.dtype}, the operator makes {'complex' if operator.complex else 'real'} data")
+        raise ValueError(
+            f"data are {y.dtype}, the operator makes {'complex' if operator.complex else 'real'} data"
+        )
     if not bool(torch.isfinite(y).all()):
         raise ValueError(
             f"{int((~torch.isfinite(y)).sum())} of {y.numel()} data are not finite; "

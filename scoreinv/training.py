@@ -3,22 +3,23 @@
     loss = E | F(c_in x_sigma, c_noise) - (x_0 - c_skip x_sigma) / c_out |^2,    x_sigma = x_0 + sigma n,  ln sigma normal
 
 (Karras et al., 2022, arXiv:2206.00364, eq. 8; Vincent, A Connection Between Score Matching and Denoising Autoencoders,
-2011), Adam with a warm-up and a cosine decay, and an exponential moving average of the weights. All randomness of step t
-depends on (seed, t) only, so a run that was stopped resumes exactly, on any number of processes.
+2011), Adam with a warm-up and a cosine decay, and an exponential moving average of the weights. All randomness of
+step t depends on (seed, t) only, so a run that was stopped resumes exactly.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -30,7 +31,8 @@ from scoreinv.priors.unet import UNet
 from scoreinv.priors.zoo import save_prior
 from scoreinv.simulators import simulate_images
 
-log = logging.getLogger(__name__)
+CHECKPOINT = "checkpoint.safetensors"
+LOG_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -194,8 +196,6 @@ class _State:
         partial.replace(path)
 
     def load(self, path: Path) -> None:
-        from safetensors import safe_open
-
         tensors = load_file(path)
         with safe_open(path, "pt") as f:
             self.step = int(f.metadata()["step"])
@@ -226,7 +226,7 @@ def train(
         progress: Show progress bars.
 
     Returns:
-        The folder; it is a prior for `load_prior` at any time after the first checkpoint.
+        The folder, which `load_prior` reads.
 
     Raises:
         ValueError: The folder holds a run with another configuration.
@@ -234,68 +234,105 @@ def train(
     """
     from accelerate import Accelerator
 
-    started, folder = time.monotonic(), Path(folder)
+    deadline, folder = time.monotonic() + max_seconds, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _claim(run, folder)
-    plan = run.optimisation
     accelerator = Accelerator(mixed_precision="bf16")
-    if accelerator.is_main_process:
+    main = accelerator.is_main_process
+    if main:
         load_images(run, folder, progress)
     accelerator.wait_for_everyone()
     images, held_out = load_images(run, folder, progress)
-    moments = image_moments(
-        torch.cat([augment(x, stream(run.seed, 1, i), run.data.shift, run.data.amplitude)
-                   for i, x in enumerate(images[:16384].split(1024))])
-    )  # fmt: skip
+    moments = population_moments(run, images)
     sigma_data = moments.covariance.marginal_variance(tuple(moments.mean.shape)) ** 0.5
-    network = UNet(channels=images.shape[1], **asdict(run.network))
-    _initialise(network, run.seed)
-    state = _State(network.to(memory_format=torch.channels_last), plan)
-    checkpoint = folder / "checkpoint.safetensors"
-    if checkpoint.exists():
-        state.load(checkpoint)
-    model, optimiser = accelerator.prepare(state.network, state.optimiser)
-    bar = tqdm(total=plan.steps, initial=state.step, disable=not progress, unit="step")
-    losses = []
-    while state.step < plan.steps and time.monotonic() - started < max_seconds:
-        batch = _batch(run, images, state.step, accelerator)
-        optimiser.param_groups[0]["lr"] = learning_rate(state.step, plan)
-        loss = _loss(model, *batch, sigma_data)
-        optimiser.zero_grad()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        state.step += 1
-        state.follow(accelerator.unwrap_model(model), plan.ema)
-        losses.append(float(loss))
-        bar.update()
-        if state.step % 50 == 0:
-            _report(folder, state.step, losses, bar, accelerator.is_main_process)
-            losses = []
-        if state.step % plan.save_every == 0 and accelerator.is_main_process:
-            state.save(checkpoint, accelerator.unwrap_model(model), optimiser)
-    bar.close()
-    if accelerator.is_main_process:
-        state.save(checkpoint, accelerator.unwrap_model(model), optimiser)
+    state = _State(_new_network(run, images.shape[1]), run.optimisation)
+    if (folder / CHECKPOINT).exists():
+        state.load(folder / CHECKPOINT)
+    _fit(run, state, images, sigma_data, accelerator, folder, deadline, progress)
+    if main:
         card = _card(run, state.step, sigma_data)
-        save_prior(folder, state.average, moments, card)
         prior = as_prior(run, state.average, moments, sigma_data)
         card["held_out"] = denoising_table(prior, run, held_out)
         save_prior(folder, state.average, moments, card)
     return folder
 
 
-def as_prior(run: TrainingRun, weights: dict[str, Tensor], moments: Gaussian, sigma_data: float) -> ScorePrior:
+def _fit(
+    run: TrainingRun,
+    state: _State,
+    images: Tensor,
+    sigma_data: float,
+    accelerator: Any,
+    folder: Path,
+    deadline: float,
+    progress: bool,
+) -> None:
+    """Optimise from the state's step until the schedule or the time is over; the state is kept on disk."""
+    plan, main, losses = run.optimisation, accelerator.is_main_process, []
+    model, optimiser = accelerator.prepare(state.network, state.optimiser)
+    keep = lambda: state.save(folder / CHECKPOINT, accelerator.unwrap_model(model), optimiser)
+    with tqdm(total=plan.steps, initial=state.step, disable=not progress, unit="step") as bar:
+        while state.step < plan.steps and time.monotonic() < deadline:
+            batch = _batch(run, images, state.step, accelerator)
+            optimiser.param_groups[0]["lr"] = learning_rate(state.step, plan)
+            loss = _loss(model, *batch, sigma_data)
+            optimiser.zero_grad()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            state.step += 1
+            state.follow(accelerator.unwrap_model(model), plan.ema)
+            losses.append(float(loss.detach()))
+            bar.update()
+            if state.step % LOG_EVERY == 0 and main:
+                _report(folder, state.step, losses, bar)
+                losses.clear()
+            if state.step % plan.save_every == 0 and main:
+                keep()
+    if main:
+        keep()
+
+
+def population_moments(run: TrainingRun, images: Tensor, most: int = 16384) -> Gaussian:
+    """Mean and stationary covariance of the images as training sees them."""
+    data = run.data
+    parts = [
+        augment(part, stream(run.seed, 1, i), data.shift, data.amplitude)
+        for i, part in enumerate(images[:most].split(1024))
+    ]
+    return image_moments(torch.cat(parts))
+
+
+def _new_network(run: TrainingRun, channels: int) -> UNet:
+    """The network with initial weights from the run's own stream; zeros stay zero."""
+    network, generator = UNet(channels=channels, **asdict(run.network)), stream(run.seed, 0)
+    with torch.no_grad():
+        for p in network.parameters():
+            if p.ndim > 1 and bool(p.any()):
+                p.normal_(0, p[0].numel() ** -0.5, generator=generator)
+            elif p.ndim == 1 and not bool((p == p[0]).all()):
+                p.zero_()
+    return network.to(memory_format=torch.channels_last)
+
+
+def as_prior(
+    run: TrainingRun, weights: dict[str, Tensor], moments: Gaussian, sigma_data: float
+) -> ScorePrior:
     """The prior with these weights."""
     network = UNet(channels=moments.mean.shape[0], **asdict(run.network))
     network.load_state_dict(weights)
     network.to(memory_format=torch.channels_last)
-    return ScorePrior(network, sigma_data, moments, run.sigma_min, run.sigma_max, {"prior": run.name})
+    return ScorePrior(
+        network, sigma_data, moments, run.sigma_min, run.sigma_max, {"prior": run.name}
+    )
 
 
 @torch.no_grad()
 def denoising_table(
-    prior: ScorePrior, run: TrainingRun, held_out: Tensor, levels: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    prior: ScorePrior,
+    run: TrainingRun,
+    held_out: Tensor,
+    levels: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0),
 ) -> dict[str, dict[str, float]]:
     """Held-out denoising error over that of the population's Wiener filter, at each level.
 
@@ -329,37 +366,39 @@ def _claim(run: TrainingRun, folder: Path) -> None:
     path.write_text(text)
 
 
-def _initialise(network: UNet, seed: int) -> None:
-    """Draw the initial weights from the run's own stream; zeros stay zero."""
-    generator = stream(seed, 0)
-    with torch.no_grad():
-        for p in network.parameters():
-            if p.ndim > 1 and bool(p.any()):
-                p.normal_(0, p[0].numel() ** -0.5, generator=generator)
-            elif p.ndim == 1 and not bool((p == p[0]).all()):
-                p.zero_()
-
-
-def _batch(run: TrainingRun, images: Tensor, step: int, accelerator) -> tuple[Tensor, Tensor, Tensor]:
+def _batch(
+    run: TrainingRun, images: Tensor, step: int, accelerator: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """This process' share of batch `step`: clean images, levels and noise."""
     plan, data = run.optimisation, run.data
     generator = stream(run.seed, 4, step)
     index = torch.randint(len(images), (plan.batch,), generator=generator)
     x0 = augment(images[index], generator, data.shift, data.amplitude)
     # stratified quantiles: every batch covers all levels
-    u = (torch.randperm(plan.batch, generator=generator) + torch.rand(plan.batch, generator=generator)) / plan.batch
-    log_sigma = plan.log_sigma[0] + plan.log_sigma[1] * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6))
+    u = (
+        torch.randperm(plan.batch, generator=generator)
+        + torch.rand(plan.batch, generator=generator)
+    ) / plan.batch
+    log_sigma = plan.log_sigma[0] + plan.log_sigma[1] * torch.special.ndtri(
+        u.clamp(1e-6, 1 - 1e-6)
+    )
     sigma = log_sigma.exp().clamp(run.sigma_min, run.sigma_max)
     noise = torch.randn(x0.shape, generator=generator)
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     return tuple(v[share].to(accelerator.device) for v in (x0, sigma, noise))
 
 
-def _loss(model: torch.nn.Module, x0: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float) -> Tensor:
+def _loss(
+    model: torch.nn.Module, x0: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float
+) -> Tensor:
     skip, out, scale, c = preconditioning(sigma, sigma_data)
     x = x0 + sigma.reshape(-1, 1, 1, 1) * noise
     target = (x0 - skip * x) / out
-    loss = (model((scale * x).contiguous(memory_format=torch.channels_last), c).float() - target).square().mean()
+    loss = (
+        (model((scale * x).contiguous(memory_format=torch.channels_last), c).float() - target)
+        .square()
+        .mean()
+    )
     if not bool(torch.isfinite(loss)):
         raise FloatingPointError(
             "the training loss is not finite; the last checkpoint is kept. Lower the learning rate?"
@@ -367,12 +406,11 @@ def _loss(model: torch.nn.Module, x0: Tensor, sigma: Tensor, noise: Tensor, sigm
     return loss
 
 
-def _report(folder: Path, step: int, losses: list[float], bar: tqdm, main: bool) -> None:
-    if main:
-        mean = sum(losses) / len(losses)
-        bar.set_postfix(loss=f"{mean:.4f}")
-        with (folder / "log.jsonl").open("a") as f:
-            f.write(json.dumps({"step": step, "loss": mean, "time": time.time()}) + "\n")
+def _report(folder: Path, step: int, losses: list[float], bar: tqdm) -> None:
+    mean = sum(losses) / len(losses)
+    bar.set_postfix(loss=f"{mean:.4f}")
+    with (folder / "log.jsonl").open("a") as f:
+        f.write(json.dumps({"step": step, "loss": mean, "time": time.time()}) + "\n")
 
 
 def _card(run: TrainingRun, step: int, sigma_data: float) -> dict:

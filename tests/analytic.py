@@ -26,7 +26,7 @@ def dense(f: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
     d = math.prod(shape)
     columns = f(torch.eye(d, dtype=torch.float64).reshape(d, *shape))
     columns = torch.view_as_real(columns) if columns.is_complex() else columns
-    return columns.reshape(d, -1).T
+    return columns.reshape(d, -1).T.contiguous()
 
 
 def flat(y: Tensor) -> Tensor:

@@ -57,7 +57,9 @@ def load_prior(source: str | Path) -> Prior:
     )
 
 
-def save_prior(folder: Path, weights: dict[str, Tensor], moments: Gaussian, card: dict[str, Any]) -> str:
+def save_prior(
+    folder: Path, weights: dict[str, Tensor], moments: Gaussian, card: dict[str, Any]
+) -> str:
     """Write weights (in float16) and card; returns the SHA-256 of the weights file.
 
     Half precision changes the denoiser by less than bfloat16 autocast does, and halves the file.
@@ -89,10 +91,16 @@ def _load(weights: Path, card_path: Path) -> ScorePrior:
     try:
         tensors = load_file(weights)
     except SafetensorError as error:
-        raise ValueError(f"{weights} is not a safetensors file ({error}); fetch or train it again") from error
+        raise ValueError(
+            f"{weights} is not a safetensors file ({error}); fetch or train it again"
+        ) from error
     network = UNet(**card["network"]).to(memory_format=torch.channels_last)
     network.load_state_dict(
-        {k.removeprefix("network."): v.float() for k, v in tensors.items() if k.startswith("network.")}
+        {
+            k.removeprefix("network."): v.float()
+            for k, v in tensors.items()
+            if k.startswith("network.")
+        }
     )
     moments = Gaussian(tensors["moments.mean"], Fourier(tensors["moments.spectrum"].double()))
     return ScorePrior(

@@ -8,10 +8,11 @@ C_s + W_s V W_s = C_sigma, so that both Gaussians share one covariance, their de
     m'    = m_sigma(x) + (1 - a) W_s delta                                       (mean of x_0 after the step)
     x'    = x_u + (1 - a) u_sigma(x_0u),   x_u ~ N(r, V),  x_0u ~ N(m_s(x_u), C_s)      (data perturbed: Matheron)
 
-Moves at s are MALA steps with preconditioner M. With the trapezoid of the score along the proposal for the change of
-log p_s, which no density is needed for, all terms but the gradients' norms cancel in the acceptance,
+Moves at s are MALA steps with preconditioner M, in the discretisation that is exact for a Gaussian of covariance M. With
+the trapezoid of the score along the proposal for the change of log p_s, which no density is needed for,
 
-    x' = x + h/2 M G(x) + (h M)^1/2 z,     log acceptance = h/8 (G^T M G - G'^T M G'),    G = score + u_s / s^2.
+    x' = x + rho M G(x) + (h M)^1/2 z,     rho = 1 - (1 - h)^1/2,  0 < h < 1,     G = score + u_s / s^2
+    log acceptance = (1/2 - rho / h) <G + G', x' - x> + rho^2 / (2 h) (<G, M G> - <G', M G'>)
 
 The mean of the first-order weights integrates to the evidence without an exponential: with u = u_s(x),
 
@@ -31,7 +32,7 @@ from scoreinv.conditioning import Mobility
 from scoreinv.gaussian import Covariance, dot
 from scoreinv.kernels import ReverseKernel, noise_levels
 from scoreinv.operators.information import white
-from scoreinv.posterior import Level, Posterior
+from scoreinv.posterior import Posterior
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,9 @@ class Island:
         generator: The island's own stream.
     """
 
-    def __init__(self, posterior: Posterior, plan: Plan, n: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, posterior: Posterior, plan: Plan, n: int, generator: torch.Generator
+    ) -> None:
         self.posterior, self.plan, self.n, self.streams = posterior, plan, n, [generator]
         self.levels = noise_levels(plan.levels, *posterior.sigma_range)
         self.trace = Trace(weighted_until=0.0 if plan.weights else math.inf)
@@ -200,11 +203,13 @@ class Island:
         accepted = []
         for _ in range(plan.moves):
             h = self.h
-            x = self.x + 0.5 * h * MG + math.sqrt(h) * M.draw(self.streams, self.n)
+            rho = 1 - math.sqrt(1 - h)
+            x = self.x + rho * MG + math.sqrt(h) * M.draw(self.streams, self.n)
             denoised, u = self._denoise(x, s), self.level.shift(x)
             G_new = (denoised - x + u) / s**2
             MG_new = M.apply(G_new)
-            log_acceptance = h / 8 * (dot(G, MG) - dot(G_new, MG_new))
+            log_acceptance = (0.5 - rho / h) * dot(G + G_new, x - self.x)
+            log_acceptance += rho**2 / (2 * h) * (dot(G, MG) - dot(G_new, MG_new))
             chance = torch.rand(self.n, generator=self.streams[0], dtype=torch.float64)
             ok = (chance.log() < log_acceptance).reshape(-1, *[1] * (x.ndim - 1))
             self.x, self.denoised, self.u, G, MG = (
@@ -219,7 +224,7 @@ class Island:
             )
             rate = float(log_acceptance.clamp(max=0).exp().mean())
             accepted.append(rate)
-            self.h = min(1.8, max(1e-4, h * math.exp(0.5 * (rate - plan.acceptance))))
+            self.h = min(0.95, max(1e-4, h * math.exp(0.5 * (rate - plan.acceptance))))
         self.trace.acceptance.append(sum(accepted) / len(accepted))
         self.trace.step.append(self.h)
 
@@ -239,12 +244,16 @@ def local_precision(C: Covariance, score: Tensor, s: float) -> Covariance:
     power = C.power(score)
 
     def banded(v: Tensor) -> Tensor:
-        band = (v.clamp_min(1e-6 * float(v.max())).log() / math.log(2.0)).round().long().flatten()
+        band = (v / v.max()).clamp_min(1e-6).log2().round().long().flatten()
         band = band - band.min()
         total = torch.zeros(int(band.max()) + 1, dtype=torch.float64)
         count = total.index_add(0, band, torch.ones_like(power).flatten())
         mean = total.index_add(0, band, power.flatten()) / count.clamp_min(1)
-        return mean[band].reshape(v.shape).clamp(1 / (v + s**2), torch.as_tensor(1 / s**2).expand_as(v))
+        return (
+            mean[band]
+            .reshape(v.shape)
+            .clamp(1 / (v + s**2), torch.as_tensor(1 / s**2).expand_as(v))
+        )
 
     return C.map(banded)
 
@@ -268,6 +277,3 @@ def path_integral(levels: list[float], slopes: list[float]) -> float:
     for i in range(len(levels) - 1):
         total += 0.5 * (slopes[i] + slopes[i + 1]) * math.log(levels[i] / levels[i + 1])
     return total
-
-
-__all__ = ["Island", "Level", "Plan", "Trace"]

@@ -118,18 +118,24 @@ def _pool(
 ) -> Samples:
     draws, traces = torch.cat([x for x, _, _ in islands]), [t for _, t, _ in islands]
     weighted = all(t.log_evidence is not None for t in traces)
-    evidence = torch.tensor([t.log_evidence if weighted else t.path_evidence for t in traces], dtype=torch.float64)
+    evidence = torch.tensor(
+        [t.log_evidence if weighted else t.path_evidence for t in traces], dtype=torch.float64
+    )
     if weighted:
         share = torch.softmax(evidence, 0).repeat_interleave(len(draws) // len(islands))
         x = draws[_select(share / share.sum(), n, seed)]
         log_z = float(torch.logsumexp(evidence, 0)) - math.log(len(evidence))
     else:
         x, log_z = draws[:n], float(evidence.mean())
-    levels = torch.tensor(Island(posterior, sampler.plan, 2, stream(0)).levels, dtype=torch.float64)
+    levels = torch.tensor(
+        Island(posterior, sampler.plan, 2, stream(0)).levels, dtype=torch.float64
+    )
     return Samples(
         x=x,
         log_evidence=log_z,
-        log_evidence_std=float(evidence.std() / math.sqrt(len(evidence))) if len(evidence) > 1 else math.nan,
+        log_evidence_std=float(evidence.std() / math.sqrt(len(evidence)))
+        if len(evidence) > 1
+        else math.nan,
         weights=_in_words(sampler.plan, traces),
         levels=levels,
         ess=_curve([t.ess for t in traces], len(levels)),
@@ -179,7 +185,11 @@ def _curve(rows: list[list[float]], length: int) -> Tensor:
 def fingerprint(posterior: Posterior, sampler: Sampler, seed: int, island: int) -> str:
     """A hash of everything that decides an island."""
     h = hashlib.sha256()
-    h.update(json.dumps([provenance(posterior, sampler, seed), island], sort_keys=True, default=str).encode())
+    h.update(
+        json.dumps(
+            [provenance(posterior, sampler, seed), island], sort_keys=True, default=str
+        ).encode()
+    )
     h.update(posterior.y.contiguous().numpy().tobytes())
     h.update(posterior.likelihood.projection(posterior.y).numpy().tobytes())
     probe = torch.linspace(-1, 1, math.prod(posterior.shape), dtype=torch.float64)
@@ -224,7 +234,9 @@ class _Store:
             with safe_open(path, "pt") as f:
                 key = f.metadata()["key"]
         except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a finished island ({error}); delete it to run it again") from error
+            raise ValueError(
+                f"{path} is not a finished island ({error}); delete it to run it again"
+            ) from error
         if key != self.key:
             raise ValueError(
                 f"{self.folder} holds islands of another problem, sampler or seed; "

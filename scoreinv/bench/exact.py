@@ -1,0 +1,90 @@
+"""The samplers against posteriors that are known in closed form.
+
+Scores: sliced Wasserstein distance over its noise floor (the distance of as many exact draws; 1 is exact), total variation
+of the mode weights, Mahalanobis radius inside the modes (1 is exact, < 1 too narrow), error of the evidence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from scoreinv.bench.problems import MixtureProblem, four_fields, grid_mixture, power_law_mixture
+from scoreinv.priors.base import stream
+from scoreinv.samplers import sample
+from scoreinv.samplers.run import Sampler
+
+
+@dataclass(frozen=True)
+class Score:
+    """How far draws are from an exact posterior."""
+
+    problem: str
+    seed: int
+    wasserstein: float
+    total_variation: float
+    mahalanobis: float
+    evidence_error: float
+    evidence_std: float
+    evaluations: int
+    seconds: float
+
+
+def sliced_wasserstein(x: Tensor, reference: Tensor, directions: int = 400) -> float:
+    """Root mean square of the 2-Wasserstein distances of random one-dimensional projections.
+
+    Args:
+        x: Draws, with shape (n, d).
+        reference: Exact draws, with shape (k n, d).
+    """
+    theta = torch.randn((x.shape[1], directions), generator=stream(0), dtype=torch.float64)
+    theta = theta / theta.norm(dim=0)
+    a, b = (x @ theta).sort(0).values, (reference @ theta).sort(0).values
+    b = b.reshape(len(x), -1, directions)
+    return float((a[:, None] - b).square().mean().sqrt())
+
+
+def score(problem: MixtureProblem, sampler: Sampler, n: int, seed: int) -> Score:
+    """Run a sampler on a problem and score it."""
+    draws = sample(problem.posterior, n, sampler, seed=seed)
+    x = draws.x.flatten(1).double()
+    reference = problem.draws(4 * n, seed + 1)
+    floor = sliced_wasserstein(problem.draws(n, seed + 2), reference)
+    radius, density = problem.radius(x)
+    mode = density.argmax(1)
+    share = torch.bincount(mode, minlength=len(problem.weights)) / n
+    return Score(
+        problem.name,
+        seed,
+        sliced_wasserstein(x, reference) / floor,
+        0.5 * float((share - problem.weights).abs().sum()),
+        float(radius.gather(1, mode[:, None]).mean()),
+        draws.log_evidence - problem.log_evidence,
+        draws.log_evidence_std,
+        draws.evaluations,
+        draws.seconds,
+    )
+
+
+def mixture_problems(seed: int, quick: bool = False) -> list[MixtureProblem]:
+    """The suite of one seed."""
+    grids = [(8, 1), (8, 2), (8, 4), (80, 1), (80, 2), (80, 4)]
+    fields = [(64, 4), (64, 16), (256, 128)]
+    if quick:
+        grids, fields = [(8, 1), (80, 4)], [(64, 16)]
+    return [
+        *(grid_mixture(d, m, seed) for d, m in grids),
+        *(power_law_mixture(d, m, seed) for d, m in fields),
+        *([] if quick else [four_fields(seed)]),
+    ]
+
+
+def mixture_table(sampler: Sampler, n: int, seeds: int, quick: bool = False) -> list[dict]:
+    """Scores of every problem and seed, as rows."""
+    rows = []
+    for seed in range(seeds):
+        for problem in mixture_problems(seed, quick):
+            rows.append(asdict(score(problem, sampler, n, seed)))
+    return rows

@@ -1,0 +1,177 @@
+"""Calibration of image posteriors with a trained prior.
+
+Truths drawn from the prior itself test the inference; held-out simulated images test the prior with it. The error of the
+posterior mean over its predicted standard deviation, rms over all truths, is 1 for a calibrated posterior: in total, in
+bands of spatial frequency, and as normal scores of the total flux.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from scoreinv.likelihood import Likelihood
+from scoreinv.noise import GaussianNoise
+from scoreinv.operators import NUFFT, PSFConvolution
+from scoreinv.operators.fourier import ARCSEC
+from scoreinv.posterior import Posterior
+from scoreinv.priors import Prior
+from scoreinv.priors.base import stream
+from scoreinv.samplers import sample
+from scoreinv.samplers.run import Sampler
+from scoreinv.simulators.arrays import alma_track
+
+BANDS = ((0, 3), (3, 8), (8, 16), (16, 1000))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one truth's posterior got right.
+
+    Attributes:
+        error: Squared error of the posterior mean in each band of spatial frequency.
+        predicted: What the posterior's variance predicts for it.
+        flux: Normal score of the true total flux.
+        normalised: Squared error of the mean over the truth's sum of squares.
+        evaluations: Network evaluations per draw.
+        seconds: Wall time.
+        weights: What became of the weights.
+    """
+
+    error: tuple[float, ...]
+    predicted: tuple[float, ...]
+    flux: float
+    normalised: float
+    evaluations: int
+    seconds: float
+    weights: str
+
+
+def gaussian_psf(fwhm: float, size: int = 19) -> Tensor:
+    """A normalised Gaussian PSF, with shape (size, size); `fwhm` [pixel]."""
+    i = torch.arange(size, dtype=torch.float64) - size // 2
+    psf = torch.exp(-(i[:, None] ** 2 + i**2) / (2 * (fwhm / 2.354820045) ** 2))
+    return psf / psf.sum()
+
+
+def psf_problem(prior: Prior, noise: float) -> Likelihood:
+    """Blur of 3.8 pixels and white noise [model unit]."""
+    return Likelihood(PSFConvolution(gaussian_psf(3.8), prior.shape), GaussianNoise(std=noise))
+
+
+def uv_problem(prior: Prior, noise: float, truths: Tensor) -> Likelihood:
+    """A three-hour ALMA track, the longest baseline resolved by three pixels.
+
+    Args:
+        prior: Sets the canvas.
+        noise: Noise of the dirty image over the peak of the median truth's dirty image.
+        truths: With shape (N, C, H, W).
+    """
+    uv = torch.from_numpy(alma_track(-23.0, 230e9, np.linspace(-1.5, 1.5, 12)))
+    A = NUFFT(uv, prior.shape, 1 / (3 * float(uv.abs().max()) * ARCSEC))
+    dirty = A.adjoint(A(truths.double())) / len(uv)
+    peak = float(dirty.flatten(1).max(1).values.median())
+    return Likelihood(A, GaussianNoise(std=noise * peak * math.sqrt(len(uv))))
+
+
+def band_power(x: Tensor) -> Tensor:
+    """Squared norm in each band of spatial frequency [cycles per image], with shape (B, bands)."""
+    H, W = x.shape[-2:]
+    ky, kx = torch.fft.fftfreq(H) * H, torch.fft.fftfreq(W) * W
+    k = (ky[:, None] ** 2 + kx**2).sqrt()
+    power = torch.fft.fft2(x.double(), norm="ortho").abs().square().sum(-3)
+    return torch.stack([power[:, (k >= low) & (k < high)].sum(1) for low, high in BANDS], dim=1)
+
+
+def outcome(
+    prior: Prior, likelihood: Likelihood, truth: Tensor, sampler: Sampler, n: int, seed: int
+) -> Outcome:
+    """Observe one truth, with shape (C, H, W), sample, and compare."""
+    y = likelihood.simulate(truth[None], seed)[0]
+    draws = sample(Posterior(prior, likelihood, y), n, sampler, seed=seed, island=n)
+    x, truth = draws.x.double(), truth.double()
+    mean = x.mean(0)
+    flux = x.flatten(1).sum(1)
+    # the mean of n draws scatters by a share 1 / n of the variance around the exact posterior mean
+    inflation = (1 + 1 / n) * n / (n - 1)
+    return Outcome(
+        tuple(band_power((mean - truth)[None])[0].tolist()),
+        tuple((inflation * band_power(x - mean).mean(0)).tolist()),
+        float((truth.sum() - flux.mean()) / (flux.std() * math.sqrt(1 + 1 / n))),
+        float((mean - truth).square().sum() / truth.square().sum()),
+        draws.evaluations,
+        draws.seconds,
+        draws.weights,
+    )
+
+
+def calibrate(
+    prior: Prior,
+    likelihood: Likelihood,
+    truths: Tensor,
+    sampler: Sampler,
+    n: int,
+    seed: int,
+    store: Path | None = None,
+    progress: bool = False,
+) -> list[Outcome]:
+    """Outcomes of all truths, with shape (N, C, H, W); those already in the file `store` are not run again."""
+    done = [] if store is None or not store.exists() else store.read_text().splitlines()
+    outcomes = [Outcome(**json.loads(line)) for line in done][: len(truths)]
+    rest = range(len(outcomes), len(truths))
+    for i in tqdm(rest, disable=not progress, desc="truths"):
+        outcomes.append(outcome(prior, likelihood, truths[i], sampler, n, 1000 * seed + i))
+        if store is not None:
+            with store.open("a") as f:
+                f.write(json.dumps(asdict(outcomes[-1])) + "\n")
+    return outcomes
+
+
+def summary(outcomes: list[Outcome]) -> dict[str, float | list[float]]:
+    """The table's row: ratios with their jackknife errors."""
+    error = np.array([o.error for o in outcomes])
+    predicted = np.array([o.predicted for o in outcomes])
+    ratio = lambda e, p: np.sqrt(e.sum(0) / p.sum(0))
+
+    def jackknife(e: np.ndarray, p: np.ndarray) -> np.ndarray:
+        n = len(e)
+        left_out = np.array([ratio(np.delete(e, i, 0), np.delete(p, i, 0)) for i in range(n)])
+        return np.sqrt((n - 1) * left_out.var(0))
+
+    total = error.sum(1), predicted.sum(1)
+    flux = np.array([o.flux for o in outcomes])
+    return {
+        "truths": len(outcomes),
+        "total": float(ratio(*total)),
+        "total_error": float(jackknife(*total)),
+        "bands": ratio(error, predicted).tolist(),
+        "bands_error": jackknife(error, predicted).tolist(),
+        "flux_mean": float(flux.mean()),
+        "flux_std": float(flux.std(ddof=1)),
+        "normalised_error": float(np.median([o.normalised for o in outcomes])),
+        "evaluations": max(o.evaluations for o in outcomes),
+        "seconds": float(np.mean([o.seconds for o in outcomes])),
+    }
+
+
+def truths_from_prior(prior: Prior, n: int, seed: int) -> Tensor:
+    """Draws of the prior, with shape (n, C, H, W)."""
+    return prior.sample(n, seed)
+
+
+def held_out_truths(
+    kind: str, size: int, n: int, seed: int, amplitude: tuple[float, float]
+) -> Tensor:
+    """Simulated images the prior was not trained on, with its amplitudes and shifts, with shape (n, 1, H, W)."""
+    from scoreinv.simulators import simulate_images
+    from scoreinv.training import augment
+
+    images = torch.from_numpy(simulate_images(kind, n, size, 10_000 + seed)).float()
+    return augment(images, stream(seed, 9), shift=2, amplitude=amplitude)

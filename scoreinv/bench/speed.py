@@ -1,0 +1,69 @@
+"""What a posterior draw costs beside the network's own forward passes, measured side by side in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from scoreinv.bench.learned import psf_problem, uv_problem
+from scoreinv.posterior import Posterior
+from scoreinv.priors import Prior
+from scoreinv.samplers import sample
+from scoreinv.samplers.run import Sampler
+
+
+def timed(f: Callable[[], object]) -> float:
+    """Wall time of one call [s]."""
+    began = time.perf_counter()
+    f()
+    return time.perf_counter() - began
+
+
+def overhead(
+    prior: Prior, sampler: Sampler, n: int = 64, island: int = 16, repeats: int = 3
+) -> list[dict]:
+    """Wall time of `sample` over (evaluations x one bare forward pass), for PSF and uv data.
+
+    Sampling and forward passes alternate, so that a drift of the machine's speed cancels in the ratio; the median of
+    the repeats is quoted.
+    """
+    truth = prior.sample(1, seed=0)
+    rows = []
+    for name, likelihood in (
+        ("PSF, 64 x 64", psf_problem(prior, 0.03)),
+        ("uv, 64 x 64", uv_problem(prior, 0.03, truth)),
+    ):
+        y = likelihood.simulate(truth, seed=1)[0]
+        x = torch.randn(island, *prior.shape, generator=torch.Generator().manual_seed(0))
+        sigma = torch.full((island,), 0.1)
+        forward = lambda x=x, sigma=sigma: prior.denoise(x, sigma)
+        ratios, walls = [], []
+        with torch.no_grad():
+            forward()
+            for repeat in range(repeats):
+                bare = [timed(forward) for _ in range(20)]
+                posterior = Posterior(prior, likelihood, y)
+                result: list = []
+                wall = timed(
+                    lambda p=posterior, r=result, s=repeat: r.append(
+                        sample(p, n, sampler, seed=s, island=island)
+                    )
+                )
+                bare += [timed(forward) for _ in range(20)]
+                floor = statistics.median(bare) * result[0].evaluations * n / island
+                walls.append(wall)
+                ratios.append(wall / floor)
+        rows.append(
+            {
+                "problem": name,
+                "draws": n,
+                "evaluations": result[0].evaluations,
+                "forward [ms/image]": 1e3 * statistics.median(bare) / island,
+                "wall [s]": statistics.median(walls),
+                "wall / forward passes": statistics.median(ratios),
+            }
+        )
+    return rows

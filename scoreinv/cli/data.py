@@ -1,0 +1,313 @@
+"""The data sections of a configuration: where an observation comes from.
+
+Each section is a dataclass of keys, and `observe` makes an `Observation` of it on the canvas of a
+prior: likelihood, data, sky coordinates, and how the data are drawn as an image.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import singledispatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import scoreinv as si
+from scoreinv.simulators.arrays import alma_track, thermal_noise
+
+ENVIRONMENT = "SCOREINV_DATA"
+DISH = math.pi * 6.0**2  # area of an ALMA antenna [m^2]
+
+
+@dataclass(frozen=True)
+class VisibilityData:
+    """Visibilities in a file: UVFITS, visilens .bin, .npz or a text table.
+
+    Args:
+        path: File, below the folder $SCOREINV_DATA or the working directory.
+        pixel_scale: Side of a pixel of the image [arcsec].
+        unit: Unit of u, v in .npz and text: lambda (the default), klambda, or m with frequency.
+        frequency: Frequency where the file has none [Hz].
+        format: uvfits, visilens, npz or text; seen from the content if left out.
+        sign: Sign of the Fourier exponent in the file, -1 or 1; known for uvfits and visilens.
+        shift: Offset of the image's centre from the phase centre, to the East and to the North
+            [arcsec].
+    """
+
+    path: str
+    pixel_scale: float
+    unit: str | None = None
+    frequency: float | None = None
+    format: str | None = None
+    sign: int | None = None
+    shift: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class CutoutData:
+    """A piece of an optical image with its PSF and its noise: FITS, .npz, .npy or HDF5.
+
+    Args:
+        path: File with the image, below the folder $SCOREINV_DATA or the working directory.
+        psf: File with the PSF at the same pixel scale.
+        noise: Standard deviation of white noise [unit of the image]; or measured: the power
+            spectrum of the blank sky in all images of the file.
+        hdu: Number or name of the FITS HDU; name of the array in .npz and HDF5.
+        psf_hdu: The same of the PSF; what the catalogue says, or the only one, if left out.
+        psf_size: Largest side of the PSF to keep around its centre [pixel].
+        normalise_psf: Divide the PSF by its sum.
+        size: Side, or [rows, columns], of the part to keep [pixel]; everything if left out.
+        centre: Pixel [row, column] of the file in the centre of that part.
+        catalogue: GalSim catalogue: pixel scale, HDU of the PSF, noise variance.
+        pixel_scale: Side of a pixel [arcsec], for files that do not state it.
+        background: Number to subtract, or median-of-border; nothing if left out.
+        mask_nan: Leave NaN pixels out of the fit.
+        plane: Which image of a three-dimensional array.
+    """
+
+    path: str
+    psf: str
+    noise: float | str
+    hdu: int | str = 0
+    psf_hdu: int | str | None = None
+    psf_size: int | None = None
+    normalise_psf: bool = False
+    size: int | tuple[int, int] | None = None
+    centre: tuple[int, int] | None = None
+    catalogue: str | None = None
+    pixel_scale: float | None = None
+    background: float | str | None = None
+    mask_nan: bool = False
+    plane: int | None = None
+
+
+@dataclass(frozen=True)
+class ThermalNoise:
+    """Noise of a visibility of two 12 m antennas, both polarisations averaged.
+
+    Args:
+        tsys: System temperature above the atmosphere [K].
+        bandwidth: Bandwidth of a visibility [Hz].
+        integration: Integration time of a visibility [s].
+        efficiency: Aperture times correlator efficiency.
+    """
+
+    tsys: float
+    bandwidth: float
+    integration: float
+    efficiency: float = 0.7
+
+    @property
+    def std(self) -> float:
+        """Of each of the real and the imaginary part [Jy]."""
+        return thermal_noise(
+            self.tsys, self.efficiency, DISH, self.bandwidth, self.integration, polarisations=2
+        )
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A simulated sky seen by ALMA (configuration C43-7, 43 antennas); the truth is known.
+
+    Args:
+        kind: galaxy or disc.
+        flux: Total flux of the sky [Jy].
+        pixel_scale: Side of a pixel [arcsec].
+        declination: Of the source [deg].
+        hour_angles: First and last integration [h].
+        integrations: How many there are from the first to the last.
+        frequency: Observing frequency [Hz].
+        noise: Thermal noise.
+        scale: Factor on the antenna positions; 0.5 doubles the beam.
+        elevation_limit: Integrations with the source below are dropped [deg].
+        seed: Decides the sky and the noise.
+    """
+
+    kind: str
+    flux: float
+    pixel_scale: float
+    declination: float
+    hour_angles: tuple[float, float]
+    integrations: int
+    frequency: float
+    noise: ThermalNoise
+    scale: float = 1.0
+    elevation_limit: float = 20.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One observation, ready to be put under a prior.
+
+    Attributes:
+        likelihood: p(y | x) on the canvas of the prior.
+        y: Data, with shape (*data).
+        grid: Sky coordinates of the canvas.
+        image: Draws data, with shape (*data), as an image, with shape (C, H, W).
+        unit: Unit of that image.
+        rms: Its noise [unit].
+        origin: Where the data come from, for the record.
+        truth: The true sky, with shape (C, H, W), if this is a simulation.
+    """
+
+    likelihood: si.Likelihood
+    y: Tensor
+    grid: si.Grid
+    image: Callable[[Tensor], Tensor]
+    unit: str
+    rms: float
+    origin: dict[str, Any] = field(default_factory=dict)
+    truth: Tensor | None = None
+
+
+@singledispatch
+def observe(section: Any, shape: tuple[int, ...]) -> Observation:
+    """The observation that a data section describes, on a canvas of this shape (C, H, W)."""
+    raise TypeError(f"no data section: {section}")
+
+
+@observe.register
+def _(section: VisibilityData, shape: tuple[int, ...]) -> Observation:
+    vis = si.read_visibilities(
+        located(section.path), section.unit, section.frequency, section.format, section.sign
+    )
+    if any(section.shift):
+        vis = vis.shifted(*section.shift)
+    grid = vis.grid(shape[-2:], section.pixel_scale)
+    operator = si.NUFFT(vis.uv, shape, section.pixel_scale)
+    likelihood = si.Likelihood(operator, si.GaussianNoise(std=vis.std))
+    origin = {"source": vis.source, "sha256": vis.sha256, "flagged": vis.flagged}
+    return _visibilities(likelihood, vis.data, grid, origin)
+
+
+@observe.register
+def _(section: Simulation, shape: tuple[int, ...]) -> Observation:
+    if shape[0] != 1 or shape[1] != shape[2]:
+        raise ValueError(f"the prior makes images of shape {shape}, simulations are (1, H, H)")
+    sky = si.simulators.simulate_images(section.kind, 1, shape[-1], section.seed)[0]
+    truth = torch.from_numpy(sky.astype(np.float64))
+    truth *= section.flux / truth.sum()
+    hours = np.linspace(*section.hour_angles, section.integrations)
+    uv = torch.from_numpy(
+        alma_track(
+            section.declination, section.frequency, hours, section.scale, section.elevation_limit
+        )
+    )
+    std = torch.full((len(uv),), section.noise.std, dtype=torch.float64)
+    operator = si.NUFFT(uv, shape, section.pixel_scale)
+    likelihood = si.Likelihood(operator, si.GaussianNoise(std=std))
+    y = likelihood.simulate(truth[None], section.seed)[0]
+    grid = si.Grid(shape[-2:], section.pixel_scale, frequency=section.frequency, unit="Jy/pixel")
+    origin = {"source": f"simulated {section.kind}, seed {section.seed}"}
+    return _visibilities(likelihood, y, grid, origin, truth)
+
+
+def _visibilities(
+    likelihood: si.Likelihood,
+    y: Tensor,
+    grid: si.Grid,
+    origin: dict[str, Any],
+    truth: Tensor | None = None,
+) -> Observation:
+    """Drawn as the naturally weighted map, whose noise is 1 / sqrt(sum of weights) [Jy/beam]."""
+    weights = float(likelihood.noise.pixel_precision.sum())
+    return Observation(
+        likelihood,
+        y,
+        grid,
+        lambda data: likelihood.projection(data) / weights,
+        "Jy/beam",
+        weights**-0.5,
+        origin,
+        truth,
+    )
+
+
+@observe.register
+def _(section: CutoutData, shape: tuple[int, ...]) -> Observation:
+    cutout = si.read_cutout(
+        located(section.path),
+        hdu=section.hdu,
+        psf=located(section.psf),
+        psf_hdu=section.psf_hdu,
+        size=section.size,
+        centre=section.centre,
+        noise=section.noise,
+        catalogue=None if section.catalogue is None else located(section.catalogue),
+        pixel_scale=section.pixel_scale,
+        background=section.background,
+        mask_nan=section.mask_nan,
+        psf_size=section.psf_size,
+        plane=section.plane,
+    )
+    field = cutout.grid.shape
+    if shape[0] != 1 or any(n > m for n, m in zip(field, shape[-2:], strict=True)):
+        raise ValueError(
+            f"the cutout is {field[0]} x {field[1]} pixels, the prior makes images of shape "
+            f"{shape}; keep a part with cutout.size={min(shape[-2:])}, or choose a larger prior"
+        )
+    operator = si.PSFConvolution(cutout.psf, shape, field, normalise=section.normalise_psf)
+    low = [(m - n) // 2 for n, m in zip(field, shape[-2:], strict=True)]
+    return Observation(
+        likelihood=si.Likelihood(operator, pixel_noise(cutout)),
+        y=cutout.data,
+        grid=cutout.grid.cropped(-low[0], -low[1], tuple(shape[-2:])),
+        image=lambda data: _framed(data, cutout.mask, shape, low),
+        unit=cutout.grid.unit,
+        rms=cutout.std,
+        origin={"source": cutout.source, "sha256": cutout.sha256},
+    )
+
+
+def pixel_noise(cutout: si.Cutout) -> si.GaussianNoise:
+    """Noise of a cutout; masked pixels have infinite variance.
+
+    Raises:
+        ValueError: Masked pixels in correlated noise.
+    """
+    masked = cutout.mask is not None and not bool(cutout.mask.all())
+    if cutout.noise_spectrum is None:
+        variance = torch.full(cutout.data.shape, cutout.std**2, dtype=torch.float64)
+        return si.GaussianNoise(
+            variance=variance.masked_fill(~cutout.mask, math.inf) if masked else cutout.std**2
+        )
+    if masked:
+        raise ValueError(
+            f"{int((~cutout.mask).sum())} pixels are masked, and the spectrum of correlated noise "
+            "needs all of them; give cutout.noise as a number, or cut the masked pixels away"
+        )
+    return si.GaussianNoise(spectrum=cutout.noise_spectrum)
+
+
+def _framed(data: Tensor, mask: Tensor | None, shape: tuple[int, ...], low: list[int]) -> Tensor:
+    """Data in their place on the canvas, NaN where nothing was measured."""
+    canvas = torch.full(shape, math.nan, dtype=torch.float64)
+    rows, columns = (slice(a, a + n) for a, n in zip(low, data.shape[-2:], strict=True))
+    canvas[..., rows, columns] = data if mask is None else data.masked_fill(~mask, math.nan)
+    return canvas
+
+
+def located(path: str) -> Path:
+    """The file below $SCOREINV_DATA if it is there, otherwise below the working directory.
+
+    Raises:
+        FileNotFoundError: It is at neither place; the message says how to fetch public data.
+    """
+    root = os.environ.get(ENVIRONMENT)
+    places = [*([Path(root) / path] if root else []), Path.cwd() / path]
+    for place in places:
+        if place.exists():
+            return place
+    seen = " nor ".join(str(place) for place in dict.fromkeys(places))
+    raise FileNotFoundError(
+        f"{path} is not there: looked for {seen}{'' if root else f' ({ENVIRONMENT} is unset)'}. "
+        f"Fetch public data with `python data_scripts/fetch.py --to DIR`, then "
+        f"`export {ENVIRONMENT}=DIR`"
+    )

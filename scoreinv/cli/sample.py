@@ -1,0 +1,183 @@
+"""`scoreinv sample`: posterior images of one observation."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import scoreinv as si
+from scoreinv.cli.data import CutoutData, Observation, Simulation, VisibilityData, observe
+
+ENDINGS = (".fits", ".h5", ".hdf5")
+DATA = ("visibilities", "cutout", "simulation")
+SAMPLERS = ("smc", "anneal", "guided")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """One observation, a prior and a sampler.
+
+    Args:
+        prior: Shipped prior (see `scoreinv priors`), or a folder with one.
+        output: Result, ending in .fits, .h5 or .hdf5.
+        visibilities: Data, one of three kinds: visibilities in a file.
+        cutout: Data, one of three kinds: an optical image with its PSF and its noise.
+        simulation: Data, one of three kinds: a simulated sky seen by ALMA, its truth known.
+        amplitude: Sky units per model unit of the prior; chosen by the evidence if left out.
+        n: Draws wanted.
+        seed: Decides every draw.
+        island: Draws that are made together, and kept together in case of an interruption.
+        smc: Sampler, one of three kinds, the default: weighted particles with moves.
+        anneal: Sampler, one of three kinds: moves without weights, for one mode.
+        guided: Sampler, one of three kinds: one pass, fast and approximate.
+        figure: true: beside the output, ending in .png; false: none; or its name.
+        overwrite: Replace an existing result, and forget the islands of an interrupted run.
+    """
+
+    prior: str
+    output: str
+    visibilities: VisibilityData | None = None
+    cutout: CutoutData | None = None
+    simulation: Simulation | None = None
+    amplitude: float | None = None
+    n: int = 64
+    seed: int = 0
+    island: int = 16
+    smc: si.SMC | None = None
+    anneal: si.Anneal | None = None
+    guided: si.Guided | None = None
+    figure: bool | str = True
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in DATA if getattr(self, name) is not None]
+        if len(given) != 1:
+            seen = " and ".join(given) or "none"
+            raise ValueError(f"expected exactly one of the sections {', '.join(DATA)}; got {seen}")
+        samplers = [name for name in SAMPLERS if getattr(self, name) is not None]
+        if len(samplers) > 1:
+            raise ValueError(f"expected one sampler at most, got {' and '.join(samplers)}")
+        if self.path.suffix not in ENDINGS:
+            raise ValueError(f"output is {self.output}, expected a name in {', '.join(ENDINGS)}")
+
+    @property
+    def path(self) -> Path:
+        return Path(self.output)
+
+    @property
+    def islands(self) -> Path:
+        """Folder of the finished islands."""
+        return self.path.with_suffix(".islands")
+
+    @property
+    def picture(self) -> Path | None:
+        """File of the figure."""
+        if isinstance(self.figure, bool):
+            return self.path.with_suffix(".png") if self.figure else None
+        return Path(self.figure)
+
+    @property
+    def data(self) -> VisibilityData | CutoutData | Simulation:
+        return next(x for x in map(self.__getattribute__, DATA) if x is not None)
+
+    @property
+    def sampler(self) -> si.SMC | si.Anneal | si.Guided:
+        given = [x for x in map(self.__getattribute__, SAMPLERS) if x is not None]
+        return given[0] if given else si.SMC()
+
+
+def sample(config: SampleConfig) -> None:
+    """Draw posterior images of one observation, and write them with a figure."""
+    _prepare(config)
+    prior = si.load_prior(config.prior)
+    seen = observe(config.data, prior.shape)
+    amplitude = config.amplitude or _amplitude(prior, seen)
+    _say("data", f"{seen.origin['source']}, {seen.likelihood.data_size} numbers")
+    _say("prior", f"{prior.identity['prior']}, amplitude {amplitude:.4g} {seen.grid.unit}")
+    draws = _draw(config, si.Posterior(prior.rescaled(amplitude), seen.likelihood, seen.y), seen)
+    draws = _completed(draws, config, seen, amplitude)
+    print(draws)
+    for name, text in _findings(draws, seen):
+        _say(name, text)
+    _say("result", draws.write(config.path, overwrite=config.overwrite))
+    shutil.rmtree(config.islands)
+    if config.picture is not None:
+        draws.plot().savefig(config.picture)
+        _say("figure", config.picture)
+
+
+def _prepare(config: SampleConfig) -> None:
+    """Make sure that the result can be written, before anything is computed."""
+    for path in filter(None, (config.path, config.picture)):
+        if path.exists() and not config.overwrite:
+            raise FileExistsError(f"{path} exists; choose another output, or pass --overwrite")
+    config.path.parent.mkdir(parents=True, exist_ok=True)
+    if config.overwrite and config.islands.exists():
+        shutil.rmtree(config.islands)
+
+
+def _amplitude(prior: si.Prior, seen: Observation) -> float:
+    """The most probable amplitude, to the four digits that it is known to.
+
+    The last bits depend on the number of threads; a run that goes on elsewhere must find the same.
+    """
+    return float(f"{si.amplitude_by_evidence(prior, seen.likelihood, seen.y):.4g}")
+
+
+def _draw(config: SampleConfig, posterior: si.Posterior, seen: Observation) -> si.Samples:
+    try:
+        return si.sample(
+            posterior,
+            config.n,
+            config.sampler,
+            seed=config.seed,
+            island=config.island,
+            folder=config.islands,
+            progress=sys.stderr.isatty(),
+            grid=seen.grid,
+        )
+    except KeyboardInterrupt:
+        finished = len(list(config.islands.glob("*.safetensors")))
+        wanted = math.ceil(config.n / config.island)
+        raise KeyboardInterrupt(
+            f"{finished} of {wanted} islands are finished and kept in {config.islands}; "
+            "the same command goes on from there"
+        ) from None
+
+
+def _completed(
+    draws: si.Samples, config: SampleConfig, seen: Observation, amplitude: float
+) -> si.Samples:
+    """The draws with the data as they were seen, the truth and the configuration."""
+    residual = seen.likelihood.residual(seen.y, draws.mean[None])[0]
+    data = {**seen.origin, "unit": seen.unit, "rms": seen.rms}
+    return draws.with_(
+        data_image=seen.image(seen.y),
+        residual_image=seen.image(residual),
+        truth=seen.truth,
+        meta={**draws.meta, "amplitude": amplitude, "data": data, "config": asdict(config)},
+    )
+
+
+def _findings(draws: si.Samples, seen: Observation) -> Iterator[tuple[str, str]]:
+    """What a first look at the result should check."""
+    chi2 = float(seen.likelihood.chi2(seen.y, draws.mean[None])) / seen.likelihood.data_size
+    yield "chi^2", f"{chi2:.3f} per datum, of the posterior mean"
+    largest = float(draws.residual_image.abs().nan_to_num().max()) / seen.rms
+    yield "residual", f"{largest:.2f} times its noise at most"
+    flux, unit = draws.x.double().flatten(1).sum(1), seen.grid.unit.removesuffix("/pixel")
+    yield "total flux", f"{float(flux.mean()):.4g} +- {float(flux.std()):.2g} {unit}"
+    if seen.truth is not None:
+        covered = si.diagnostics.pixel_coverage(draws.x, seen.truth.to(draws.x.dtype))
+        pairs = (f"{share:.2f} (nominal {level:g})" for level, share in covered.items())
+        yield "coverage", f"of the true pixels {', '.join(pairs)}"
+        yield "true flux", f"{float(seen.truth.sum()):.4g} {unit}"
+
+
+def _say(name: str, text: Any) -> None:
+    print(f"{name:<14}{text}")

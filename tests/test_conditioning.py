@@ -1,0 +1,351 @@
+"""The three ways to condition a Gaussian on data, against dense linear algebra."""
+
+import math
+
+import pytest
+import torch
+
+from scoreinv import conditioning
+from scoreinv.conditioning import (
+    CommutingConditioner,
+    DataSpaceConditioner,
+    IterativeConditioner,
+    conditioner,
+    lanczos_logdet,
+)
+from scoreinv.gaussian import Dense, Diagonal, Fourier, Gaussian, LowRank, Scalar
+from scoreinv.kernels import conditional, expectation
+from scoreinv.likelihood import Likelihood
+from scoreinv.noise import GaussianNoise
+from scoreinv.operators import NUFFT, DenseOperator, Identity, Mask, PSFConvolution
+from tests.analytic import (
+    ARCSEC,
+    dense,
+    flat,
+    gaussian,
+    p_value,
+    posterior,
+    power_law,
+    visibilities,
+)
+
+SHAPE, D = (1, 6, 7), 42
+PIXEL = 0.1  # [arcsec]
+S = 0.4  # noise level of the path
+FALSE_ALARMS = 1e-4  # of each statistical test
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=rng(seed), dtype=dtype)
+
+
+def uniform(*shape, seed=0):
+    return torch.rand(shape, generator=rng(seed), dtype=torch.float64)
+
+
+def baselines(n, seed=0):
+    return (2 * uniform(n, 2, seed=seed) - 1) / (2 * PIXEL * ARCSEC)
+
+
+def spd(d):
+    return normal(d, d) @ normal(d, d).T / d + 0.1 * torch.eye(d, dtype=torch.float64)
+
+
+def blob(n, width=1.0):
+    """A round kernel with shape (n, n), of sum one."""
+    r2 = (torch.arange(n, dtype=torch.float64) - n // 2) ** 2
+    psf = torch.exp(-(r2[:, None] + r2) / (2 * width**2))
+    return psf / psf.sum()
+
+
+STATIONARY = Fourier(power_law(*SHAPE[-2:]))
+EACH = Diagonal(0.2 + uniform(*SHAPE))
+MASKED = torch.where(uniform(*SHAPE) > 0.3, 0.1 + uniform(*SHAPE, seed=1), math.inf)
+PERIODIC = PSFConvolution(blob(5), SHAPE, boundary="circular")
+SEEN = NUFFT(baselines(15), SHAPE, PIXEL)
+WEIGHTS = GaussianNoise(variance=0.5 + uniform(15))
+
+# prior covariance, operator, noise
+COMMUTING = {
+    "white": (Scalar(0.5), Identity(SHAPE), GaussianNoise(std=0.3)),
+    "pixels": (EACH, Mask(uniform(*SHAPE) > 0.5), GaussianNoise(variance=MASKED)),
+    "stationary": (STATIONARY, PERIODIC, GaussianNoise(spectrum=power_law(6, 7, 1.0))),
+    "stationary-white": (STATIONARY, Identity(SHAPE), GaussianNoise(std=0.3)),
+}
+DATA_SPACE = {
+    "dense-few": (Dense(spd(D)), DenseOperator(normal(5, D), SHAPE), GaussianNoise(std=0.3)),
+    "dense-many": (Dense(spd(D)), DenseOperator(normal(60, D), SHAPE), GaussianNoise(std=3.0)),
+    "matrix": (EACH, DenseOperator(normal(9, D), SHAPE), GaussianNoise(covariance=spd(9))),
+    "complex": (
+        Scalar(0.5),
+        DenseOperator(normal(9, D, dtype=torch.complex128), SHAPE),
+        GaussianNoise(variance=0.5 + uniform(9)),
+    ),
+    "low-rank": (LowRank(normal(3, *SHAPE), floor=0.3), SEEN, WEIGHTS),
+    "visibilities": (STATIONARY, SEEN, WEIGHTS),
+    "masked": (STATIONARY, Identity(SHAPE), GaussianNoise(variance=MASKED)),
+}
+ITERATIVE = {
+    "visibilities": (STATIONARY, SEEN, WEIGHTS),
+    "many": (STATIONARY, NUFFT(baselines(90), SHAPE, PIXEL), GaussianNoise(std=3.0)),
+    "blurred": (STATIONARY, SEEN @ PSFConvolution(blob(5), SHAPE), WEIGHTS),
+    "cutout": (STATIONARY, PSFConvolution(blob(5), SHAPE, (4, 4)), GaussianNoise(std=0.3)),
+    "masked": (
+        STATIONARY,
+        Mask(uniform(1, 4, 4) > 0.3) @ PSFConvolution(blob(5), SHAPE, (4, 4)),
+        GaussianNoise(std=0.3),
+    ),
+    "pixels": (EACH, PSFConvolution(blob(5), SHAPE), GaussianNoise(variance=MASKED)),
+}
+PROBLEMS = {
+    f"{kind.__name__.removesuffix('Conditioner')} {name}": (kind, *problem)
+    for kind, problems in (
+        (CommutingConditioner, COMMUTING),
+        (DataSpaceConditioner, DATA_SPACE),
+        (IterativeConditioner, ITERATIVE),
+    )
+    for name, problem in problems.items()
+}
+
+
+class Problem:
+    """One observation, its conditioner and its matrices."""
+
+    def __init__(self, kind, C, A, noise):
+        likelihood = Likelihood(A, noise)
+        self.prior = Gaussian(normal(*SHAPE, seed=3), C)
+        self.y = likelihood.simulate(self.prior.sample(1, rng(4)), seed=5)[0]
+        with pytest.MonkeyPatch.context() as patch:
+            if kind is IterativeConditioner:
+                patch.setattr(conditioning, "FEW_DATA", 0)
+            self.solver = conditioner(likelihood, self.y, C, torch.float64, tolerance=1e-10)
+        assert type(self.solver) is kind
+        parts = torch.eye(2 if A.complex else 1, dtype=torch.float64)
+        weights, variance = (
+            torch.kron(dense(f, A.data_shape), parts)
+            for f in (noise.weigh, noise.covariance.apply)
+        )
+        # unit vectors meet 0 * inf where data are masked
+        self.S = torch.where(variance.isnan(), 0.0, variance)
+        self.A, self.C = dense(A.forward, SHAPE), dense(C.apply, SHAPE)
+        self.weights, self.H = weights, self.A.T @ weights @ self.A
+
+    def shift(self, K, m):
+        """(K^-1 + H)^-1 A^T S^-1 (y - A m), with shape (B, d)."""
+        residual = flat(self.y) - m.flatten(1) @ self.A.T
+        D = residual @ self.weights @ self.A
+        return torch.linalg.solve(torch.eye(D.shape[1]) + K @ self.H, (D @ K).T).T
+
+
+@pytest.fixture(params=PROBLEMS.values(), ids=PROBLEMS, scope="module")
+def problem(request):
+    return Problem(*request.param)
+
+
+def test_shift(problem):
+    m = normal(3, *SHAPE, seed=6)
+    for K in (problem.prior.covariance, conditional(problem.prior.covariance, S)):
+        actual = problem.solver.given(K).shift(m).flatten(1)
+        torch.testing.assert_close(
+            actual, problem.shift(dense(K.apply, SHAPE), m), rtol=0.0, atol=1e-7
+        )
+
+
+def test_perturbed_data_give_draws_of_the_posterior(problem):
+    # Matheron's rule: shift a draw of the prior towards perturbed data
+    n, prior = 2000, problem.prior
+    x = prior.sample(n, rng(7))
+    noise = problem.solver.noise([rng(8), rng(9)], n // 2)
+    draws = (x + problem.solver.given(prior.covariance).shift(x, noise)).flatten(1)
+    exact, _ = posterior(
+        gaussian(prior.mean.flatten(), problem.C), problem.A, problem.S, flat(problem.y)
+    )
+    assert p_value(draws, exact) > FALSE_ALARMS
+    # negative control: without the perturbation the draws are too narrow
+    narrow = (x + problem.solver.given(prior.covariance).shift(x)).flatten(1)
+    assert p_value(narrow, exact) < 1e-6
+
+
+def test_log_evidence(problem):
+    prior = gaussian(problem.prior.mean.flatten(), problem.C)
+    _, expected = posterior(prior, problem.A, problem.S, flat(problem.y))
+    assert problem.solver.log_evidence(problem.prior) == pytest.approx(expected, abs=1e-6)
+
+
+def mobility_of(problem):
+    """The mobility at level S, and the matrix (Q + W P W)^-1, P = A^T (S + A K A^T)^-1 A."""
+    C = problem.prior.covariance
+    K, W, Q = conditional(C, S), expectation(C, S), C.map(lambda v: 1 / (v + 0.5 * S**2))
+    eye, w = torch.eye(D, dtype=torch.float64), dense(W.apply, SHAPE)
+    P = problem.H @ torch.linalg.inv(eye + dense(K.apply, SHAPE) @ problem.H)
+    exact = torch.linalg.inv(dense(Q.apply, SHAPE) + w @ P @ w)
+    return problem.solver.given(K).mobility(Q, W), exact
+
+
+def test_mobility(problem):
+    mobility, exact = mobility_of(problem)
+    M = dense(mobility.apply, SHAPE)
+    if isinstance(problem.solver, IterativeConditioner):
+        # any fixed symmetric positive M will do; a filter near the exact one
+        torch.testing.assert_close(M, M.T)
+        assert torch.linalg.eigvalsh(M)[0] > 0
+    else:
+        torch.testing.assert_close(M, exact)
+
+
+def test_draws_of_the_mobility(problem):
+    mobility, _ = mobility_of(problem)
+    M, zero = dense(mobility.apply, SHAPE), torch.zeros(D, dtype=torch.float64)
+    draws = mobility.draw([rng(1), rng(2)], 1000).flatten(1)
+    assert p_value(draws, gaussian(zero, M)) > FALSE_ALARMS
+    # negative control: 10 % too wide in variance
+    assert p_value(draws, gaussian(zero, M / 1.1)) < 1e-6
+
+
+# Which one is chosen
+
+
+def choice(C, A, noise):
+    y = torch.zeros(A.data_shape, dtype=torch.complex128 if A.complex else torch.float64)
+    return type(conditioner(Likelihood(A, noise), y, C, torch.float32))
+
+
+def test_choice():
+    shape, noise = (1, 24, 24), GaussianNoise(std=1.0)
+    white, few, many = Scalar(1.0), baselines(200), baselines(300)
+    assert choice(white, Identity(shape), noise) is CommutingConditioner
+    assert choice(white, NUFFT(few, shape, PIXEL), noise) is DataSpaceConditioner
+    assert choice(white, NUFFT(many, shape, PIXEL), noise) is IterativeConditioner
+    assert choice(white, DenseOperator(normal(600, 576), shape), noise) is DataSpaceConditioner
+
+
+def test_few_data_of_a_large_image():
+    # 10 visibilities of 256 x 256 pixels: a matrix of 20 rows, not a unit matrix of 34 GB
+    uv, shape = baselines(10), (1, 256, 256)
+    likelihood = Likelihood(NUFFT(uv, shape, PIXEL), GaussianNoise(std=1.0))
+    y = normal(10, dtype=torch.complex128)
+    solver = conditioner(likelihood, y, Scalar(2.0), torch.float64)
+    actual = solver.given(Scalar(2.0)).shift(torch.zeros(1, *shape, dtype=torch.float64))
+    A = dense(lambda y: likelihood.operator.adjoint(torch.view_as_complex(y)), (10, 2)).T
+    gram = torch.eye(20, dtype=torch.float64) + 2 * A @ A.T
+    torch.testing.assert_close(actual.flatten(), 2 * A.T @ torch.linalg.solve(gram, flat(y)))
+
+
+# Conjugate gradients at image size
+
+
+@pytest.fixture(scope="module")
+def image():
+    """300 visibilities of 40 x 40 pixels: too many data to factorise, too many pixels to count."""
+    shape, uv = (1, 40, 40), 0.5 * baselines(300)
+    likelihood = Likelihood(NUFFT(uv, shape, PIXEL), GaussianNoise(std=3.0))
+    prior = Gaussian(0.1 * normal(*shape), Fourier(power_law(40, 40)))
+    return likelihood, prior, likelihood.simulate(prior.sample(1, rng(4)), seed=5)[0]
+
+
+def solver_of(image, dtype=torch.float64, tolerance=1e-3):
+    likelihood, prior, y = image
+    return conditioner(likelihood, y, prior.covariance, dtype, tolerance)
+
+
+def test_log_evidence_by_lanczos(image):
+    likelihood, prior, y = image
+    A = dense(lambda x: visibilities(x, likelihood.operator.uv, PIXEL), prior.mean.shape)
+    CA = prior.covariance.apply(A.reshape(600, *prior.mean.shape)).flatten(1)
+    predicted = torch.distributions.MultivariateNormal(
+        A @ prior.mean.flatten(), A @ CA.T + 9 * torch.eye(600, dtype=torch.float64)
+    )
+    solver = solver_of(image)
+    assert isinstance(solver, IterativeConditioner)
+    expected = float(predicted.log_prob(flat(y)))
+    assert solver.log_evidence(prior) == pytest.approx(expected, abs=0.3)
+    # the determinant is the smaller part of it: without it the evidence is far off
+    assert abs(solver.constant - expected) > 3
+
+
+def test_tolerance_is_kept(image):
+    likelihood, prior, y = image
+    m = prior.sample(3, rng(1))
+    exact = solver_of(image, tolerance=1e-12).given(prior.covariance).shift(m)
+    for tolerance in (1e-2, 1e-4, 1e-6):
+        u = solver_of(image, tolerance=tolerance).given(prior.covariance).shift(m)
+        assert float((u - exact).norm() / exact.norm()) < 10 * tolerance
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("s", [2.0, 0.1])
+def test_a_particle_does_not_depend_on_its_neighbours(image, dtype, rounding, s):
+    likelihood, prior, y = image
+    conditioned = solver_of(image, dtype).given(conditional(prior.covariance, s))
+    m = prior.sample(5, rng(1)).to(dtype)
+    far = torch.cat([m[:1], 1e6 * m[1:]])
+    together, among_far = conditioned.shift(m)[0], conditioned.shift(far)[0]
+    assert torch.equal(together, among_far)
+    # alone: the same iterations; only rounding, in FFTs that work on several images at once
+    alone = conditioned.shift(m[:1])[0]
+    torch.testing.assert_close(
+        alone, together, rtol=0.0, atol=rounding * float(together.abs().max())
+    )
+
+
+def iterations(A, noise, C):
+    y = torch.zeros(A.data_shape, dtype=torch.complex128 if A.complex else torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conditioning, "FEW_DATA", 0)
+        solver = conditioner(Likelihood(A, noise), y, C, torch.float64, tolerance=1e-4)
+    near = solver.given(C).iterations
+    solver.preconditioner = lambda K: K
+    return near, solver.given(C).iterations
+
+
+CANVAS = (1, 24, 24)
+BLUR = PSFConvolution(blob(9, 1.5), CANVAS, data_shape=(18, 18))
+NEAR = {
+    "visibilities": NUFFT(baselines(2000), CANVAS, PIXEL),
+    "blurred visibilities": NUFFT(baselines(2000), CANVAS, PIXEL)
+    @ PSFConvolution(blob(5), CANVAS),
+    "convolution": PSFConvolution(blob(9, 1.5), CANVAS),
+    "cutout": BLUR,
+    "masked cutout": Mask(uniform(1, 18, 18) > 0.1) @ BLUR,
+}
+
+
+@pytest.mark.parametrize("A", NEAR.values(), ids=NEAR)
+def test_the_nearby_circulant_saves_iterations(A):
+    near, without = iterations(
+        A, GaussianNoise(std=1.0 if A.complex else 0.05), Fourier(power_law(24, 24))
+    )
+    assert near < 0.6 * without
+
+
+def test_directions_without_variance_stay_put():
+    # a prior that knows the sky's mean level: its spectrum vanishes at k = 0
+    spectrum = power_law(*SHAPE[-2:])
+    spectrum[0, 0] = 0.0
+    problem = Problem(IterativeConditioner, Fourier(spectrum), SEEN, WEIGHTS)
+    m = normal(3, *SHAPE, seed=6)
+    u = problem.solver.given(Fourier(spectrum)).shift(m)
+    torch.testing.assert_close(u.flatten(1), problem.shift(problem.C, m), rtol=0.0, atol=1e-7)
+    prior = gaussian(problem.prior.mean.flatten(), problem.C)
+    _, expected = posterior(prior, problem.A, problem.S, flat(problem.y))
+    assert problem.solver.log_evidence(problem.prior) == pytest.approx(expected, abs=1e-6)
+
+
+def test_lanczos_logdet():
+    # probes of +-1 are exact for a diagonal operator, and 40 steps resolve this spectrum
+    v = torch.logspace(-0.3, 0.3, 1600, dtype=torch.float64)[torch.randperm(1600, generator=rng())]
+    v = v.reshape(1, 40, 40)
+    assert lanczos_logdet(lambda x: v * x, v.shape) == pytest.approx(
+        float(v.log().sum()), abs=1e-6
+    )
+
+
+def test_lanczos_stops_when_nothing_is_left():
+    # a Krylov space of two dimensions
+    v = torch.tensor([3.0, 0.5], dtype=torch.float64).repeat(8).reshape(1, 4, 4)
+    expected = 8 * math.log(3.0 * 0.5)
+    assert lanczos_logdet(lambda x: v * x, v.shape) == pytest.approx(expected, rel=1e-10)

@@ -1,0 +1,150 @@
+"""The likelihood of linear measurements against dense normal distributions."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from scoreinv.likelihood import Likelihood
+from scoreinv.noise import GaussianNoise
+from scoreinv.operators import NUFFT, DenseOperator, Identity, PSFConvolution
+from tests.analytic import dense, flat, gaussian, p_value
+
+SHAPE, D = (1, 4, 5), 20
+FALSE_ALARMS = 1e-4  # of each statistical test
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def variances(*shape):
+    return 0.2 + torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+SPD = normal(9, 9) @ normal(9, 9).T + torch.eye(9)
+LIKELIHOODS = {
+    "white": Likelihood(DenseOperator(normal(9, D), SHAPE), GaussianNoise(std=0.3)),
+    "matrix": Likelihood(DenseOperator(normal(9, D), SHAPE), GaussianNoise(covariance=SPD)),
+    "psf": Likelihood(
+        PSFConvolution(variances(3, 3), SHAPE), GaussianNoise(variance=variances(*SHAPE))
+    ),
+    "visibilities": Likelihood(
+        NUFFT(1e5 * normal(12, 2), SHAPE, 0.1), GaussianNoise(variance=variances(12))
+    ),
+}
+each = pytest.mark.parametrize("likelihood", LIKELIHOODS.values(), ids=LIKELIHOODS)
+
+
+def model(likelihood):
+    """A and S as matrices; the two parts of complex data are rows one after the other."""
+    A = dense(likelihood.operator, SHAPE)
+    S = dense(likelihood.noise.covariance.apply, likelihood.operator.data_shape)
+    if likelihood.operator.complex:
+        S = torch.kron(S, torch.eye(2, dtype=torch.float64))
+    return A, S
+
+
+@each
+def test_log_prob(likelihood):
+    A, S = model(likelihood)
+    x = normal(3, *SHAPE, seed=1)
+    y = likelihood.simulate(normal(3, *SHAPE, seed=2), seed=0)
+    means = x.flatten(1) @ A.T
+    expected = torch.stack(
+        [MultivariateNormal(m, S).log_prob(flat(r)) for m, r in zip(means, y, strict=True)]
+    )
+    torch.testing.assert_close(likelihood.log_prob(y, x), expected)
+    expected = MultivariateNormal(means, S).log_prob(flat(y[0]))
+    torch.testing.assert_close(likelihood.log_prob(y[0], x), expected)
+
+
+@each
+def test_log_prob_of_single_precision_is_double(likelihood):
+    x = normal(3, *SHAPE, seed=1).float()
+    y = likelihood.simulate(normal(3, *SHAPE, seed=2), seed=0)
+    exact = likelihood.log_prob(y, x.double())
+    torch.testing.assert_close(likelihood.log_prob(y, x), exact, rtol=1e-12, atol=0.0)
+
+
+@each
+def test_simulated_data(likelihood):
+    A, S = model(likelihood)
+    x = normal(1, *SHAPE, seed=1)
+    y = likelihood.simulate(x.expand(4000, *SHAPE), seed=3)
+    y = torch.stack([flat(r) for r in y])
+    assert p_value(y, gaussian(A @ x.flatten(), S)) > FALSE_ALARMS
+    # negative control: noise of 10 % more variance
+    assert p_value(y, gaussian(A @ x.flatten(), S / 1.1)) < 1e-6
+
+
+@each
+def test_simulations_depend_on_the_seed_alone(likelihood):
+    x = normal(2, *SHAPE)
+    state = torch.random.get_rng_state()
+    assert torch.equal(likelihood.simulate(x, seed=1), likelihood.simulate(x, seed=1))
+    assert not torch.equal(likelihood.simulate(x, seed=1), likelihood.simulate(x, seed=2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@each
+def test_chi2(likelihood):
+    A, S = model(likelihood)
+    x = normal(3, *SHAPE, seed=1)
+    y = likelihood.simulate(normal(1, *SHAPE, seed=2), seed=0)[0]
+    r = flat(y) - x.flatten(1) @ A.T
+    expected = (r * torch.linalg.solve(S, r.T).T).sum(1)
+    torch.testing.assert_close(likelihood.chi2(y, x), expected)
+
+
+@each
+def test_projection(likelihood):
+    A, S = model(likelihood)
+    y = likelihood.simulate(normal(1, *SHAPE), seed=0)[0]
+    expected = A.T @ torch.linalg.solve(S, flat(y))
+    torch.testing.assert_close(likelihood.projection(y).flatten(), expected)
+
+
+def test_each_part_of_complex_data_has_the_full_weight():
+    # V = 3 + 4i with std 2 in each part: chi^2 = 9 / 4 + 16 / 4
+    A = DenseOperator(torch.zeros(1, D, dtype=torch.complex128), SHAPE)
+    likelihood = Likelihood(A, GaussianNoise(std=2.0))
+    y, x = torch.tensor([3 + 4j], dtype=torch.complex128), normal(1, *SHAPE)
+    assert likelihood.chi2(y, x).item() == pytest.approx(25 / 4)
+    expected = -25 / 8 - math.log(2 * math.pi * 4)
+    assert likelihood.log_prob(y, x).item() == pytest.approx(expected)
+
+
+def test_data_size_leaves_masked_data_out():
+    variance = torch.tensor([1.0, math.inf, 2.0], dtype=torch.float64)
+    uv = 1e5 * normal(3, 2)
+    assert Likelihood(NUFFT(uv, SHAPE, 0.1), GaussianNoise(variance=variance)).data_size == 4
+    A = DenseOperator(normal(3, D), SHAPE)
+    assert Likelihood(A, GaussianNoise(variance=variance)).data_size == 2
+    assert Likelihood(A, GaussianNoise(std=1.0)).data_size == 3
+
+
+def test_masked_data_do_not_count():
+    seen = normal(*SHAPE) > 0
+    variance = torch.where(seen, 0.5, math.inf).double()
+    likelihood = Likelihood(Identity(SHAPE), GaussianNoise(variance=variance))
+    x, y = normal(3, *SHAPE, seed=1), normal(*SHAPE, seed=2)
+    expected = GaussianNoise(variance=0.5).log_prob((y - x)[:, seen])
+    torch.testing.assert_close(likelihood.log_prob(y, x), expected)
+    torch.testing.assert_close(likelihood.log_prob(y + 10 * ~seen, x), expected)
+
+
+def test_misfits_are_refused():
+    A = DenseOperator(normal(9, D), SHAPE)
+    with pytest.raises(ValueError, match=r"noise has shape \(8,\), the data have shape \(9,\)"):
+        Likelihood(A, GaussianNoise(variance=variances(8)))
+    likelihood = Likelihood(A, GaussianNoise(std=1.0))
+    with pytest.raises(ValueError, match=r"data have shape \(8,\), expected \(9,\), or \(3, 9\)"):
+        likelihood.log_prob(normal(8), normal(3, *SHAPE))
+    with pytest.raises(
+        ValueError, match=r"data have shape \(2, 9\), expected \(9,\), or \(3, 9\)"
+    ):
+        likelihood.log_prob(normal(2, 9), normal(3, *SHAPE))
+    with pytest.raises(ValueError, match=r"image has shape \(1, 4, 5\), expected \(B, 1, 4, 5\)"):
+        likelihood.simulate(normal(*SHAPE), seed=0)

@@ -1,0 +1,226 @@
+"""Gaussian noise against dense normal distributions."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from scoreinv.gaussian import Dense, Diagonal, Fourier, LowRank, Scalar
+from scoreinv.noise import GaussianNoise
+from scoreinv.noise.gaussian import on_grid
+from tests.analytic import dense, gaussian, p_value, power_law
+
+SHAPE, D = (2, 4, 5), 40
+FALSE_ALARMS = 1e-4  # of each statistical test
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def variances(*shape, seed=0):
+    u = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return 0.2 + u
+
+
+def spd(d):
+    return normal(d, d) @ normal(d, d).T / d + 0.1 * torch.eye(d, dtype=torch.float64)
+
+
+EYE = torch.eye(D, dtype=torch.float64)
+PAIR = torch.stack([power_law(4, 5), power_law(4, 5, slope=1.0)])
+NOISES = {
+    "std": (GaussianNoise(std=0.3), 0.09 * EYE),
+    "std-each": (GaussianNoise(std=variances(*SHAPE)), torch.diag(variances(D) ** 2)),
+    "variance": (GaussianNoise(variance=0.3), 0.3 * EYE),
+    "variance-each": (GaussianNoise(variance=variances(*SHAPE)), torch.diag(variances(D))),
+    "variance-each-channel": (
+        GaussianNoise(variance=variances(2, 1, 1)),
+        torch.diag(variances(2).repeat_interleave(20)),
+    ),
+    "spectrum": (
+        GaussianNoise(spectrum=power_law(4, 5)),
+        dense(Fourier(power_law(4, 5)).apply, SHAPE),
+    ),
+    "spectrum-each-channel": (GaussianNoise(spectrum=PAIR), dense(Fourier(PAIR).apply, SHAPE)),
+    "matrix": (GaussianNoise(covariance=spd(D)), spd(D)),
+    "low-rank": (
+        GaussianNoise(covariance=LowRank(normal(2, *SHAPE), floor=0.3)),
+        0.3 * EYE + normal(2, D).T @ normal(2, D),
+    ),
+}
+each = pytest.mark.parametrize("noise, S", NOISES.values(), ids=NOISES)
+
+
+@each
+def test_log_prob(noise, S):
+    r = normal(5, *SHAPE, seed=1)
+    expected = MultivariateNormal(torch.zeros(D, dtype=torch.float64), S).log_prob(r.flatten(1))
+    torch.testing.assert_close(noise.log_prob(r), expected)
+
+
+@each
+def test_chi2_weigh_and_whiten(noise, S):
+    r = normal(5, *SHAPE, seed=1)
+    weighed = torch.linalg.solve(S, r.flatten(1).T).T
+    torch.testing.assert_close(noise.weigh(r).flatten(1), weighed)
+    torch.testing.assert_close(noise.whiten(noise.whiten(r)), noise.weigh(r))
+    torch.testing.assert_close(noise.chi2(r), (r.flatten(1) * weighed).sum(1))
+
+
+@each
+def test_sample(noise, S):
+    like = torch.zeros(4000, *SHAPE, dtype=torch.float64)
+    draws = noise.sample(like, torch.Generator().manual_seed(2)).flatten(1)
+    zero = torch.zeros(D, dtype=torch.float64)
+    assert p_value(draws, gaussian(zero, S)) > FALSE_ALARMS
+    # negative control: 10 % too wide in variance
+    assert p_value(draws, gaussian(zero, S / 1.1)) < 1e-6
+
+
+@each
+def test_log_prob_of_single_precision_is_double(noise, S):
+    r = normal(5, *SHAPE, seed=1).float()
+    assert torch.equal(noise.log_prob(r), noise.log_prob(r.double()))
+
+
+@pytest.mark.parametrize("variance", [0.3, variances(D)], ids=["scalar", "each"])
+def test_complex_noise_is_that_of_each_part(variance):
+    noise, r = GaussianNoise(variance=variance), normal(4000, D, dtype=torch.complex128)
+    real, imag = noise.log_prob(r.real), noise.log_prob(r.imag)
+    torch.testing.assert_close(noise.log_prob(r), real + imag)
+    torch.testing.assert_close(noise.chi2(r), noise.chi2(r.real) + noise.chi2(r.imag))
+    draws = noise.sample(r, torch.Generator().manual_seed(2))
+    S = torch.diag(torch.as_tensor(variance, dtype=torch.float64).expand(D))
+    both = gaussian(torch.zeros(2 * D, dtype=torch.float64), torch.block_diag(S, S))
+    parts = torch.cat([draws.real, draws.imag], 1)
+    assert p_value(parts, both) > FALSE_ALARMS
+    # negative control: the variance shared out between the parts, as torch.randn does
+    assert p_value(parts / math.sqrt(2), both) < 1e-6
+
+
+def test_masked_data_do_not_count():
+    variance = variances(*SHAPE)
+    seen = normal(*SHAPE) > 0
+    noise = GaussianNoise(variance=torch.where(seen, variance, math.inf))
+    r = normal(5, *SHAPE, seed=1)
+    kept = GaussianNoise(variance=variance[seen])
+    torch.testing.assert_close(noise.log_prob(r), kept.log_prob(r[:, seen]))
+    torch.testing.assert_close(noise.chi2(r), kept.chi2(r[:, seen]))
+    assert not noise.weigh(r)[:, ~seen].any()
+    assert not noise.sample(r, torch.Generator())[:, ~seen].any()
+
+
+def test_what_is_known_in_which_basis():
+    assert GaussianNoise(std=0.5).pixel_precision == 4
+    torch.testing.assert_close(
+        GaussianNoise(variance=variances(*SHAPE)).pixel_precision, 1 / variances(*SHAPE)
+    )
+    assert GaussianNoise(spectrum=power_law(4, 5)).pixel_precision is None
+    stationary = [name for name, (noise, _) in NOISES.items() if noise.is_stationary]
+    assert stationary == ["std", "variance", "spectrum", "spectrum-each-channel"]
+
+
+def test_spectral_precision():
+    P = power_law(4, 5)
+    torch.testing.assert_close(GaussianNoise(spectrum=P).spectral_precision((4, 5)), 1 / P)
+    white = torch.full((4, 5), 4.0, dtype=torch.float64)
+    assert torch.equal(GaussianNoise(std=0.5).spectral_precision((4, 5)), white)
+    # a masked half has no weight: the mean precision is half as large
+    half = torch.tensor([0.25, math.inf], dtype=torch.float64).repeat(2)[:, None].expand(4, 5)
+    precision = GaussianNoise(variance=half.contiguous()).spectral_precision((4, 5))
+    torch.testing.assert_close(precision, white / 2)
+    assert GaussianNoise(covariance=spd(20)).spectral_precision((4, 5)) is None
+
+
+# Spectra on other grids
+
+
+def autocovariance(spectrum):
+    """Covariance of pixels at the lag (i, j), at index (i, j) modulo the shape."""
+    return torch.fft.ifft2(spectrum).real
+
+
+SIZES = [(8, 8), (7, 9), (8, 9), (12, 13)]
+
+
+@pytest.mark.parametrize("own", SIZES)
+@pytest.mark.parametrize("other", SIZES)
+def test_on_grid_keeps_white_noise(own, other):
+    spectrum = on_grid(torch.full(own, 0.7, dtype=torch.float64), other)
+    torch.testing.assert_close(spectrum, torch.full(other, 0.7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("own", SIZES)
+@pytest.mark.parametrize("other", SIZES)
+def test_on_grid_keeps_the_covariance_of_neighbours(own, other):
+    # noise correlated over one pixel, as drizzling makes it: 1 at lag 0, 0.2 at lags of one;
+    # to 1 %, because no frequency gets less power than the least on the own grid
+    lags = torch.zeros(own, dtype=torch.float64)
+    lags[0, 0] = 1.0
+    lags[[1, -1, 0, 0], [0, 0, 1, -1]] = 0.2
+    spectrum = on_grid(torch.fft.fft2(lags).real, other)
+    expected = torch.zeros(other, dtype=torch.float64)
+    expected[0, 0] = 1.0
+    expected[[1, -1, 0, 0], [0, 0, 1, -1]] = 0.2
+    torch.testing.assert_close(autocovariance(spectrum), expected, rtol=0.0, atol=0.01)
+
+
+@pytest.mark.parametrize("own", SIZES)
+@pytest.mark.parametrize("other", SIZES)
+def test_on_grid_gives_a_power_spectrum(own, other):
+    # positive and symmetric also where the autocovariance is cut off
+    P = power_law(*own, slope=4.0)
+    spectrum = on_grid(P.expand(2, *own), other)
+    assert spectrum.shape == (2, *other)
+    assert spectrum.min() >= P.min()
+    Fourier(spectrum)
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "exactly one of std, variance, spectrum, covariance; got none"),
+        ({"std": 1.0, "variance": 1.0}, r"exactly one of .*; got \['std', 'variance'\]"),
+        (
+            {"std": 0.0},
+            r"noise std has 1 of 1 values that are not positive and finite \(first: 0\)",
+        ),
+        ({"std": torch.tensor([1.0, math.nan, -2.0])}, r"std has 2 of 3 values .*\(first: nan\)"),
+        ({"variance": -1.0}, r"noise variance .* \(first: -1\); mask a datum by variance = inf"),
+        ({"spectrum": torch.zeros(4, 4)}, "noise spectrum has 16 of 16 values"),
+        ({"spectrum": torch.full((4, 4), math.inf)}, "noise spectrum has 16 of 16 values"),
+        ({"covariance": torch.ones(3, 3)}, "noise covariance has [12] of 3 values"),
+        ({"covariance": Scalar(-1.0)}, "noise covariance has 1 of 1 values"),
+        ({"covariance": torch.ones(3, 4)}, r"covariance has shape \(3, 4\), expected \(d, d\)"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GaussianNoise(**arguments)
+
+
+@pytest.mark.parametrize(
+    "covariance, shape, complex, message",
+    [
+        (
+            Diagonal(variances(6)),
+            (5,),
+            False,
+            r"noise has shape \(6,\), the data have shape \(5,\)",
+        ),
+        (Diagonal(variances(2, 1, 1)), (3, 4, 5), False, r"noise has shape \(2, 1, 1\), the data"),
+        (Fourier(power_law(8, 8)), (1, 9, 8), False, r"noise has shape \(8, 8\), the data"),
+        (Fourier(power_law(8, 8)), (64,), False, r"noise has shape \(8, 8\), the data"),
+        (Dense(spd(6)), (5,), False, r"noise has shape \(6,\), the data have shape \(5,\)"),
+        (Dense(spd(5)), (5,), True, "complex data takes std or variance"),
+        (Fourier(power_law(8, 8)), (1, 8, 8), True, "complex data takes std or variance"),
+    ],
+)
+def test_misfits_are_refused(covariance, shape, complex, message):
+    with pytest.raises(ValueError, match=message):
+        GaussianNoise(covariance=covariance).check(shape, complex)

@@ -1,0 +1,229 @@
+"""The samplers against posteriors known in closed form."""
+
+import math
+
+import pytest
+import torch
+
+import scoreinv as si
+from scoreinv.bench.exact import score
+from scoreinv.bench.problems import four_fields, grid_mixture, power_law_mixture
+from scoreinv.gaussian import Dense, Diagonal, Fourier
+from scoreinv.priors.base import Prior, stream
+from scoreinv.samplers.path import effective, path_integral, systematic
+from tests import analytic
+
+
+def gaussian_prior(shape, kind="fourier", seed=0):
+    g = torch.Generator().manual_seed(seed)
+    mean = torch.randn(shape, generator=g, dtype=torch.float64)
+    if kind == "fourier":
+        return si.GaussianPrior(mean, Fourier(analytic.power_law(*shape[-2:])))
+    if kind == "diagonal":
+        return si.GaussianPrior(mean, Diagonal(torch.rand(shape, generator=g).double() + 0.1))
+    d = math.prod(shape)
+    F = torch.randn(d, d, generator=g, dtype=torch.float64) / math.sqrt(d)
+    return si.GaussianPrior(mean, Dense(F @ F.T + 0.1 * torch.eye(d, dtype=torch.float64)))
+
+
+def operators(shape):
+    g = torch.Generator().manual_seed(1)
+    d = math.prod(shape)
+    yield (
+        "dense",
+        si.DenseOperator(
+            torch.randn(max(1, d // 2), d, generator=g, dtype=torch.float64) / math.sqrt(d), shape
+        ),
+    )
+    yield "mask", si.Mask(torch.rand(shape, generator=g) < 0.6)
+    if d >= 64:
+        k = torch.rand(5, 5, generator=g, dtype=torch.float64)
+        yield "blur", si.PSFConvolution(k / k.sum(), shape)
+        uv = (torch.rand(150, 2, generator=g, dtype=torch.float64) - 0.5) * 3e5
+        yield "uv", si.NUFFT(uv, shape, 0.4) @ si.PSFConvolution(k / k.sum(), shape)
+
+
+def exact_posterior(prior, likelihood, y):
+    """The Gaussian posterior as dense matrices, and its log-evidence."""
+    A = analytic.dense(likelihood.operator, prior.shape)
+    S = torch.eye(len(A), dtype=torch.float64) * float(likelihood.noise.covariance.variance)
+    C = analytic.dense(prior.moments.covariance.apply, prior.shape)
+    truth = analytic.gaussian(prior.moments.mean.flatten(), C)
+    return analytic.posterior(truth, A, S, analytic.flat(y))
+
+
+def whitened(draws, exact):
+    """Draws as white residuals of the exact posterior, with shape (n, d)."""
+    r = (draws.x.double().flatten(1) - exact.mean).T
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(exact.covariance), r, upper=False).T
+
+
+CASES = [
+    (shape, name, ratio)
+    for shape in ((1, 1, 1), (1, 2, 2), (1, 8, 8))
+    for name, _ in operators(shape)
+    for ratio in (1e-4, 1.0, 1e2)
+] + [((1, 16, 16), "blur", 1e-2), ((1, 32, 32), "mask", 1.0), ((1, 32, 32), "uv", 1e-2)]
+
+
+@pytest.mark.parametrize(("shape", "name", "ratio"), CASES)
+def test_linear_gaussian_suite(shape, name, ratio):
+    """Mean, width and evidence of a Gaussian posterior.
+
+    Of N white residuals the rms has the standard error (2 N)^-1/2 = 0.007; the bound of 0.03 is four of them, one false
+    alarm in 16,000 per case.
+    """
+    A = dict(operators(shape))[name]
+    prior = gaussian_prior(shape, "dense" if math.prod(shape) < 64 else "fourier")
+    x = prior.sample(1, seed=1)
+    power = (A(x).abs() ** 2).mean()
+    likelihood = si.Likelihood(A, si.GaussianNoise(std=float((ratio * power).sqrt())))
+    y = likelihood.simulate(x, seed=2)[0]
+    exact, evidence = exact_posterior(prior, likelihood, y)
+    d = math.prod(shape)
+    n = max(64, math.ceil(10_000 / d))
+    posterior = si.Posterior(prior, likelihood, y, tolerance=1e-6)
+    draws = si.sample(posterior, n, si.SMC(levels=3, moves=1), seed=3, island=min(n, 512))
+    w = whitened(draws, exact)
+    assert float(w.square().mean().sqrt()) == pytest.approx(1.0, abs=0.03)
+    offset = float(w.mean(0).square().mean().sqrt())
+    monte_carlo = 1 / math.sqrt(n)
+    assert offset < 0.03 + monte_carlo * (1 + 4 / math.sqrt(2 * d))
+    assert draws.log_evidence == pytest.approx(evidence, abs=0.3 if d <= 64 else 1.0)
+    assert draws.weights == "used throughout"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ratio", [1e-4, 1e-2, 1.0, 1e2])
+@pytest.mark.parametrize("name", ["mask", "blur", "uv"])
+def test_linear_gaussian_suite_at_64x64(name, ratio):
+    """d = 4,096: width and mean; 64 draws of 4,096 white residuals have a standard error of 0.14 % and 1/8."""
+    shape = (1, 64, 64)
+    A = dict(operators(shape))[name]
+    prior = gaussian_prior(shape)
+    x = prior.sample(1, seed=1)
+    power = (A(x).abs() ** 2).mean()
+    likelihood = si.Likelihood(A, si.GaussianNoise(std=float((ratio * power).sqrt())))
+    y = likelihood.simulate(x, seed=2)[0]
+    exact, _ = exact_posterior(prior, likelihood, y)
+    posterior = si.Posterior(prior, likelihood, y, tolerance=1e-5)
+    draws = si.sample(posterior, 64, si.SMC(levels=2, moves=0), seed=3, island=64)
+    w = whitened(draws, exact)
+    assert float(w.square().mean().sqrt()) == pytest.approx(1.0, abs=0.01)
+    assert float(w.mean(0).square().mean().sqrt()) < 0.03 + 1 / 8
+
+
+def test_white_kernel_would_be_caught():
+    """Negative control: the same test rejects draws that are 4 % too narrow."""
+    w = 0.96 * torch.randn(10_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert float(w.square().mean().sqrt()) != pytest.approx(1.0, abs=0.03)
+
+
+def test_rescaling_everything_changes_nothing():
+    """Units: data, operator and prior times any factor give the same draws, rescaled."""
+    prior = si.MixturePrior([0.3, 0.7], [gaussian_prior((1, 1, 8), "diagonal", s) for s in (0, 1)])
+    matrix = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.tensor([0.3, -1.0, 0.5], dtype=torch.float64)
+    plain = si.Posterior(
+        prior, si.Likelihood(si.DenseOperator(matrix, prior.shape), si.GaussianNoise(std=0.2)), y
+    )
+    scaled = si.Posterior(
+        prior.rescaled(1e-6),
+        si.Likelihood(si.DenseOperator(1e9 * matrix, prior.shape), si.GaussianNoise(std=0.2e3)),
+        1e3 * y,
+    )
+    a, b = (si.sample(p, 32, si.SMC(20, 2), seed=0) for p in (plain, scaled))
+    torch.testing.assert_close(1e-6 * a.x, b.x, rtol=1e-6, atol=1e-12)
+    assert a.log_evidence - 3 * math.log(1e3) == pytest.approx(b.log_evidence, abs=1e-6)
+
+
+def test_islands_do_not_know_of_each_other():
+    """The draws of island j are the same however many others there are, and differ from those of another seed."""
+    prior = gaussian_prior((1, 8, 8))
+    A = dict(operators(prior.shape))["blur"]
+    likelihood = si.Likelihood(A, si.GaussianNoise(std=0.1))
+    posterior = si.Posterior(prior, likelihood, likelihood.simulate(prior.sample(1, 0), 1)[0])
+    one, three, ten = (
+        si.sample(posterior, n, si.Anneal(5, 1), seed=4, island=4).x for n in (4, 12, 40)
+    )
+    assert torch.equal(one, ten[:4]) and torch.equal(three, ten[:12])
+    assert not torch.equal(one, si.sample(posterior, 4, si.Anneal(5, 1), seed=5, island=4).x)
+
+
+class Misinformed(Prior):
+    """A prior whose moments are wrong by far: the twist misleads, and weights must collapse."""
+
+    def __init__(self, prior, moments):
+        self.prior, self.moments = prior, moments
+        self.shape, self.dtype, self.identity = prior.shape, prior.dtype, prior.identity
+        self.sigma_min, self.sigma_max = prior.sigma_min, prior.sigma_max
+
+    def denoise(self, x, sigma):
+        return self.prior.denoise(x, sigma)
+
+
+def test_collapsed_weights_are_dropped_and_the_result_says_so():
+    prior = gaussian_prior((1, 16, 16))
+    wrong = si.GaussianPrior(0 * prior.moments.mean, 25.0).moments
+    likelihood = si.Likelihood(si.Identity(prior.shape), si.GaussianNoise(std=0.3))
+    y = likelihood.simulate(prior.sample(1, 0), 1)[0]
+    draws = si.sample(
+        si.Posterior(Misinformed(prior, wrong), likelihood, y), 16, si.SMC(20, 1), seed=0
+    )
+    assert "dropped from sigma" in draws.weights and "one-step ESS/n" in draws.weights
+    assert "path integral" in draws.weights
+
+
+def test_unweighted_samplers_are_labelled():
+    prior = gaussian_prior((1, 4, 4), "dense")
+    likelihood = si.Likelihood(si.Identity(prior.shape), si.GaussianNoise(std=0.3))
+    posterior = si.Posterior(prior, likelihood, likelihood.simulate(prior.sample(1, 0), 1)[0])
+    assert "moves only" in si.sample(posterior, 4, si.Anneal(4, 1), seed=0, island=4).weights
+    guided = si.sample(posterior, 4, si.Guided(4), seed=0, island=4)
+    assert "approximate" in guided.weights and guided.evaluations == 4
+
+
+def test_path_integral_agrees_with_the_weights():
+    """Evidence by the path integral and by the weights, on a mixture; both against the exact value.
+
+    The standard errors come from the islands; 5 of them allow one false alarm in a million.
+    """
+    problem = power_law_mixture(16, 4, seed=2)
+    weighted = si.sample(problem.posterior, 128, si.SMC(60, 2), seed=0)
+    path = si.sample(problem.posterior, 128, si.Anneal(60, 2), seed=0)
+    assert abs(weighted.log_evidence - problem.log_evidence) < 0.1 + 5 * weighted.log_evidence_std
+    assert abs(path.log_evidence - problem.log_evidence) < 0.3 + 5 * path.log_evidence_std
+
+
+@pytest.mark.parametrize("problem", [grid_mixture(8, 1, 11), power_law_mixture(16, 4, 11)])
+def test_mixture_posteriors(problem):
+    """Sliced Wasserstein over its noise floor; exact draws scatter between 0.5 and 2 at n = 192."""
+    result = score(problem, si.SMC(40, 2), n=192, seed=0)
+    assert result.wasserstein < 2.5
+    assert result.mahalanobis == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.slow
+def test_four_fields_at_64x64():
+    result = score(four_fields(5), si.SMC(25, 1), n=96, seed=0)
+    assert result.mahalanobis == pytest.approx(1.0, abs=0.03)
+    assert abs(result.evidence_error) < 0.3 + 4 * result.evidence_std
+
+
+def test_systematic_resampling_is_unbiased():
+    """Every particle is copied floor(n w) or one more times."""
+    w = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    for seed in range(20):
+        copies = torch.bincount(systematic(w, stream(seed)), minlength=4)
+        assert bool(((copies - 4 * w).abs() < 1).all())
+
+
+def test_effective_sample_size_of_known_weights():
+    assert effective(torch.zeros(10)) == pytest.approx(1.0)
+    assert effective(torch.tensor([0.0, -1e9])) == pytest.approx(0.5)
+
+
+def test_path_integral_of_a_known_slope():
+    """A slope of s^2 integrates to (s_max^2 - 0) / 2."""
+    levels = torch.logspace(0, -3, 400).tolist()
+    assert path_integral(levels, [s**2 for s in levels]) == pytest.approx(0.5, rel=1e-3)
