@@ -74,6 +74,10 @@ class ReverseKernel:
         """D + a (x - D), with shape (B, C, H, W)."""
         return denoised + self.a * (x - denoised)
 
+    def bridge(self, x: Tensor, x0: Tensor, z: Tensor) -> Tensor:
+        """x_s given both ends, x_sigma = x and x_0, for white z: x_0 + a (x - x_0) + s (1 - a)^1/2 z."""
+        return x0 + self.a * (x - x0) + self.s * (1 - self.a) ** 0.5 * z
+
     def std(self, z: Tensor) -> Tensor:
         """V^1/2 z for white z, with shape (B, C, H, W)."""
         return self.covariance.sqrt(z)

@@ -75,6 +75,7 @@ class Posterior:
         self.tolerance = tolerance
         self.shape, self.dtype = tuple(prior.shape), prior.dtype
         self._levels: dict[float, Level] = {}
+        self._denoised: dict[float, tuple[Covariance, Conditioned]] = {}
 
     @property
     def moments(self) -> Gaussian:
@@ -100,6 +101,13 @@ class Posterior:
                 self.conditioner.given(covariance),
             )
         return self._levels[s]
+
+    def denoised(self, sigma: float) -> tuple[Covariance, Conditioned]:
+        """The covariance of x_0 given x_sigma, and that Gaussian conditioned on the data; prepared once."""
+        if sigma not in self._denoised:
+            K = self.prior.conditional(sigma)
+            self._denoised[sigma] = K, self.conditioner.given(K)
+        return self._denoised[sigma]
 
     @cached_property
     def gaussian(self) -> Conditioned:

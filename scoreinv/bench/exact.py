@@ -6,7 +6,8 @@ of the mode weights, Mahalanobis radius inside the modes (1 is exact, < 1 too na
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -81,10 +82,28 @@ def mixture_problems(seed: int, quick: bool = False) -> list[MixtureProblem]:
     ]
 
 
-def mixture_table(sampler: Sampler, n: int, seeds: int, quick: bool = False) -> list[dict]:
-    """Scores of every problem and seed, as rows."""
-    rows = []
-    for seed in range(seeds):
+def mixture_table(
+    sampler: Sampler, n: int, seeds: Iterable[int], quick: bool = False
+) -> list[dict]:
+    """Scores of every problem, averaged over the seeds, as rows."""
+    scores: dict[str, list[Score]] = {}
+    for seed in seeds:
         for problem in mixture_problems(seed, quick):
-            rows.append(asdict(score(problem, sampler, n, seed)))
-    return rows
+            scores.setdefault(problem.name, []).append(score(problem, sampler, n, seed))
+    return [_row(name, group) for name, group in scores.items()]
+
+
+def _row(name: str, scores: list[Score]) -> dict[str, float | str]:
+    mean = lambda key: sum(getattr(s, key) for s in scores) / len(scores)
+    return {
+        "problem": name,
+        "seeds": len(scores),
+        "SW / floor": mean("wasserstein"),
+        "worst": max(s.wasserstein for s in scores),
+        "mode TV": mean("total_variation"),
+        "Mahalanobis": mean("mahalanobis"),
+        "log Z error": mean("evidence_error"),
+        "log Z std": mean("evidence_std"),
+        "evaluations": max(s.evaluations for s in scores),
+        "seconds": mean("seconds"),
+    }

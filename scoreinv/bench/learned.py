@@ -66,19 +66,26 @@ def psf_problem(prior: Prior, noise: float) -> Likelihood:
     return Likelihood(PSFConvolution(gaussian_psf(3.8), prior.shape), GaussianNoise(std=noise))
 
 
-def uv_problem(prior: Prior, noise: float, truths: Tensor) -> Likelihood:
+def uv_problem(prior: Prior, noise: float) -> Likelihood:
     """A three-hour ALMA track, the longest baseline resolved by three pixels.
 
     Args:
-        prior: Sets the canvas.
-        noise: Noise of the dirty image over the peak of the median truth's dirty image.
-        truths: With shape (N, C, H, W).
+        prior: Sets the canvas, and the typical image.
+        noise: Noise of the dirty image over the peak of a typical one: the median of 16 draws of the prior.
     """
     uv = torch.from_numpy(alma_track(-23.0, 230e9, np.linspace(-1.5, 1.5, 12)))
     A = NUFFT(uv, prior.shape, 1 / (3 * float(uv.abs().max()) * ARCSEC))
-    dirty = A.adjoint(A(truths.double())) / len(uv)
+    dirty = A.adjoint(A(prior.sample(16, seed=0).double())) / len(uv)
     peak = float(dirty.flatten(1).max(1).values.median())
     return Likelihood(A, GaussianNoise(std=noise * peak * math.sqrt(len(uv))))
+
+
+def problem(kind: str, prior: Prior, noise: float) -> Likelihood:
+    """The problem of this name, "psf" or "uv"."""
+    problems = {"psf": psf_problem, "uv": uv_problem}
+    if kind not in problems:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(problems)}")
+    return problems[kind](prior, noise)
 
 
 def band_power(x: Tensor) -> Tensor:
@@ -129,6 +136,7 @@ def calibrate(
     for i in tqdm(rest, disable=not progress, desc="truths"):
         outcomes.append(outcome(prior, likelihood, truths[i], sampler, n, 1000 * seed + i))
         if store is not None:
+            store.parent.mkdir(parents=True, exist_ok=True)
             with store.open("a") as f:
                 f.write(json.dumps(asdict(outcomes[-1])) + "\n")
     return outcomes

@@ -34,7 +34,7 @@ def overhead(
     rows = []
     for name, likelihood in (
         ("PSF, 64 x 64", psf_problem(prior, 0.03)),
-        ("uv, 64 x 64", uv_problem(prior, 0.03, truth)),
+        ("uv, 64 x 64", uv_problem(prior, 0.03)),
     ):
         y = likelihood.simulate(truth, seed=1)[0]
         x = torch.randn(island, *prior.shape, generator=torch.Generator().manual_seed(0))

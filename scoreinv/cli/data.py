@@ -205,7 +205,7 @@ def _(section: Simulation, shape: tuple[int, ...]) -> Observation:
     likelihood = si.Likelihood(operator, si.GaussianNoise(std=std))
     y = likelihood.simulate(truth[None], section.seed)[0]
     grid = si.Grid(shape[-2:], section.pixel_scale, frequency=section.frequency, unit="Jy/pixel")
-    origin = {"source": f"simulated {section.kind}, seed {section.seed}"}
+    origin = {"source": f"Simulated {section.kind}, seed {section.seed}"}
     return _visibilities(likelihood, y, grid, origin, truth)
 
 

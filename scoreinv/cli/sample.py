@@ -61,7 +61,10 @@ class SampleConfig:
             raise ValueError(f"expected exactly one of the sections {', '.join(DATA)}; got {seen}")
         samplers = [name for name in SAMPLERS if getattr(self, name) is not None]
         if len(samplers) > 1:
-            raise ValueError(f"expected one sampler at most, got {' and '.join(samplers)}")
+            raise ValueError(
+                f"expected one sampler at most, got {' and '.join(samplers)}; "
+                f"leave one out, on the command line with --{samplers[0]} null"
+            )
         if self.path.suffix not in ENDINGS:
             raise ValueError(f"output is {self.output}, expected a name in {', '.join(ENDINGS)}")
 
@@ -107,7 +110,7 @@ def sample(config: SampleConfig) -> None:
     _say("result", draws.write(config.path, overwrite=config.overwrite))
     shutil.rmtree(config.islands)
     if config.picture is not None:
-        draws.plot().savefig(config.picture)
+        draws.plot().savefig(config.picture, dpi=150)
         _say("figure", config.picture)
 
 
@@ -180,4 +183,4 @@ def _findings(draws: si.Samples, seen: Observation) -> Iterator[tuple[str, str]]
 
 
 def _say(name: str, text: Any) -> None:
-    print(f"{name:<14}{text}")
+    print(f"{name:<14}{text}".rstrip())

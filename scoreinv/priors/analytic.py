@@ -148,8 +148,9 @@ class MixturePrior(Prior):
             self.log_weights.exp(), n, replacement=True, generator=stream(seed, 0)
         )
         x = torch.empty((n, *self.shape), dtype=self.dtype)
-        for i, c in enumerate(self.components):
-            x[k == i] = c.moments.sample(int((k == i).sum()), stream(seed, 1, i))
+        for i in k.unique().tolist():
+            moments, here = self.components[i].moments, k == i
+            x[here] = moments.sample(int(here.sum()), stream(seed, 1, i))
         return x
 
 

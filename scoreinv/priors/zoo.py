@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scoreinv.gaussian import Fourier, Gaussian
 from scoreinv.priors.base import Prior
-from scoreinv.priors.network import ScorePrior
+from scoreinv.priors.network import DenoisingError, ScorePrior
 from scoreinv.priors.score_models import load_score_models
 from scoreinv.priors.unet import UNet
 
@@ -57,19 +57,20 @@ def load_prior(source: str | Path) -> Prior:
     )
 
 
-def save_prior(
-    folder: Path, weights: dict[str, Tensor], moments: Gaussian, card: dict[str, Any]
-) -> str:
-    """Write weights (in float16) and card; returns the SHA-256 of the weights file.
+def save_prior(folder: Path, prior: ScorePrior, card: dict[str, Any]) -> str:
+    """Write the weights (in float16), moments and error table, and the card; returns the SHA-256 of the weights file.
 
     Half precision changes the denoiser by less than bfloat16 autocast does, and halves the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"network.{k}": v.half().contiguous() for k, v in weights.items()}
-    tensors["moments.mean"] = moments.mean.float().contiguous()
-    tensors["moments.spectrum"] = moments.covariance.spectrum.float().contiguous()
+    tensors = {f"network.{k}": v.half() for k, v in prior.network.state_dict().items()}
+    tensors["moments.mean"] = prior.moments.mean.float()
+    tensors["moments.spectrum"] = prior.moments.covariance.spectrum.float()
+    if prior.error is not None:
+        tensors["error.levels"] = prior.error.levels.float()
+        tensors["error.power"] = prior.error.power.float()
     path = folder / "weights.safetensors"
-    save_file(tensors, path)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     card = {"format": FORMAT, **card, "sha256": digest}
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
@@ -110,4 +111,11 @@ def _load(weights: Path, card_path: Path) -> ScorePrior:
         card["sigma_min"],
         card["sigma_max"],
         identity={"prior": card["name"], "sha256": digest},
+        error=_error(tensors),
     )
+
+
+def _error(tensors: dict[str, Tensor]) -> DenoisingError | None:
+    if "error.power" not in tensors:
+        return None
+    return DenoisingError(tensors["error.levels"], tensors["error.power"])

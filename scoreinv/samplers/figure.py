@@ -168,7 +168,7 @@ class _Page:
         for i, (label, (draws, true, colour)) in enumerate(curves.items()):
             observed = list(pixel_coverage(draws, true, nominal).values())
             axes.plot(nominal, observed, color=colour, lw=1.8, solid_capstyle="round")
-            axes.text(0.05, 0.9 - 0.09 * i, label, color=colour, fontsize=8.5)
+            axes.text(0.95, 0.05 + 0.09 * i, label, color=colour, fontsize=8.5, ha="right")
         axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
         axes.set_xlabel("nominal", fontsize=8.5, color=INK, labelpad=2)
         axes.set_ylabel("observed", fontsize=8.5, color=INK, labelpad=1)
@@ -188,7 +188,7 @@ class _Page:
         )  # fmt: skip
         low, high = min(values.min(), scale.to(true)), max(values.max(), scale.to(true))
         margin = 0.2 * (high - low or abs(high) or 1)
-        axes.set(xlim=(low - margin, high + margin), yticks=[])
+        axes.set(xlim=(low - margin, high + margin), ylim=(0, 1.2 * axes.get_ylim()[1]), yticks=[])
         axes.locator_params(axis="x", nbins=4)
 
     # ------------------------------------------------------------ panels

@@ -140,24 +140,36 @@ class Island:
     # ------------------------------------------------------------ from level to level
 
     def _step(self, kernel: ReverseKernel) -> None:
-        sigma, s, a = kernel.sigma, kernel.s, kernel.a
         m = self.level.expected(self.x)
         delta = self.denoised - m
-        self.slopes.append(2 * float(dot(delta, self.u).mean()) / sigma**2)
-        r = kernel.mean(self.x, self.denoised)
+        self.slopes.append(2 * float(dot(delta, self.u).mean()) / kernel.sigma**2)
         if self.weighted:
-            keep = self._weigh(kernel, m, delta)
-            r = r if keep is None else r[keep]
-        x = r + kernel.std(self._white())
+            self._weigh(kernel, m, delta)
+        if self.weighted:
+            self._propose(kernel)
+        else:
+            self._guide(kernel)
+
+    def _propose(self, kernel: ReverseKernel) -> None:
+        """The kernel times the twist at s."""
+        x = kernel.mean(self.x, self.denoised) + kernel.std(self._white())
         x0 = x
-        if s > 0:
-            below = self.posterior.level(s)
+        if kernel.s > 0:
+            below = self.posterior.level(kernel.s)
             x0 = below.expected(x) + below.covariance.sqrt(self._white())
         noise = self.posterior.conditioner.noise(self.streams, self.n)
-        self.x = x + (1 - a) * self.level.conditioned.shift(x0, noise)
+        self.x = x + (1 - kernel.a) * self.level.conditioned.shift(x0, noise)
 
-    def _weigh(self, kernel: ReverseKernel, m: Tensor, delta: Tensor) -> Tensor | None:
-        """Weigh the particles; returns the survivors' indices if it resampled."""
+    def _guide(self, kernel: ReverseKernel) -> None:
+        """x_0 from N(D, cov of x_0 given x_sigma) conditioned on the data, then the bridge to s."""
+        K, conditioned = self.posterior.denoised(kernel.sigma)
+        x0 = self.denoised + K.sqrt(self._white())
+        noise = self.posterior.conditioner.noise(self.streams, self.n)
+        x0 = x0 + conditioned.shift(x0, noise)
+        self.x = kernel.bridge(self.x, x0, self._white())
+
+    def _weigh(self, kernel: ReverseKernel, m: Tensor, delta: Tensor) -> None:
+        """Weigh the particles by how well the twist predicts the step, and resample if need be."""
         sigma, s, a = kernel.sigma, kernel.s, kernel.a
         C, n = self.posterior.moments.covariance, self.n
         W = C.map(lambda v: v / (v + s**2)) if s > 0 else C.map(torch.ones_like)
@@ -167,17 +179,16 @@ class Island:
         self.trace.one_step.append(effective(increment))
         if self._collapsed():
             self.weighted, self.trace.weighted_until = False, sigma
-            self.log_w.zero_()
-            return None
+            return
         self.log_w += increment
         self.trace.ess.append(effective(self.log_w))
         if self.trace.ess[-1] >= self.plan.resample_below and s > 0:
-            return None
+            return
         # the last proposal depends on the particle it starts from only: resample before it, not after
         keep = systematic(torch.softmax(self.log_w, 0), self.streams[0])
         self.log_z += float(torch.logsumexp(self.log_w, 0)) - math.log(n)
         self.log_w.zero_()
-        return keep
+        self.x, self.denoised = self.x[keep], self.denoised[keep]
 
     def _collapsed(self) -> bool:
         recent = self.trace.one_step[-3:]

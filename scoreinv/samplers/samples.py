@@ -154,6 +154,7 @@ def _write_fits(samples: Samples, path: Path) -> None:
     def image(data: Tensor, name: str, unit: str = unit) -> fits.ImageHDU:
         data = data.squeeze(-3) if data.shape[-3] == 1 else data
         hdu = fits.ImageHDU(data.numpy().astype(np.float32), header=wcs.copy(), name=name)
+        hdu.header.remove("BUNIT", ignore_missing=True)
         if unit:
             hdu.header["BUNIT"] = unit
         return hdu
@@ -163,9 +164,11 @@ def _write_fits(samples: Samples, path: Path) -> None:
     primary.header["EXTNAME"] = "MEAN"
     _cards(primary.header, samples)
     hdus = [primary, image(samples.std, "STD"), image(samples.x, "DRAWS")]
+    # a dirty image is in Jy/beam, the sky in Jy/pixel
+    units = {"truth": unit}
     for name in IMAGES:
         if getattr(samples, name) is not None:
-            other = unit if name == "truth" else ""
+            other = units.get(name, samples.meta.get("data", {}).get("unit", ""))
             hdus.append(image(getattr(samples, name), name.upper(), other))
     columns = [
         fits.Column(name, "D", array=getattr(samples, name).numpy())

@@ -1,0 +1,1 @@
+"""Accuracy on exact posteriors, calibration with trained priors, and speed."""

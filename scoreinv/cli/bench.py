@@ -1,0 +1,113 @@
+"""`scoreinv bench`: accuracy on exact posteriors, calibration with trained priors, speed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import scoreinv as si
+from scoreinv.bench import exact, learned, speed
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What to measure; `what` decides which of the keys count.
+
+    Args:
+        what: "exact" (mixtures in closed form), "learned" (calibration with a trained prior) or "speed".
+        prior: Trained prior of "learned" and "speed".
+        kinds: Problems of "learned": psf, uv.
+        noises: Noise of "learned", over the peak.
+        truths: Of "learned": from the prior, and as many held-out images.
+        n: Draws of each posterior.
+        seeds: Problems drawn of each kind, in "exact".
+        seed: First random seed.
+        quick: A smaller set.
+        smc: The sampler.
+        output: JSON file of the rows; outcomes of "learned" are kept beside it, one file a problem, and found again.
+    """
+
+    what: str
+    prior: str = "galaxy64"
+    kinds: tuple[str, ...] = ("psf", "uv")
+    noises: tuple[float, ...] = (0.1, 0.033, 0.01)
+    truths: int = 64
+    n: int = 16
+    seeds: int = 5
+    seed: int = 0
+    quick: bool = False
+    smc: si.SMC = field(default_factory=si.SMC)
+    output: str | None = None
+
+
+def bench(config: BenchConfig) -> None:
+    """Measure samplers: accuracy on exact posteriors, calibration with a trained prior, speed."""
+    tables = {"exact": _exact, "learned": _learned, "speed": _speed}
+    if config.what not in tables:
+        raise ValueError(f"what is {config.what!r}, expected one of {', '.join(tables)}")
+    rows = tables[config.what](config)
+    print(table(rows))
+    if config.output:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.output).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _exact(config: BenchConfig) -> list[dict[str, Any]]:
+    return exact.mixture_table(
+        config.smc, config.n, range(config.seed, config.seed + config.seeds), config.quick
+    )
+
+
+def _speed(config: BenchConfig) -> list[dict[str, Any]]:
+    return speed.overhead(si.load_prior(config.prior), config.smc, config.n)
+
+
+def _learned(config: BenchConfig) -> list[dict[str, Any]]:
+    prior = si.load_prior(config.prior)
+    data = si.shipped_priors()[config.prior]["training"]["data"]
+    images = {
+        "prior": learned.truths_from_prior(prior, config.truths, config.seed + 1),
+        "held out": learned.held_out_truths(
+            data["kind"], data["size"], config.truths, config.seed, tuple(data["amplitude"])
+        ),
+    }
+    rows = []
+    for kind in config.kinds:
+        for noise in config.noises:
+            likelihood = learned.problem(kind, prior, noise)
+            for source, truths in images.items():
+                name = f"{kind}-{noise:g}-{source.replace(' ', '-')}.jsonl"
+                store = Path(config.output).with_suffix("") / name if config.output else None
+                outcomes = learned.calibrate(
+                    prior,
+                    likelihood,
+                    truths,
+                    config.smc,
+                    config.n,
+                    config.seed,
+                    store,
+                    sys.stderr.isatty(),
+                )
+                row = learned.summary(outcomes)
+                rows.append({"problem": kind, "noise": noise, "truths from": source, **row})
+                print(table(rows[-1:]), flush=True)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as aligned text; lists of numbers in one cell."""
+    heads = list(rows[0])
+    cells = [heads, *([_cell(row[h]) for h in heads] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(f"{v:.2f}" for v in value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

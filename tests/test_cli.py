@@ -1,0 +1,448 @@
+"""The command line: what a user types, what comes back, and what a mistake ends in."""
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import scoreinv as si
+from scoreinv.cli import COMMANDS, main
+from scoreinv.cli.data import VisibilityData, observe
+from scoreinv.cli.keys import check_known, explained, keys
+from scoreinv.cli.parse import help_text, parse
+from scoreinv.cli.sample import SampleConfig
+from scoreinv.gaussian import Fourier, Gaussian
+from scoreinv.priors.unet import UNet
+from scoreinv.priors.zoo import save_prior
+
+ROOT = Path(__file__).parents[1]
+SIZE, SIGMA = 16, 0.3
+NETWORK = {"channels": 1, "widths": (8, 16), "blocks": 1, "embedding": 16}
+SIMULATION = {
+    "kind": "disc",
+    "flux": 0.02,
+    "pixel_scale": 0.1,
+    "declination": -30.0,
+    "hour_angles": [-1.0, 1.0],
+    "integrations": 3,
+    "frequency": 230e9,
+    "scale": 0.3,
+    "noise": {"tsys": 100.0, "bandwidth": 1e9, "integration": 10.0},
+}
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory):
+    """A prior folder whose network answers zero: exactly N(0, SIGMA^2) in every pixel."""
+    folder = tmp_path_factory.mktemp("prior")
+    torch.manual_seed(0)
+    spectrum = torch.full((1, SIZE, SIZE), SIGMA**2, dtype=torch.float64)
+    card = {
+        "name": "white16",
+        "network": NETWORK,
+        "sigma_data": SIGMA,
+        "sigma_min": 0.002,
+        "sigma_max": 20.0,
+        "trained_images": 1_000_000,
+        "training": {"data": {"size": SIZE}},
+        "held_out": {"prior": {"sigma = 0.1": 0.5}},
+    }
+    moments = Gaussian(torch.zeros(1, SIZE, SIZE), Fourier(spectrum))
+    save_prior(folder, UNet(**NETWORK).state_dict(), moments, card)
+    return folder
+
+
+@pytest.fixture
+def config(prior, tmp_path):
+    """A configuration file and where its result goes."""
+    content = {
+        "simulation": SIMULATION,
+        "prior": str(prior),
+        "guided": {"levels": 8},
+        "n": 64,
+        "output": str(tmp_path / "out" / "a.fits"),
+        "figure": False,
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path, Path(content["output"])
+
+
+def failure(capsys, *arguments):
+    """What a command that ends with status 2 says, in one line."""
+    assert main([str(a) for a in arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "Traceback" not in lines[0]
+    return lines[0]
+
+
+# --- keys and errors -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--see", "1"], "unknown key 'see'; did you mean 'seed'?"),
+        (["--smc.levls", "3"], "smc: unknown key 'levls'; did you mean 'levels'?"),
+        (["--levels", "3"], "unknown key 'levels'; did you mean 'smc.levels'?"),
+        (
+            ["--visibilities.pixel-scael=3"],
+            "visibilities: unknown key 'pixel_scael'; did you mean 'pixel_scale'?",
+        ),
+        (["--n", "many"], "n is many, expected int"),
+        (["--smc.levels", "1.5"], "smc.levels is 1.5, expected int"),
+        (
+            ["--cutout.size", "[1, 2, 3]"],
+            "cutout.size is [1, 2, 3], expected int | tuple[int, int]",
+        ),
+        (["--n"], "argument --n: expected one argument"),
+        ([], "missing: prior, output"),
+        (["--visibilities.path", "a"], "visibilities: missing: pixel_scale"),
+        (["--smc", "7"], "smc is 7, expected the keys levels, moves"),
+    ],
+)
+def test_mistakes_in_keys(capsys, given, expected):
+    needed = ["--prior", "a", "--output", "a.fits"] if given else []
+    assert expected in failure(capsys, "sample", *needed, *given)
+
+
+def test_mistakes_in_files(capsys, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("visibilities:\n  pixel_scael: 0.1\n")
+    expected = f"{path}: visibilities: unknown key 'pixel_scael'; did you mean 'pixel_scale'?"
+    assert expected in failure(capsys, "sample", "--config", path)
+    path.write_text("a: [b")
+    assert f"{path} is not YAML" in failure(capsys, "sample", "--config", path)
+    path.write_text("- 1")
+    assert f"{path} holds no keys" in failure(capsys, "sample", "--config", path)
+    path.unlink()
+    assert f"{path} does not exist" in failure(capsys, "sample", "--config", path)
+
+
+def test_mistakes_in_values(capsys, config, tmp_path, monkeypatch):
+    path, output = config
+    vis = ["--visibilities.path", "a.npz", "--visibilities.pixel_scale", "1"]
+    both = failure(capsys, "sample", "--config", path, *vis)
+    assert "exactly one of the sections" in both and "got visibilities and simulation" in both
+    assert "got none" in failure(capsys, "sample", "--config", path, "--simulation", "null")
+    assert "got smc and guided" in failure(capsys, "sample", "--config", path, "--smc.levels", 3)
+    assert "a.png" in failure(capsys, "sample", "--config", path, "--output", "a.png")
+    assert "did you mean" in failure(capsys, "smaple")
+    unknown = failure(capsys, "sample", "--config", path, "--prior", "galaxy63")
+    assert "no prior 'galaxy63'" in unknown
+
+    monkeypatch.setenv("SCOREINV_DATA", str(tmp_path))
+    missing = failure(capsys, "sample", "--config", path, "--simulation", "null", *vis)
+    for part in (tmp_path / "a.npz", Path.cwd() / "a.npz", "fetch.py", "export SCOREINV_DATA="):
+        assert str(part) in missing
+    assert not output.exists()
+
+
+def test_debug_shows_where(config):
+    path, _ = config
+    with pytest.raises(ValueError, match="no prior"):
+        main(["sample", "--config", str(path), "--prior", "nothing", "--debug"])
+
+
+def test_existing_output_is_kept(capsys, config):
+    path, output = config
+    output.parent.mkdir()
+    output.write_text("precious")
+    assert "pass --overwrite" in failure(capsys, "sample", "--config", path)
+    assert output.read_text() == "precious"
+    assert main(["sample", "--config", str(path), "--n", "2", "--overwrite"]) == 0
+    assert len(si.read_samples(output).x) == 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_key(name):
+    out = io.StringIO()
+    with redirect_stdout(out):
+        assert main([name, "--help"]) == 0
+    config = COMMANDS[name].__annotations__["config"]
+    config = getattr(sys.modules[COMMANDS[name].__module__], config)
+    for key in keys(config):
+        assert key.name in out.getvalue()
+        if key.section is None and name != "train":
+            assert len(key.text) > 10, f"{key.name} is not explained"
+
+
+def test_explanations_may_span_lines_and_share_names():
+    @dataclass(frozen=True)
+    class Options:
+        """A test.
+
+        Args:
+            a, b: First line
+                and second.
+            c: Another one: with a colon.
+
+        Raises:
+            ValueError: Never.
+        """
+
+        a: int
+        b: int = 1
+        c: tuple[int, int] = (1, 2)
+
+    assert explained(Options) == {
+        "a": "First line and second.",
+        "b": "First line and second.",
+        "c": "Another one: with a colon.",
+    }
+    text = " ".join(help_text(Options, "x", "y").split())
+    assert "(int, required)" in text and "(tuple[int, int], default [1, 2])" in text
+    assert parse(Options, ["--a", "3", "--c", "[4, 5]"], "x") == Options(3, 1, (4, 5))
+    with pytest.raises(ValueError, match="unknown key 'd'; did you mean"):
+        check_known(["d"], Options)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_configs_are_complete(path):
+    """Every configuration parses as it is, apart from where the result goes."""
+    command = path.stem.partition("_")[0]
+    command = command if command in COMMANDS else "sample"
+    module = sys.modules[COMMANDS[command].__module__]
+    config = getattr(module, f"{command.capitalize()}Config")
+    parse(config, ["--config", str(path), "--output", "a.fits"], command)
+
+
+def test_print_config(capsys, config):
+    path, _ = config
+    with pytest.raises(SystemExit) as stop:
+        main(["sample", "--config", str(path), "--seed", "7", "--print_config"])
+    assert stop.value.code in (0, None)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["seed"] == 7 and printed["simulation"]["noise"]["tsys"] == 100
+    assert printed["guided"] == {"levels": 8} and printed["smc"] is None
+
+
+# --- sample --------------------------------------------------------------------------------------
+
+
+def excess(draws, seen, amplitude):
+    """How far the mean of the draws is from the exact posterior mean, in standard deviations.
+
+    For a white Gaussian prior the posterior is N(m, P^-1) with P = H + 1 / variance and
+    P m = A^T S^-1 y, so that n (mean - m)^T P (mean - m) is chi^2 with one degree per pixel.
+    """
+    A = seen.likelihood.operator
+    columns = A.adjoint(
+        seen.likelihood.noise.weigh(A(torch.eye(SIZE**2).double().reshape(-1, 1, SIZE, SIZE)))
+    )
+    P = columns.reshape(SIZE**2, SIZE**2) + torch.eye(SIZE**2) / (amplitude * SIGMA) ** 2
+    error = draws.mean.flatten() - torch.linalg.solve(
+        P, seen.likelihood.projection(seen.y).flatten()
+    )
+    chi2 = len(draws.x) * float(error @ P @ error)
+    return (chi2 - SIZE**2) / (2 * SIZE**2) ** 0.5
+
+
+def test_sample_from_end_to_end(capsys, config):
+    """The exact posterior, within 5 standard deviations (false alarms: 1 in 10^6).
+
+    Negative control: the same draws against the posterior of twice the amplitude.
+    """
+    path, output = config
+    assert main(["sample", "--config", str(path), "--figure", "true"]) == 0
+    said = capsys.readouterr().out
+    for name in ("evidence", "chi^2", "residual", "total flux", "coverage", "result", "figure"):
+        assert name in said
+    draws = si.read_samples(output)
+    amplitude, recorded = draws.meta["amplitude"], draws.meta["config"]
+    assert f"amplitude {amplitude:.4g} Jy/pixel" in said
+    assert recorded["simulation"]["flux"] == 0.02 and recorded["n"] == 64
+    seen = observe(SampleConfig(**from_record(recorded)).data, (1, SIZE, SIZE))
+    assert float(draws.truth.sum()) == pytest.approx(0.02)
+    assert abs(excess(draws, seen, amplitude)) < 5
+    assert abs(excess(draws, seen, 2 * amplitude)) > 5
+    chi2 = float(re.search(r"chi\^2 +([\d.]+)", said)[1])
+    assert chi2 == pytest.approx(1, abs=5 * (2 / seen.likelihood.data_size) ** 0.5 + 0.1)
+    assert output.with_suffix(".png").exists() and not output.with_suffix(".islands").exists()
+
+
+def from_record(recorded):
+    """The part of a recorded configuration that says what was observed."""
+    from scoreinv.cli.data import Simulation, ThermalNoise
+
+    simulation = recorded["simulation"]
+    noise = ThermalNoise(**simulation["noise"])
+    simulation = Simulation(**{**simulation, "noise": noise})
+    return {"prior": "", "output": "a.fits", "simulation": simulation}
+
+
+def test_visibilities_from_a_file(config, tmp_path, monkeypatch):
+    """A point source written as a table comes out where it was, moved by the shift."""
+    path, output = config
+    rng = np.random.default_rng(0)
+    uv = rng.uniform(-2e5, 2e5, (400, 2))
+    east, north = np.deg2rad(np.array([0.3, -0.2]) / 3600)
+    data = np.exp(-2j * np.pi * (uv @ [east, north]))
+    noise = 0.01 * (rng.standard_normal(400) + 1j * rng.standard_normal(400))
+    columns = [*uv.T, (data + noise).real, (data + noise).imag, np.full(400, 1e4)]
+    np.savetxt(tmp_path / "vis.txt", np.stack(columns, 1))
+    monkeypatch.setenv("SCOREINV_DATA", str(tmp_path))
+    section = ["--visibilities.path", "vis.txt", "--visibilities.pixel_scale", "0.1"]
+    shift = ["--visibilities.shift", "[0.2, 0.0]", "--amplitude", "1"]
+    command = ["sample", "--config", str(path), "--simulation", "null", *section, *shift]
+    assert main(command) == 0
+    mean = si.read_samples(output).mean[0]
+    row, column = divmod(int(mean.argmax()), SIZE)
+    assert (row - SIZE // 2, SIZE // 2 - column) == (-2, 1)
+    assert float(mean.max()) == pytest.approx(1, abs=0.1)
+
+
+def test_cutout_from_a_file(config, tmp_path):
+    """A point source seen through a known PSF, on a canvas larger than the data."""
+    path, output = config
+    offsets = np.arange(5) - 2
+    psf = np.exp(-(offsets[:, None] ** 2 + offsets**2) / 2)
+    psf /= psf.sum()
+    data = 0.01 * np.random.default_rng(1).standard_normal((12, 12))
+    data[5:10, 3:8] += psf
+    data[0, 0] = np.nan
+    np.save(tmp_path / "image.npy", data)
+    np.save(tmp_path / "psf.npy", psf)
+    section = {
+        "path": tmp_path / "image.npy",
+        "psf": tmp_path / "psf.npy",
+        "noise": 0.01,
+        "pixel_scale": 0.05,
+        "mask_nan": "true",
+    }
+    words = [w for k, v in section.items() for w in (f"--cutout.{k}", str(v))]
+    command = ["sample", "--config", str(path), "--simulation", "null", *words, "--amplitude", "1"]
+    assert main(command) == 0
+    draws = si.read_samples(output)
+    row, column = divmod(int(draws.mean[0].argmax()), SIZE)
+    assert (row, column) == (7 + 2, 5 + 2)
+    seen = torch.isfinite(draws.data_image[0])
+    assert int(seen.sum()) == 143 and not bool(seen[2, 2])
+    assert draws.grid.pixel_scale == 0.05 and draws.grid.shape == (SIZE, SIZE)
+
+
+def test_cutout_larger_than_the_canvas(capsys, config, tmp_path):
+    path, _ = config
+    np.save(tmp_path / "image.npy", np.zeros((20, 20)))
+    np.save(tmp_path / "psf.npy", np.eye(3))
+    words = ["--cutout.path", tmp_path / "image.npy", "--cutout.psf", tmp_path / "psf.npy"]
+    words += ["--cutout.noise", "1", "--cutout.pixel_scale", "1", "--simulation", "null"]
+    assert "cutout.size=16" in failure(capsys, "sample", "--config", path, *words)
+
+
+def test_wrong_unit_is_caught(capsys, config, tmp_path):
+    path, _ = config
+    np.savetxt(tmp_path / "vis.txt", np.random.default_rng(0).uniform(-200, 200, (50, 5)) ** 2)
+    words = ["--visibilities.path", tmp_path / "vis.txt", "--visibilities.pixel_scale", "0.1"]
+    message = failure(capsys, "sample", "--config", path, "--simulation", "null", *words)
+    assert "unit='klambda'" in message
+
+
+# --- interruption --------------------------------------------------------------------------------
+
+
+def test_interrupted_run_goes_on(config, tmp_path):
+    """Ctrl-C after the first island; the same command ends with the draws of a whole run."""
+    path, output = config
+    slow = ["--guided", "null", "--smc.levels", "40", "--n", "12", "--island", "2"]
+    command = ["sample", "--config", str(path), *slow]
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    run = subprocess.Popen(
+        [sys.executable, "-m", "scoreinv", *command],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    first = output.with_suffix(".islands") / "island-00000.safetensors"
+    deadline = time.monotonic() + 120
+    while not first.exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    finished = int(re.search(r"(\d) of 6 islands are finished", said)[1])
+    assert 1 <= finished < 6 and "the same command goes on" in said and "Traceback" not in said
+    assert first.exists() and not output.exists()
+
+    times = {f: f.stat().st_mtime_ns for f in first.parent.iterdir()}
+    assert len(times) == finished
+    assert main(command) == 0
+    whole = tmp_path / "whole.fits"
+    assert main([*command, "--output", str(whole)]) == 0
+    assert torch.equal(si.read_samples(output).x, si.read_samples(whole).x)
+
+
+def test_overwrite_forgets_the_islands_of_another_problem(capsys, config):
+    path, output = config
+    command = ["sample", "--config", str(path), "--n", "4"]
+    islands = output.with_suffix(".islands")
+    assert main([*command, "--output", str(output.with_name("b.fits"))]) == 0
+    islands.mkdir(parents=True)
+    (islands / "island-00000.safetensors").write_bytes(b"")
+    assert "not a finished island" in failure(capsys, *command)
+    assert main([*command, "--overwrite"]) == 0
+    assert output.exists() and not islands.exists()
+
+
+# --- the other commands --------------------------------------------------------------------------
+
+
+def test_inspect(capsys, tmp_path):
+    np.savetxt(tmp_path / "vis.txt", np.ones((3, 5)))
+    assert main(["inspect", str(tmp_path / "vis.txt"), "--unit", "klambda"]) == 0
+    assert "visibilities (text)" in capsys.readouterr().out
+    (tmp_path / "empty").write_bytes(b"")
+    assert "is empty" in failure(capsys, "inspect", tmp_path / "empty")
+
+
+def test_priors(capsys, prior, monkeypatch):
+    card = yaml.safe_load((prior / "card.json").read_text())
+    monkeypatch.setattr(si, "shipped_priors", lambda: {"white16": card})
+    assert main(["priors"]) == 0
+    said = capsys.readouterr().out
+    for part in (
+        "white16",
+        "16 x 16",
+        "0.002 to 20",
+        "1,000,000",
+        "0.50 at 0.1",
+        card["sha256"][:12],
+    ):
+        assert part in said
+
+
+def test_train_goes_on(capsys, tmp_path):
+    """A run of no time leaves a prior; the same command goes on, another one is refused."""
+    run = {
+        "name": "tiny",
+        "data": {"kind": "disc", "size": 16, "images": 64, "held_out": 16, "workers": 1},
+        "optimisation": {"steps": 4, "batch": 4},
+        "network": {"widths": [8, 16], "embedding": 16},
+    }
+    path, folder = tmp_path / "train.yaml", tmp_path / "out"
+    path.write_text(yaml.safe_dump({"run": run}))
+    command = ["train", "--config", str(path), "--output", str(folder)]
+    assert main([*command, "--max-seconds", "0"]) == 0
+    assert main(command) == 0
+    assert si.load_prior(folder).shape == (1, 16, 16)
+    other = failure(capsys, *command, "--run.seed", "1")
+    assert "another configuration" in other
+
+
+def test_vis_section_is_checked_against_the_canvas(tmp_path):
+    np.savetxt(tmp_path / "vis.txt", np.ones((3, 5)) * [1e6, 1e6, 1, 0, 1])
+    with pytest.raises(ValueError, match="too coarse"):
+        observe(VisibilityData(str(tmp_path / "vis.txt"), 1.0), (1, SIZE, SIZE))
