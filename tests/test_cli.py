@@ -46,7 +46,6 @@ SIMULATION = {
 def prior(tmp_path_factory):
     """A prior folder whose network answers zero: exactly N(0, SIGMA^2) in every pixel."""
     folder = tmp_path_factory.mktemp("prior")
-    torch.manual_seed(0)
     spectrum = torch.full((1, SIZE, SIZE), SIGMA**2, dtype=torch.float64)
     card = {
         "name": "white16",
@@ -59,7 +58,7 @@ def prior(tmp_path_factory):
         "held_out": {"prior": {"sigma = 0.1": 0.5}},
     }
     moments = Gaussian(torch.zeros(1, SIZE, SIZE), Fourier(spectrum))
-    save_prior(folder, UNet(**NETWORK).state_dict(), moments, card)
+    save_prior(folder, si.ScorePrior(UNet(**NETWORK), SIGMA, moments, 0.002, 20.0), card)
     return folder
 
 
@@ -286,7 +285,7 @@ def test_visibilities_from_a_file(config, tmp_path, monkeypatch):
     """A point source written as a table comes out where it was, moved by the shift."""
     path, output = config
     rng = np.random.default_rng(0)
-    uv = rng.uniform(-2e5, 2e5, (400, 2))
+    uv = rng.uniform(-1e6, 1e6, (400, 2))
     east, north = np.deg2rad(np.array([0.3, -0.2]) / 3600)
     data = np.exp(-2j * np.pi * (uv @ [east, north]))
     noise = 0.01 * (rng.standard_normal(400) + 1j * rng.standard_normal(400))
@@ -355,7 +354,7 @@ def test_wrong_unit_is_caught(capsys, config, tmp_path):
 def test_interrupted_run_goes_on(config, tmp_path):
     """Ctrl-C after the first island; the same command ends with the draws of a whole run."""
     path, output = config
-    slow = ["--guided", "null", "--smc.levels", "40", "--n", "12", "--island", "2"]
+    slow = ["--guided", "null", "--smc.levels", "20", "--n", "12", "--island", "2"]
     command = ["sample", "--config", str(path), *slow]
     threads = str(torch.get_num_threads())
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
@@ -424,22 +423,23 @@ def test_priors(capsys, prior, monkeypatch):
         assert part in said
 
 
-def test_train_goes_on(capsys, tmp_path):
-    """A run of no time leaves a prior; the same command goes on, another one is refused."""
+def test_train(capsys, tmp_path):
+    """A finished run is found again; another one is refused."""
     run = {
         "name": "tiny",
         "data": {"kind": "disc", "size": 16, "images": 64, "held_out": 16, "workers": 1},
-        "optimisation": {"steps": 4, "batch": 4},
+        "optimisation": {"steps": 2, "batch": 4},
         "network": {"widths": [8, 16], "embedding": 16},
     }
     path, folder = tmp_path / "train.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump({"run": run}))
-    command = ["train", "--config", str(path), "--output", str(folder)]
-    assert main([*command, "--max-seconds", "0"]) == 0
+    command = ["train", "--config", str(path), "--output", str(folder), "--max-seconds", "600"]
     assert main(command) == 0
+    weights = (folder / "weights.safetensors").read_bytes()
+    assert main(command) == 0
+    assert (folder / "weights.safetensors").read_bytes() == weights
     assert si.load_prior(folder).shape == (1, 16, 16)
-    other = failure(capsys, *command, "--run.seed", "1")
-    assert "another configuration" in other
+    assert "another configuration" in failure(capsys, *command, "--run.seed", "1")
 
 
 def test_vis_section_is_checked_against_the_canvas(tmp_path):

@@ -183,14 +183,9 @@ def test_light_from_outside_the_cutout_enters_it():
     A = PSFConvolution(psf(7, 7), (1, 9, 9), data_shape=(3, 3))
     x = torch.zeros(1, 1, 9, 9, dtype=torch.float64)
     x[0, 0, 1, 1] = 1.0
-    torch.testing.assert_close(
-        A(x)[0, 0],
-        psf(7, 7)[5:8, 5:8]
-        .new_zeros(3, 3)
-        .index_put(
-            (torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])), psf(7, 7)[5:7, 5:7].flatten()
-        ),
-    )
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    expected[:2, :2] = psf(7, 7)[5:, 5:]
+    torch.testing.assert_close(A(x)[0, 0], expected)
 
 
 def test_normalised_kernels_keep_the_flux():

@@ -102,7 +102,9 @@ def outcome(
 ) -> Outcome:
     """Observe one truth, with shape (C, H, W), sample, and compare."""
     y = likelihood.simulate(truth[None], seed)[0]
-    draws = sample(Posterior(prior, likelihood, y), n, sampler, seed=seed, island=n)
+    draws = sample(
+        Posterior(prior, likelihood, y), n, sampler, seed=seed, island=n, evidence=False
+    )
     x, truth = draws.x.double(), truth.double()
     mean = x.mean(0)
     flux = x.flatten(1).sum(1)

@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from scoreinv.cli.bench import bench
 from scoreinv.cli.inspect import inspect
 from scoreinv.cli.keys import summary
 from scoreinv.cli.parse import help_text, parse
@@ -23,6 +24,7 @@ from scoreinv.cli.train import train
 COMMANDS: dict[str, Callable[[typing.Any], None]] = {
     "sample": sample,
     "train": train,
+    "bench": bench,
     "priors": priors,
     "inspect": inspect,
 }

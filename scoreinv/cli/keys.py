@@ -46,8 +46,10 @@ def keys(config: type, prefix: str = "") -> Iterator[Key]:
     for f in fields(config):
         section = _dataclass(hints[f.name])
         default = f.default if f.default_factory is MISSING else f.default_factory()
-        spelt = str(f.type).removesuffix(" | None")
-        yield Key(prefix + f.name, spelt, texts.get(f.name, ""), default, section)
+        spelt = f.type.__name__ if isinstance(f.type, type) else str(f.type)
+        yield Key(
+            prefix + f.name, spelt.removesuffix(" | None"), texts.get(f.name, ""), default, section
+        )
         if section is not None:
             yield from keys(section, f"{prefix}{f.name}.")
 

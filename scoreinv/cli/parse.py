@@ -141,10 +141,13 @@ def _section(name: str, config: type) -> list[str]:
 
 
 def _described(key: Key) -> str:
-    default = f"default {_as_yaml(key.default)}"
-    if key.default is MISSING or key.default is None:
-        default = "required" if key.default is MISSING else "optional"
-    return f"{key.text} ({key.type}, {default})".lstrip()
+    return f"{key.text} ({key.type}, {_default(key.default)})".lstrip()
+
+
+def _default(value: Any) -> str:
+    if value is MISSING:
+        return "required"
+    return "optional" if value is None else f"default {_as_yaml(value)}"
 
 
 def _as_yaml(value: Any) -> str:

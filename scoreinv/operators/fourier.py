@@ -27,6 +27,7 @@ from scoreinv.noise.gaussian import GaussianNoise
 from scoreinv.operators.base import LinearOperator
 from scoreinv.operators.information import Information, white
 
+DRAW_TOLERANCE = 1e-4  # of random draws: far below what their covariance can show
 ARCSEC = np.pi / 180 / 3600
 
 
@@ -68,11 +69,13 @@ class NUFFT(LinearOperator):
     def transpose(self, y: Tensor) -> Tensor:
         return _Adjoint.apply(y, self)
 
-    def _plan(self, kind: int, n: int, dtype: str, modes: tuple[int, int]) -> finufft.Plan:
-        key = (kind, n, dtype, *modes)
+    def _plan(
+        self, kind: int, n: int, dtype: str, modes: tuple[int, int], tolerance: float
+    ) -> finufft.Plan:
+        # float32 transforms cannot be more accurate than this
+        eps = max(tolerance, 1e-6) if dtype == "complex64" else tolerance
+        key = (kind, n, dtype, eps, *modes)
         if key not in self._plans:
-            # float32 transforms cannot be more accurate than this
-            eps = max(self.tolerance, 1e-6) if dtype == "complex64" else self.tolerance
             plan = finufft.Plan(
                 kind,
                 modes,
@@ -91,14 +94,14 @@ class NUFFT(LinearOperator):
         dtype = torch.promote_types(x.dtype, torch.complex64)
         flat = x.reshape(-1, *self.shape[-2:]).to(dtype)
         image = np.ascontiguousarray(flat.numpy(force=True))
-        plan = self._plan(2, len(image), str(image.dtype), self.shape[-2:])
+        plan = self._plan(2, len(image), str(image.dtype), self.shape[-2:], self.tolerance)
         out = plan.execute(image if len(image) > 1 else image[0])
         return torch.from_numpy(out).reshape(len(image), -1)
 
-    def _image(self, y: Tensor, modes: tuple[int, int]) -> Tensor:
+    def _image(self, y: Tensor, modes: tuple[int, int], tolerance: float | None = None) -> Tensor:
         wide = y.to(torch.promote_types(y.dtype, torch.complex64))
         data = np.ascontiguousarray(wide.numpy(force=True))
-        plan = self._plan(1, len(data), str(data.dtype), modes)
+        plan = self._plan(1, len(data), str(data.dtype), modes, tolerance or self.tolerance)
         out = plan.execute(data if len(data) > 1 else data[0])
         return torch.from_numpy(out.real.copy()).reshape(len(data), 1, *modes)
 
@@ -127,7 +130,8 @@ class NUFFT(LinearOperator):
             return torch.fft.irfft2(k, s=(2 * H, 2 * W))[..., :H, :W]
 
         def draw(streams: Sequence[torch.Generator], each: int) -> Tensor:
-            return self.transpose(root * white(self.data_shape, streams, each, root.dtype))
+            z = root * white(self.data_shape, streams, each, root.dtype)
+            return self._image(z, (H, W), DRAW_TOLERANCE)
 
         return Information(self.shape, apply, draw, exact=None, nearby=circulant)
 

@@ -55,6 +55,10 @@ class Plan:
     drop_below: float = 0.3
     acceptance: float = 0.6
 
+    def noise_levels(self, posterior: Posterior) -> list[float]:
+        """The levels of a posterior's path, from the largest to the smallest."""
+        return noise_levels(self.levels, *posterior.sigma_range)
+
 
 @dataclass
 class Trace:
@@ -66,8 +70,8 @@ class Trace:
         acceptance: Mean acceptance at each level.
         step: Step size h at each level.
         weighted_until: Level from which on weights were dropped; 0 if they were used throughout.
-        log_evidence: From the weights [nat]; None once they were dropped.
-        path_evidence: From the path integral [nat].
+        log_evidence: From the weights, over that of the moments' Gaussian [nat]; None once they were dropped.
+        path_evidence: The same from the path integral [nat].
         evaluations: Network evaluations per particle.
     """
 
@@ -95,13 +99,12 @@ class Island:
         self, posterior: Posterior, plan: Plan, n: int, generator: torch.Generator
     ) -> None:
         self.posterior, self.plan, self.n, self.streams = posterior, plan, n, [generator]
-        self.levels = noise_levels(plan.levels, *posterior.sigma_range)
+        self.levels = plan.noise_levels(posterior)
         self.trace = Trace(weighted_until=0.0 if plan.weights else math.inf)
         self.weighted = plan.weights
         self.h = 0.5
         self.log_w = torch.zeros(n, dtype=torch.float64)
-        self.log_z = posterior.gaussian_log_evidence
-        self.trace.path_evidence = self.log_z
+        self.log_z = 0.0
         self.slopes: list[float] = []
 
     @torch.no_grad()
@@ -197,7 +200,7 @@ class Island:
     def _finish(self) -> None:
         if self.weighted:
             self.trace.log_evidence = self.log_z
-        self.trace.path_evidence += path_integral(self.levels, self.slopes)
+        self.trace.path_evidence = path_integral(self.levels, self.slopes)
         if not bool(torch.isfinite(self.x).all()):
             raise FloatingPointError("the draws are not finite")
 

@@ -49,6 +49,7 @@ def sample(
     progress: bool = False,
     grid: Grid | None = None,
     meta: dict[str, Any] | None = None,
+    evidence: bool = True,
 ) -> Samples:
     """Draw from a posterior.
 
@@ -62,6 +63,8 @@ def sample(
         progress: Show a progress bar.
         grid: Sky coordinates to hand on to the result.
         meta: More provenance to hand on to the result.
+        evidence: Compute the Gaussian evidence that the islands refine (seconds at 64x64); without it log_evidence is
+            relative to that.
 
     Returns:
         The draws, equally weighted. If every island kept its weights the islands are pooled by their evidence, and
@@ -86,7 +89,7 @@ def sample(
             if store:
                 store.put(j, *done[j])
     islands = [done[j] if j in done else store.get(j) for j in range(count)]
-    return _pool(posterior, sampler, islands, n, seed, grid, meta or {}, time.monotonic() - began)
+    return _pool(posterior, sampler, islands, n, seed, grid, meta or {}, evidence, began)
 
 
 def _run(
@@ -114,11 +117,13 @@ def _pool(
     seed: int,
     grid: Grid | None,
     meta: dict[str, Any],
-    elapsed: float,
+    with_evidence: bool,
+    began: float,
 ) -> Samples:
     draws, traces = torch.cat([x for x, _, _ in islands]), [t for _, t, _ in islands]
     weighted = all(t.log_evidence is not None for t in traces)
-    evidence = torch.tensor(
+    base = posterior.gaussian_log_evidence if with_evidence else 0.0
+    evidence = base + torch.tensor(
         [t.log_evidence if weighted else t.path_evidence for t in traces], dtype=torch.float64
     )
     if weighted:
@@ -127,22 +132,19 @@ def _pool(
         log_z = float(torch.logsumexp(evidence, 0)) - math.log(len(evidence))
     else:
         x, log_z = draws[:n], float(evidence.mean())
-    levels = torch.tensor(
-        Island(posterior, sampler.plan, 2, stream(0)).levels, dtype=torch.float64
-    )
+    spread = float(evidence.std()) if len(evidence) > 1 else math.nan
+    levels = torch.tensor(sampler.plan.noise_levels(posterior), dtype=torch.float64)
     return Samples(
         x=x,
         log_evidence=log_z,
-        log_evidence_std=float(evidence.std() / math.sqrt(len(evidence)))
-        if len(evidence) > 1
-        else math.nan,
+        log_evidence_std=spread / math.sqrt(len(evidence)),
         weights=_in_words(sampler.plan, traces),
         levels=levels,
         ess=_curve([t.ess for t in traces], len(levels)),
         acceptance=_curve([[math.nan, *t.acceptance] for t in traces], len(levels)),
         island_log_evidence=evidence,
         evaluations=max(t.evaluations for t in traces),
-        seconds=max(sum(s for _, _, s in islands), elapsed),
+        seconds=max(sum(s for _, _, s in islands), time.monotonic() - began),
         meta={**provenance(posterior, sampler, seed), **meta},
         grid=grid,
         data_image=posterior.data_image(),
