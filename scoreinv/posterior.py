@@ -75,7 +75,6 @@ class Posterior:
         self.tolerance = tolerance
         self.shape, self.dtype = tuple(prior.shape), prior.dtype
         self._levels: dict[float, Level] = {}
-        self._denoised: dict[float, tuple[Covariance, Conditioned]] = {}
 
     @property
     def moments(self) -> Gaussian:
@@ -102,13 +101,6 @@ class Posterior:
             )
         return self._levels[s]
 
-    def denoised(self, sigma: float) -> tuple[Covariance, Conditioned]:
-        """The covariance of x_0 given x_sigma, and that Gaussian conditioned on the data; prepared once."""
-        if sigma not in self._denoised:
-            K = self.prior.conditional(sigma)
-            self._denoised[sigma] = K, self.conditioner.given(K)
-        return self._denoised[sigma]
-
     @cached_property
     def gaussian(self) -> Conditioned:
         """The moments conditioned on the data: what the posterior would be for a Gaussian prior."""
@@ -119,6 +111,17 @@ class Posterior:
         z = white(self.shape, streams, each, self.dtype)
         x = self.moments.mean.to(self.dtype) + self.moments.covariance.sqrt(z)
         return x + self.gaussian.shift(x, self.conditioner.noise(streams, each))
+
+    @cached_property
+    def sharpest(self) -> float:
+        """The noise level below which the data know no direction better than x_s does: largest eigenvalue of H ^-1/2."""
+        apply = self.likelihood.operator.information(self.likelihood.noise, torch.float64).apply
+        v = white((1, *self.shape), [torch.Generator().manual_seed(0)], 1, torch.float64)[0]
+        largest = 0.0
+        for _ in range(30):  # power iteration; a few per cent are enough
+            v = apply(v / v.norm())
+            largest = float(v.norm())
+        return largest**-0.5 if largest > 0 else math.inf
 
     @cached_property
     def gaussian_log_evidence(self) -> float:

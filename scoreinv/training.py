@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from scoreinv.gaussian import Fourier, Gaussian
 from scoreinv.priors.base import stream
-from scoreinv.priors.network import ScorePrior, denoising_error, preconditioning
+from scoreinv.priors.network import ScorePrior, preconditioning
 from scoreinv.priors.unet import UNet
 from scoreinv.priors.zoo import save_prior
 from scoreinv.simulators import simulate_images
@@ -250,7 +250,7 @@ def train(
         state.load(folder / CHECKPOINT)
     _fit(run, state, images, sigma_data, accelerator, folder, deadline, progress)
     if main:
-        prior = as_prior(run, state.average, moments, sigma_data, held_out)
+        prior = as_prior(run, state.average, moments, sigma_data)
         card = _card(run, state.step, sigma_data)
         save_prior(folder, prior, {**card, "held_out": denoising_table(prior, run, held_out)})
     return folder
@@ -315,24 +315,15 @@ def _new_network(run: TrainingRun, channels: int) -> UNet:
 
 
 def as_prior(
-    run: TrainingRun,
-    weights: dict[str, Tensor],
-    moments: Gaussian,
-    sigma_data: float,
-    held_out: Tensor,
-    most: int = 512,
+    run: TrainingRun, weights: dict[str, Tensor], moments: Gaussian, sigma_data: float
 ) -> ScorePrior:
-    """The prior with these weights, its error measured on held-out images."""
+    """The prior with these weights."""
     network = UNet(channels=moments.mean.shape[0], **asdict(run.network))
     network.load_state_dict(weights)
     network.to(memory_format=torch.channels_last)
-    prior = ScorePrior(
+    return ScorePrior(
         network, sigma_data, moments, run.sigma_min, run.sigma_max, {"prior": run.name}
     )
-    truth = augment(held_out[-most:], stream(run.seed, 5), run.data.shift, run.data.amplitude)
-    levels = torch.logspace(math.log10(run.sigma_min), math.log10(run.sigma_max), 32)
-    prior.error = denoising_error(prior, truth, levels, run.seed)
-    return prior
 
 
 @torch.no_grad()

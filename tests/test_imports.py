@@ -31,6 +31,7 @@ ORDER = [
     "npe",
     "bench",
     "cli",
+    "__main__",
 ]
 # These may import less: only what is named here.
 RESTRICTED = {"diagnostics": set(), "simulators": {"data"}}

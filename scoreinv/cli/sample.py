@@ -99,7 +99,7 @@ def sample(config: SampleConfig) -> None:
     _prepare(config)
     prior = si.load_prior(config.prior)
     seen = observe(config.data, prior.shape)
-    amplitude = config.amplitude or _amplitude(prior, seen)
+    amplitude = _amplitude(prior, seen) if config.amplitude is None else config.amplitude
     _say("data", f"{seen.origin['source']}, {seen.likelihood.data_size} numbers")
     _say("prior", f"{prior.identity['prior']}, amplitude {amplitude:.4g} {seen.grid.unit}")
     draws = _draw(config, si.Posterior(prior.rescaled(amplitude), seen.likelihood, seen.y), seen)
@@ -119,7 +119,7 @@ def _prepare(config: SampleConfig) -> None:
     for path in filter(None, (config.path, config.picture)):
         if path.exists() and not config.overwrite:
             raise FileExistsError(f"{path} exists; choose another output, or pass --overwrite")
-    config.path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     if config.overwrite and config.islands.exists():
         shutil.rmtree(config.islands)
 

@@ -33,6 +33,6 @@ def train(config: TrainConfig) -> None:
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"the last checkpoint is kept in {config.output}; the same command goes on from there"
+            f"checkpoints stay in {config.output}; the same command goes on from the last one"
         ) from None
     print(f"prior         {folder}")

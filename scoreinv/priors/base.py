@@ -12,8 +12,8 @@ import abc
 import torch
 from torch import Tensor
 
-from scoreinv.gaussian import Covariance, Gaussian
-from scoreinv.kernels import conditional, noise_levels
+from scoreinv.gaussian import Gaussian
+from scoreinv.kernels import noise_levels
 
 
 class Prior(abc.ABC):
@@ -51,13 +51,6 @@ class Prior(abc.ABC):
         """grad log p_sigma(x), with shape (B, C, H, W)."""
         variance = sigma.reshape(-1, *[1] * (x.ndim - 1)) ** 2
         return (self.denoise(x, sigma) - x) / variance
-
-    def conditional(self, sigma: float) -> Covariance:
-        """Covariance of x_0 given x_sigma, averaged over x_sigma.
-
-        Of the moments' Gaussian where nothing better is known; a trained prior has measured the error of its denoiser.
-        """
-        return conditional(self.moments.covariance, sigma)
 
     def sample(self, n: int, seed: int, steps: int = 40) -> Tensor:
         """n draws, with shape (n, C, H, W), by Heun's method on the probability-flow ODE.
@@ -132,7 +125,3 @@ class RescaledPrior(Prior):
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         return self.amplitude * self.prior.denoise(x / self.amplitude, sigma / self.amplitude)
-
-    def conditional(self, sigma: float) -> Covariance:
-        C = self.prior.conditional(sigma / self.amplitude)
-        return C.map(lambda v: self.amplitude**2 * v)

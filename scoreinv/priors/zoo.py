@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from scoreinv.gaussian import Fourier, Gaussian
 from scoreinv.priors.base import Prior
-from scoreinv.priors.network import DenoisingError, ScorePrior
+from scoreinv.priors.network import ScorePrior
 from scoreinv.priors.score_models import load_score_models
 from scoreinv.priors.unet import UNet
 
@@ -58,7 +57,7 @@ def load_prior(source: str | Path) -> Prior:
 
 
 def save_prior(folder: Path, prior: ScorePrior, card: dict[str, Any]) -> str:
-    """Write the weights (in float16), moments and error table, and the card; returns the SHA-256 of the weights file.
+    """Write the weights (in float16), moments and the card; returns the SHA-256 of the weights file.
 
     Half precision changes the denoiser by less than bfloat16 autocast does, and halves the file.
     """
@@ -66,9 +65,6 @@ def save_prior(folder: Path, prior: ScorePrior, card: dict[str, Any]) -> str:
     tensors = {f"network.{k}": v.half() for k, v in prior.network.state_dict().items()}
     tensors["moments.mean"] = prior.moments.mean.float()
     tensors["moments.spectrum"] = prior.moments.covariance.spectrum.float()
-    if prior.error is not None:
-        tensors["error.levels"] = prior.error.levels.float()
-        tensors["error.power"] = prior.error.power.float()
     path = folder / "weights.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -111,11 +107,4 @@ def _load(weights: Path, card_path: Path) -> ScorePrior:
         card["sigma_min"],
         card["sigma_max"],
         identity={"prior": card["name"], "sha256": digest},
-        error=_error(tensors),
     )
-
-
-def _error(tensors: dict[str, Tensor]) -> DenoisingError | None:
-    if "error.power" not in tensors:
-        return None
-    return DenoisingError(tensors["error.levels"], tensors["error.power"])

@@ -25,4 +25,4 @@ class Anneal:
 
     @property
     def plan(self) -> Plan:
-        return Plan(self.levels, self.moves, weights=False)
+        return Plan(self.levels, self.moves, weights=False, guided=False)

@@ -19,4 +19,4 @@ class Guided:
 
     @property
     def plan(self) -> Plan:
-        return Plan(self.levels, moves=0, weights=False)
+        return Plan(self.levels, moves=0, weights=False, guided=True)

@@ -14,6 +14,9 @@ the trapezoid of the score along the proposal for the change of log p_s, which n
     x' = x + rho M G(x) + (h M)^1/2 z,     rho = 1 - (1 - h)^1/2,  0 < h < 1,     G = score + u_s / s^2
     log acceptance = (1/2 - rho / h) <G + G', x' - x> + rho^2 / (2 h) (<G, M G> - <G', M G'>)
 
+Where weights have collapsed the twist is far from p(y | x_s). The guided step compares the data with the denoised image
+instead: x_0 ~ N(D, C_sigma) conditioned on y, then x_s between x_0 and x_sigma. Both steps are exact for a Gaussian prior.
+
 The mean of the first-order weights integrates to the evidence without an exponential: with u = u_s(x),
 
     d log Z / d log s = -2 E[<D - m_s(x), u>] / s^2.
@@ -34,6 +37,8 @@ from scoreinv.kernels import ReverseKernel, noise_levels
 from scoreinv.operators.information import white
 from scoreinv.posterior import Posterior
 
+WINDOW = (0.3, 1.5)  # of Posterior.sharpest: where a guided path moves
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -43,6 +48,8 @@ class Plan:
         levels: Noise levels; the last step goes from the lowest to s = 0.
         moves: MALA steps at each level.
         weights: Use importance weights while they can be trusted.
+        guided: Without weights, step by the denoised image conditioned on the data instead of by the twist, and move
+            only at the levels near the data's noise.
         resample_below: Resample when ESS / n falls below this.
         drop_below: Drop the weights when the ESS / n of one step falls below this at two of three levels in a row.
         acceptance: Target acceptance of the moves.
@@ -51,6 +58,7 @@ class Plan:
     levels: int
     moves: int
     weights: bool
+    guided: bool
     resample_below: float = 0.5
     drop_below: float = 0.3
     acceptance: float = 0.6
@@ -67,8 +75,7 @@ class Trace:
     Attributes:
         ess: Effective sample size over n, before resampling, at each level where weights were used.
         one_step: The same for the increments of that step alone.
-        acceptance: Mean acceptance at each level.
-        step: Step size h at each level.
+        acceptance: Mean acceptance at each level but the first; nan where nothing moved.
         weighted_until: Level from which on weights were dropped; 0 if they were used throughout.
         log_evidence: From the weights, over that of the moments' Gaussian [nat]; None once they were dropped.
         path_evidence: The same from the path integral [nat].
@@ -78,7 +85,6 @@ class Trace:
     ess: list[float] = field(default_factory=list)
     one_step: list[float] = field(default_factory=list)
     acceptance: list[float] = field(default_factory=list)
-    step: list[float] = field(default_factory=list)
     weighted_until: float = math.inf
     log_evidence: float | None = None
     path_evidence: float = 0.0
@@ -148,10 +154,10 @@ class Island:
         self.slopes.append(2 * float(dot(delta, self.u).mean()) / kernel.sigma**2)
         if self.weighted:
             self._weigh(kernel, m, delta)
-        if self.weighted:
-            self._propose(kernel)
-        else:
+        if self.plan.guided and not self.weighted:
             self._guide(kernel)
+        else:
+            self._propose(kernel)
 
     def _propose(self, kernel: ReverseKernel) -> None:
         """The kernel times the twist at s."""
@@ -164,11 +170,10 @@ class Island:
         self.x = x + (1 - kernel.a) * self.level.conditioned.shift(x0, noise)
 
     def _guide(self, kernel: ReverseKernel) -> None:
-        """x_0 from N(D, cov of x_0 given x_sigma) conditioned on the data, then the bridge to s."""
-        K, conditioned = self.posterior.denoised(kernel.sigma)
-        x0 = self.denoised + K.sqrt(self._white())
+        """x_0 from N(D, C_sigma) conditioned on the data, then the bridge to s."""
+        x0 = self.denoised + self.level.covariance.sqrt(self._white())
         noise = self.posterior.conditioner.noise(self.streams, self.n)
-        x0 = x0 + conditioned.shift(x0, noise)
+        x0 = x0 + self.level.conditioned.shift(x0, noise)
         self.x = kernel.bridge(self.x, x0, self._white())
 
     def _weigh(self, kernel: ReverseKernel, m: Tensor, delta: Tensor) -> None:
@@ -208,7 +213,8 @@ class Island:
 
     def _move(self) -> None:
         s, plan = self.level.s, self.plan
-        if plan.moves == 0:
+        if plan.moves == 0 or not self._moves_pay(s):
+            self.trace.acceptance.append(math.nan)
             return
         score = (self.denoised - self.x) / s**2
         M = self._mobility(score)
@@ -240,7 +246,15 @@ class Island:
             accepted.append(rate)
             self.h = min(0.95, max(1e-4, h * math.exp(0.5 * (rate - plan.acceptance))))
         self.trace.acceptance.append(sum(accepted) / len(accepted))
-        self.trace.step.append(self.h)
+
+    def _moves_pay(self, s: float) -> bool:
+        """With weights or the twist's own path, always. A guided path meets the targets of the twist only where that is
+        close to the likelihood, s up to the data's noise; far below it the step itself is exact, and moves would only
+        add up the errors of a trained score."""
+        low, high = WINDOW
+        if self.weighted or not self.plan.guided:
+            return True
+        return low * self.posterior.sharpest <= s <= high * self.posterior.sharpest
 
     def _mobility(self, score: Tensor) -> Mobility:
         C, s = self.posterior.moments.covariance, self.level.s

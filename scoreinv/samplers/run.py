@@ -170,9 +170,9 @@ def _in_words(plan: Plan, traces: list[Trace]) -> str:
     if not dropped:
         return "used throughout"
     return (
-        f"dropped from sigma = {max(dropped):.3g} on in {len(dropped)} of {len(traces)} islands: one-step ESS/n stayed "
-        f"below {plan.drop_below:g} (the prior is far from Gaussian there); moves carried on, islands count equally, "
-        "evidence from the path integral"
+        f"dropped from sigma = {max(dropped):.3g} on in {len(dropped)} of {len(traces)} islands: "
+        f"one-step ESS/n stayed below {plan.drop_below:g} (the prior is far from Gaussian there); "
+        "guided steps and moves carried on, islands count equally, evidence approximate, from the path integral"
     )
 
 

@@ -81,7 +81,11 @@ class Samples:
 
     def __str__(self) -> str:
         n, *shape = self.x.shape
-        acceptance = float(self.acceptance.nanmean()) if bool((~self.acceptance.isnan()).any()) else float("nan")
+        acceptance = (
+            float(self.acceptance.nanmean())
+            if bool((~self.acceptance.isnan()).any())
+            else float("nan")
+        )
         rows = {
             "draws": f"{n} of shape {tuple(shape)}",
             "log evidence": f"{self.log_evidence:.2f} +- {self.log_evidence_std:.2f} nat",
@@ -112,15 +116,21 @@ class Samples:
             ".hdf5": _write_hdf5,
         }
         if path.suffix not in writers:
-            raise ValueError(f"{path.name} ends in {path.suffix!r}, expected one of {', '.join(writers)}")
+            raise ValueError(
+                f"{path.name} ends in {path.suffix!r}, expected one of {', '.join(writers)}"
+            )
         if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists; choose another name, or pass overwrite=True (--overwrite)")
+            raise FileExistsError(
+                f"{path} exists; choose another name, or pass overwrite=True (--overwrite)"
+            )
         partial = path.with_name(f".{path.name}.part")
         try:
             writers[path.suffix](self, partial)
             os.replace(partial, path)
         except OSError as error:
-            raise OSError(f"could not write {path}: {error}; no file was left half written") from error
+            raise OSError(
+                f"could not write {path}: {error}; no file was left half written"
+            ) from error
         finally:
             partial.unlink(missing_ok=True)
         return path
@@ -138,7 +148,9 @@ def read_samples(path: str | Path) -> Samples:
     try:
         fields = _read_fits(path) if path.suffix == ".fits" else _read_hdf5(path)
     except (KeyError, OSError) as error:
-        raise ValueError(f"{path} holds no posterior draws written by scoreinv ({error})") from error
+        raise ValueError(
+            f"{path} holds no posterior draws written by scoreinv ({error})"
+        ) from error
     return Samples(**fields)
 
 
@@ -237,7 +249,9 @@ def _read_hdf5(path: Path) -> dict[str, Any]:
     import h5py
 
     with h5py.File(path) as f:
-        fields = {name: torch.from_numpy(f[name][...]) for name in ("x", *CURVES, *IMAGES) if name in f}
+        fields = {
+            name: torch.from_numpy(f[name][...]) for name in ("x", *CURVES, *IMAGES) if name in f
+        }
         return {**fields, **_unpacked(json.loads(f.attrs["meta"]))}
 
 

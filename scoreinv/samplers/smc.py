@@ -33,4 +33,4 @@ class SMC:
 
     @property
     def plan(self) -> Plan:
-        return Plan(self.levels, self.moves, True, self.resample_below, self.drop_below)
+        return Plan(self.levels, self.moves, True, True, self.resample_below, self.drop_below)
