@@ -62,7 +62,8 @@ def _spelt_out(config: type, arguments: Sequence[str]) -> list[str]:
         flag = alone and name in known and known[name].flag
         out[i] = f"--{name}=true" if flag else f"--{name}{equals}{value}"
     if out and not out[0].startswith("-"):
-        out.insert(0, "--path" if "path" in known else "--config")
+        first = next((name for name in ("path", "what") if name in known), "config")
+        out.insert(0, f"--{first}")
     return out
 
 
