@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from scoreinv.bench.problems import gaussian_psf
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise
 from scoreinv.operators import NUFFT, PSFConvolution
@@ -52,13 +53,6 @@ class Outcome:
     evaluations: int
     seconds: float
     weights: str
-
-
-def gaussian_psf(fwhm: float, size: int = 19) -> Tensor:
-    """A normalised Gaussian PSF, with shape (size, size); `fwhm` [pixel]."""
-    i = torch.arange(size, dtype=torch.float64) - size // 2
-    psf = torch.exp(-(i[:, None] ** 2 + i**2) / (2 * (fwhm / 2.354820045) ** 2))
-    return psf / psf.sum()
 
 
 def psf_problem(prior: Prior, noise: float) -> Likelihood:
@@ -133,7 +127,7 @@ def calibrate(
 ) -> list[Outcome]:
     """Outcomes of all truths, with shape (N, C, H, W); those already in the file `store` are not run again."""
     done = [] if store is None or not store.exists() else store.read_text().splitlines()
-    outcomes = [Outcome(**json.loads(line)) for line in done][: len(truths)]
+    outcomes = [_restored(line) for line in done][: len(truths)]
     rest = range(len(outcomes), len(truths))
     for i in tqdm(rest, disable=not progress, desc="truths"):
         outcomes.append(outcome(prior, likelihood, truths[i], sampler, n, 1000 * seed + i))
@@ -142,6 +136,11 @@ def calibrate(
             with store.open("a") as f:
                 f.write(json.dumps(asdict(outcomes[-1])) + "\n")
     return outcomes
+
+
+def _restored(line: str) -> Outcome:
+    record = json.loads(line)
+    return Outcome(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, float | list[float]]:

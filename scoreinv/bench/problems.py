@@ -81,6 +81,13 @@ class MixtureProblem:
         return squared / d, self.weights.log() - 0.5 * (squared + logdet)
 
 
+def gaussian_psf(fwhm: float, size: int = 19) -> Tensor:
+    """A normalised Gaussian PSF, with shape (size, size); `fwhm` [pixel]."""
+    i = torch.arange(size, dtype=torch.float64) - size // 2
+    psf = torch.exp(-(i[:, None] ** 2 + i**2) / (2 * (fwhm / 2.354820045) ** 2))
+    return psf / psf.sum()
+
+
 def grid_mixture(d: int, m: int, seed: int, noise: float = 0.05) -> MixtureProblem:
     """25 unit-variance modes at 8 (i, j, i, j, ...), m random measurements with singular values in [0.2, 1]."""
     g = stream(seed, d, m)
@@ -163,9 +170,8 @@ def four_fields(
         z = torch.randn(1, size, size, generator=g, dtype=torch.float64)
         means.append(0.2 * torch.fft.ifft2(torch.fft.fft2(z) * torch.exp(-(radius**2) / 8)).real)
     components = [GaussianPrior(mu, Fourier(P)) for mu, P in zip(means, spectra, strict=True)]
-    i = torch.arange(-15, 16, dtype=torch.float64)
-    psf = torch.exp(-(i[:, None] ** 2 + i**2) / (2 * (fwhm / 2.3548) ** 2))
-    A = PSFConvolution(psf / psf.sum(), (1, size, size), boundary="circular")
+    psf = gaussian_psf(fwhm, 2 * (size // 4) + 1)
+    A = PSFConvolution(psf, (1, size, size), boundary="circular")
     prior = MixturePrior(torch.ones(4), components)
     likelihood = Likelihood(A, GaussianNoise(std=noise))
     true = int(torch.randint(4, (1,), generator=g))
