@@ -147,7 +147,11 @@ def summary(outcomes: list[Outcome]) -> dict[str, float | list[float]]:
     """The table's row: ratios with their jackknife errors."""
     error = np.array([o.error for o in outcomes])
     predicted = np.array([o.predicted for o in outcomes])
-    ratio = lambda e, p: np.sqrt(e.sum(0) / p.sum(0))
+
+    def ratio(e: np.ndarray, p: np.ndarray) -> np.ndarray:
+        e, p = np.atleast_1d(e.sum(0)), np.atleast_1d(p.sum(0))
+        # a small image has no frequencies in the highest band
+        return np.sqrt(np.divide(e, p, out=np.full_like(e, np.nan), where=p > 0))
 
     def jackknife(e: np.ndarray, p: np.ndarray) -> np.ndarray:
         n = len(e)
@@ -158,8 +162,8 @@ def summary(outcomes: list[Outcome]) -> dict[str, float | list[float]]:
     flux = np.array([o.flux for o in outcomes])
     return {
         "truths": len(outcomes),
-        "total": float(ratio(*total)),
-        "total_error": float(jackknife(*total)),
+        "total": float(ratio(*total)[0]),
+        "total_error": float(jackknife(*total)[0]),
         "bands": ratio(error, predicted).tolist(),
         "bands_error": jackknife(error, predicted).tolist(),
         "flux_mean": float(flux.mean()),
