@@ -33,7 +33,7 @@ from torch import Tensor
 
 from scoreinv.conditioning import Mobility
 from scoreinv.gaussian import Covariance, dot
-from scoreinv.kernels import ReverseKernel, noise_levels
+from scoreinv.kernels import ReverseKernel, expectation, noise_levels
 from scoreinv.operators.information import white
 from scoreinv.posterior import Posterior
 
@@ -180,9 +180,9 @@ class Island:
         """Weigh the particles by how well the twist predicts the step, and resample if need be."""
         sigma, s, a = kernel.sigma, kernel.s, kernel.a
         C, n = self.posterior.moments.covariance, self.n
-        W = C.map(lambda v: v / (v + s**2)) if s > 0 else C.map(torch.ones_like)
-        ahead = self.level.conditioned.shift(m + (1 - a) * W.apply(delta))
-        widened = C.map(lambda v: (v + sigma**2) / (v + s**2) if s > 0 else 1 + sigma**2 / v)
+        ahead = self.level.conditioned.shift(m + (1 - a) * expectation(C, s).apply(delta))
+        # directions without prior variance carry neither delta nor u: keep their ratio finite
+        widened = C.map(lambda v: (v + sigma**2) / (v + s**2).clamp_min(1e-12 * float(v.max())))
         increment = (1 - a) / (2 * sigma**2) * dot(delta, widened.apply(self.u + ahead))
         self.trace.one_step.append(effective(increment))
         if self._collapsed():
@@ -248,9 +248,11 @@ class Island:
         self.trace.acceptance.append(sum(accepted) / len(accepted))
 
     def _moves_pay(self, s: float) -> bool:
-        """With weights or the twist's own path, always. A guided path meets the targets of the twist only where that is
-        close to the likelihood, s up to the data's noise; far below it the step itself is exact, and moves would only
-        add up the errors of a trained score."""
+        """Whether to move at level s: with weights, or on the twist's own path, always.
+
+        A guided path meets the twist's targets only where those are close to the likelihood, s up to the data's noise;
+        far below it the step itself is exact, and moves would only add up the errors of a trained score.
+        """
         low, high = WINDOW
         if self.weighted or not self.plan.guided:
             return True
