@@ -119,6 +119,7 @@ def _prepare(config: SampleConfig) -> None:
     for path in filter(None, (config.path, config.picture)):
         if path.exists() and not config.overwrite:
             raise FileExistsError(f"{path} exists; choose another output, or pass --overwrite")
+        path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
     if config.overwrite and config.islands.exists():
         shutil.rmtree(config.islands)
@@ -149,7 +150,7 @@ def _draw(config: SampleConfig, posterior: si.Posterior, seen: Observation) -> s
         wanted = math.ceil(config.n / config.island)
         raise KeyboardInterrupt(
             f"{finished} of {wanted} islands are finished and kept in {config.islands}; "
-            "the same command goes on from there"
+            f"the same command {'without --overwrite ' if config.overwrite else ''}goes on from there"
         ) from None
 
 
