@@ -60,7 +60,7 @@ class Plan:
     weights: bool
     guided: bool
     resample_below: float = 0.5
-    drop_below: float = 0.3
+    drop_below: float = 0.5
     acceptance: float = 0.6
 
     def noise_levels(self, posterior: Posterior) -> list[float]:

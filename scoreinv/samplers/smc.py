@@ -29,7 +29,7 @@ class SMC:
     levels: int = 80
     moves: int = 3
     resample_below: float = 0.5
-    drop_below: float = 0.3
+    drop_below: float = 0.5
 
     @property
     def plan(self) -> Plan:
