@@ -11,7 +11,6 @@ outside the cutout enters it.
 from __future__ import annotations
 
 import torch
-from scipy.fft import next_fast_len
 from torch import Tensor
 
 from scoreinv.operators.base import LinearOperator
@@ -56,6 +55,8 @@ class PSFConvolution(LinearOperator):
         self.boundary = boundary
         if normalise:
             psf = psf / psf.sum((-2, -1), keepdim=True)
+        from scipy.fft import next_fast_len
+
         self.fft = tuple(shape[-2:]) if boundary == "circular" else tuple(
             next_fast_len(n + k - 1, real=True)
             for n, k in zip(shape[-2:], psf.shape[-2:], strict=True)

@@ -38,6 +38,7 @@ from scoreinv.operators.information import white
 from scoreinv.posterior import Posterior
 
 WINDOW = (0.3, 1.5)  # of Posterior.sharpest: where a guided path moves
+TRUSTED = 10.0  # of Prior.sigma_min: below, a trained score is too uncertain for moves to gain
 
 
 @dataclass(frozen=True)
@@ -253,10 +254,10 @@ class Island:
         A guided path meets the twist's targets only where those are close to the likelihood, s up to the data's noise;
         far below it the step itself is exact, and moves would only add up the errors of a trained score.
         """
-        low, high = WINDOW
         if self.weighted or not self.plan.guided:
             return True
-        return low * self.posterior.sharpest <= s <= high * self.posterior.sharpest
+        low, high = (w * self.posterior.sharpest for w in WINDOW)
+        return max(low, TRUSTED * self.posterior.prior.sigma_min) <= s <= high
 
     def _mobility(self, score: Tensor) -> Mobility:
         C, s = self.posterior.moments.covariance, self.level.s

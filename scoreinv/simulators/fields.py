@@ -29,7 +29,6 @@ from functools import lru_cache
 from math import cos, inf, sin
 
 import numpy as np
-from scipy import fft
 
 PIXEL_BLUR = 0.4  # [pixel]
 
@@ -48,7 +47,7 @@ def wavenumber(size: int) -> tuple[np.ndarray, np.ndarray]:
 
     log(k) is set to zero at k = 0, where there is never any power.
     """
-    f = fft.fftfreq(size, 1 / size)
+    f = np.fft.fftfreq(size, 1 / size)
     k = np.hypot(f[:, None], f[None, :]).astype(np.float32)
     log_k = np.log(np.where(k > 0, k, 1))
     k.setflags(write=False)
@@ -88,6 +87,8 @@ def random_fields(
     Returns:
         Fields, with shape (2, size, size), float32.
     """
+    from scipy import fft
+
     _, log_k = wavenumber(size)
     amplitude = spectral_cut(size, k_min, k_max) * np.exp(-0.5 * slope * log_k)
     amplitude *= size**2 / float(np.square(amplitude).sum()) ** 0.5

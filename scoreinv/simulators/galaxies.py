@@ -31,7 +31,6 @@ from functools import cached_property
 from math import cos, exp, log, pi, radians, sin, sqrt, tan
 
 import numpy as np
-from scipy.special import i0e
 
 from .fields import (
     PIXEL_BLUR,
@@ -184,6 +183,8 @@ def spiral_arms(
 
     Where pixels cannot resolve the winding, the arms fade to their mean over phase.
     """
+    from scipy.special import i0e
+
     m = (1, 2, 2, 2, 2, 3, 4, 5)[rng.integers(8)]
     pitch = radians(bounded(rng.normal(19, 7), 7, 40))
     winding = (-1, 1)[rng.integers(2)] / tan(pitch)
