@@ -202,6 +202,8 @@ class _State:
         names = [k for k, _ in self.network.named_parameters()]
         self.network.load_state_dict({k: tensors[f"weight.{k}"] for k in names})
         self.average = {k: tensors[f"average.{k}"] for k in names}
+        if self.step == 0:
+            return  # stopped before its first step: the optimiser has no moments yet
         state = self.optimiser.state_dict()
         state["state"] = {
             i: {

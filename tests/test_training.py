@@ -53,6 +53,7 @@ def test_a_killed_run_resumes_exactly(trained, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return draw(run, images, step, accelerator)
 
+    train(RUN, tmp_path, max_seconds=0, progress=False)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "_batch", killed)
         train(RUN, tmp_path, progress=False)
