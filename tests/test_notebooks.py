@@ -7,8 +7,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-import scoreinv as si
-
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -27,9 +25,6 @@ def test_kept_without_outputs(path):
 def test_runs(path, tmp_path, monkeypatch):
     """Every cell runs, within four minutes in all."""
     notebook = nbformat.read(path, as_version=4)
-    missing = {"disc64"} - set(si.shipped_priors())
-    if any(name in cell.source for name in missing for cell in notebook.cells):
-        pytest.skip(f"this installation comes without the prior {', '.join(missing)}")
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     )

@@ -6,7 +6,9 @@ import shutil
 import warnings
 
 import pytest
+import score_models  # noqa: E402
 import torch
+from score_models.sde import TSVESDE, VESDE, VPSDE  # noqa: E402
 
 from scoreinv.gaussian import Gaussian, Scalar
 from scoreinv.priors.score_models import (
@@ -15,9 +17,6 @@ from scoreinv.priors.score_models import (
     VariancePreserving,
     load_score_models,
 )
-
-score_models = pytest.importorskip("score_models")
-from score_models.sde import TSVESDE, VESDE, VPSDE  # noqa: E402
 
 SDES = {
     "ve": dict(sde="ve", sigma_min=0.01, sigma_max=50.0),
