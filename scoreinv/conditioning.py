@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,10 @@ from scoreinv.gaussian import (
     Covariance,
     Dense,
     Gaussian,
+    Scalar,
     conjugate_gradients,
     dot,
+    filtered,
     joint,
 )
 from scoreinv.likelihood import Likelihood
@@ -261,29 +263,25 @@ class IterativeConditioner(Conditioner):
     def noise(self, streams: Streams, each: int) -> Tensor:
         return self.information.draw(streams, each).to(self.dtype)
 
-    def preconditioner(self, K: Covariance) -> Covariance:
-        """(K^-1 + H)^-1 with H replaced by its nearest circulant; K where there is none."""
-        nearby = self.information.nearby
-        near = None if nearby is None else joint(lambda h, k: k / (1 + h * k), nearby, K)
-        return K if near is None else near
-
-    def inverse(self, K: Covariance) -> Covariance:
-        """K^-1; finite in directions where K vanishes, in which the solution stays zero."""
-        floor = 1e-12 * float(K.eigenvalues(self.information.shape).max())
-        return K.map(lambda v: 1 / v.clamp_min(floor))
+    def preconditioner(self, K: Covariance) -> Preconditioner:
+        """With H replaced by its nearest circulant; by nothing where that does not share a basis with K."""
+        h = self.information.nearby
+        if h is None or joint(torch.mul, h, K) is None:
+            return Preconditioner(K, Scalar(1.0), Scalar(0.0), Scalar(0.0))
+        return Preconditioner(
+            M=joint(lambda h, k: k / (1 + h * k), h, K),
+            free=joint(lambda h, k: 1 / (1 + h * k), h, K),
+            pulled=joint(lambda h, k: h * k / (1 + h * k), h, K),
+            near=joint(lambda h, k: h / (1 + h * k), h, K),
+        )
 
     def log_evidence(self, prior: Gaussian) -> float:
-        C, H = prior.covariance, self.information.apply
-        inverse = self.inverse(C)
+        H = self.information.apply
         mean, e = _expansion(self, prior, H)
         u, _ = conjugate_gradients(
-            lambda v: inverse.apply(v) + H(v),
-            e,
-            self.preconditioner(C).apply,
-            tolerance=1e-8,
-            iterations=2000,
+            H, e, self.preconditioner(prior.covariance), tolerance=1e-8, iterations=2000
         )
-        return mean + 0.5 * float(dot(e, u)) - 0.5 * self._log_growth(C)
+        return mean + 0.5 * float(dot(e, u)) - 0.5 * self._log_growth(prior.covariance)
 
     def _log_growth(self, C: Covariance) -> float:
         """log det(I + C^1/2 H C^1/2): exactly for small images, by Lanczos quadrature beyond.
@@ -300,37 +298,65 @@ class IterativeConditioner(Conditioner):
             return 2 * float(_cholesky(G).diagonal().log().sum())
         circulant = None if nearby is None else joint(lambda h, k: 1 + h * k, nearby, C)
         if circulant is None:
-            return lanczos_logdet(lambda v: v + root(v), self.information.shape)
+            return lanczos_logdet(lambda v: v + root(v), self.information.shape)[0]
         # the circulant's determinant is exact; only the ratio, close to one, is estimated
         half = circulant.map(torch.rsqrt)
         ratio = lambda v: half.apply(half.apply(v) + root(half.apply(v)))
-        return circulant.logdet(self.information.shape) + lanczos_logdet(
-            ratio, self.information.shape
-        )
+        estimated, _ = lanczos_logdet(ratio, self.information.shape)
+        return circulant.logdet(self.information.shape) + estimated
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """M = (K^-1 + H_c)^-1 for a circulant H_c near H.
+
+    Attributes:
+        M: The operator itself.
+        free: K^-1 M, what the data leave alone.
+        pulled: M H_c, what the data replace.
+        near: H_c K^-1 M.
+    """
+
+    M: Covariance
+    free: Covariance
+    pulled: Covariance
+    near: Covariance
+
+    def __call__(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        Mr, KMr = filtered(r, self.M, self.free)
+        return Mr, KMr
 
 
 class _Iterative(Conditioned):
     def __init__(self, parent: IterativeConditioner, K: Covariance) -> None:
-        self.parent, self.K = parent, K
-        self.H = parent.information.apply
-        self.D = parent.D.to(parent.dtype)
+        self.parent, self.K, self.H = parent, K, parent.information.apply
         self.preconditioner = parent.preconditioner(K)
-        self.inverse = parent.inverse(K)
+        self.known = self._known(parent.D.to(parent.dtype)[None])
         probe = parent.noise([torch.Generator().manual_seed(0)], 1)
-        self.iterations = self._solve(probe, parent.tolerance, 500)[1]
-
-    def _solve(self, e: Tensor, tolerance: float, iterations: int) -> tuple[Tensor, int]:
-        return conjugate_gradients(
-            lambda v: self.inverse.apply(v) + self.H(v),
-            e,
-            self.preconditioner.apply,
-            tolerance=tolerance,
-            iterations=iterations,
-        )
+        left = self._circulant(torch.zeros_like(probe), self._known(probe))[1]
+        # parent.tolerance is relative to the probe, of which the circulant has left little
+        share = float((dot(left, left) / dot(probe, probe)).sqrt())
+        self.iterations = conjugate_gradients(
+            self.H, left, self.preconditioner, parent.tolerance / max(share, 1e-12)
+        )[1]
 
     def shift(self, m: Tensor, noise: Tensor | None = None) -> Tensor:
-        D = self.D if noise is None else self.D + noise
-        return self._solve(D - self.H(m), 0.0, max(self.iterations, 1))[0]
+        known = self.known
+        if noise is not None:
+            known = [a + b for a, b in zip(known, self._known(noise), strict=True)]
+        u, left = self._circulant(m, known)
+        rest, _ = conjugate_gradients(self.H, left, self.preconditioner, 0.0, self.iterations)
+        return u + rest
+
+    def _known(self, D: Tensor) -> list[Tensor]:
+        """M D and H_c M D."""
+        return filtered(D, self.preconditioner.M, self.preconditioner.pulled)
+
+    def _circulant(self, m: Tensor, known: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The shift if H were its circulant, u = M (D - H_c m), and what is left: (H_c - H)(m + u)."""
+        pulled, near = filtered(m, self.preconditioner.pulled, self.preconditioner.near)
+        u = known[0] - pulled
+        return u, near + known[1] - self.H(m + u)
 
     def mobility(self, prior_precision: Covariance, slope: Covariance) -> Mobility:
         # any fixed M leaves the target invariant; the circulant one is a filter
@@ -343,32 +369,69 @@ class _Iterative(Conditioned):
         return FilterMobility(M, self.parent.information.shape, self.parent.dtype)
 
 
-def lanczos_logdet(operator, shape: tuple[int, ...], probes: int = 16, steps: int = 40) -> float:
-    """log det of a symmetric positive definite operator, by Lanczos quadrature."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randint(0, 2, (probes, *shape), generator=generator).double() * 2 - 1
-    d = math.prod(shape)
-    q, previous, beta = z / math.sqrt(d), torch.zeros_like(z), z.new_zeros(probes)
-    column = lambda c: c.reshape(-1, *[1] * len(shape))
-    alphas, betas, basis = [], [], [q]
+def lanczos_logdet(
+    operator: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
+    error: float = 0.5,
+    most: int = 16,
+) -> tuple[float, float]:
+    """log det of a symmetric positive definite operator by Lanczos quadrature, and its standard error [nat].
+
+    Args:
+        operator: Acts on (B, *shape).
+        shape: Shape of one image.
+        error: Standard error at which no more probes are drawn [nat].
+        most: Batches of 64 probes at most.
+    """
+    generator, values = torch.Generator().manual_seed(0), torch.zeros(0, dtype=torch.float64)
+    for _ in range(most):
+        z = 2.0 * torch.randint(0, 2, (64, *shape), generator=generator).double() - 1
+        values = torch.cat([values, lanczos(operator, z)])
+        reached = float(values.std()) / len(values) ** 0.5
+        if reached < error:
+            break
+    return float(values.mean()), reached
+
+
+def lanczos(
+    operator: Callable[[Tensor], Tensor], z: Tensor, steps: int = 40, tolerance: float = 1e-3
+) -> Tensor:
+    """z^T log(operator) z for each probe z, with shape (B,).
+
+    Args:
+        operator: Symmetric positive definite, acts on (B, *shape).
+        z: Probes, with shape (B, *shape).
+        steps: At most so many nodes of the quadrature.
+        tolerance: Stops when another node changes the mean by less.
+    """
+    norm, column = dot(z, z), lambda c: c.reshape(-1, *[1] * (z.ndim - 1))
+    q, previous, beta = z / column(norm.sqrt()), torch.zeros_like(z), torch.zeros_like(norm)
+    alphas, betas, basis, result = [], [], [q], torch.full_like(norm, math.inf)
     for _ in range(steps):
         w = operator(q) - column(beta) * previous
         alpha = dot(w, q)
         w = w - column(alpha) * q
         for p in basis:  # full reorthogonalisation: rounding would repeat eigenvalues
             w = w - column(dot(w, p)) * p
-        beta = dot(w, w).sqrt()
         alphas.append(alpha)
+        result, before = norm * _quadrature(alphas, betas), result
+        beta = dot(w, w).sqrt()
+        if float((result - before).mean().abs()) < tolerance or float(beta.max()) < 1e-12:
+            break
         betas.append(beta)
         previous, q = q, w / column(beta.clamp_min(1e-30))
         basis.append(q)
-        if float(beta.max()) < 1e-12:
-            break
+    return result
+
+
+def _quadrature(alphas: list[Tensor], betas: list[Tensor]) -> Tensor:
+    """e_1^T log(T) e_1 for tridiagonal matrices T, with shape (B,)."""
     T = torch.diag_embed(torch.stack(alphas, 1))
-    off = torch.stack(betas[:-1], 1)
-    T = T + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
+    if betas:
+        off = torch.stack(betas, 1)
+        T = T + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
     values, vectors = torch.linalg.eigh(T)
-    return d * float((vectors[:, 0].square() * values.clamp_min(1e-300).log()).sum(1).mean())
+    return (vectors[:, 0].square() * values.clamp_min(1e-300).log()).sum(1)
 
 
 def _expansion(conditioner, prior: Gaussian, H) -> tuple[float, Tensor]:

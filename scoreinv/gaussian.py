@@ -141,17 +141,22 @@ class Fourier(Covariance):
     def fits(self, shape: tuple[int, ...]) -> bool:
         return _broadcasts(self.shape, shape) and self.shape[-2:] == tuple(shape[-2:])
 
+    def half(self, dtype: torch.dtype) -> Tensor:
+        """The spectrum at the frequencies of `torch.fft.rfft2`."""
+        if dtype not in self._halves:
+            half = self.spectrum[..., : self.spectrum.shape[-1] // 2 + 1]
+            self._halves[dtype] = half.to(dtype).contiguous()
+        return self._halves[dtype]
+
     @cached_property
-    def _half(self) -> Tensor:
-        return self.spectrum[..., : self.spectrum.shape[-1] // 2 + 1].contiguous()
+    def _halves(self) -> dict[torch.dtype, Tensor]:
+        return {}
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Fourier:
         return Fourier(f(self.spectrum))
 
     def apply(self, x: Tensor) -> Tensor:
-        return torch.fft.irfft2(
-            torch.fft.rfft2(x) * self._half.to(x.dtype), s=self.spectrum.shape[-2:]
-        )
+        return filtered(x, self)[0]
 
     def power(self, x: Tensor) -> Tensor:
         power = torch.fft.fft2(x, norm="ortho").abs().double().square().mean(0)
@@ -330,20 +335,22 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def conjugate_gradients(
-    operator: Callable[[Tensor], Tensor],
+    H: Callable[[Tensor], Tensor],
     b: Tensor,
-    preconditioner: Callable[[Tensor], Tensor] = lambda r: r,
-    start: Tensor | None = None,
+    preconditioner: Callable[[Tensor], tuple[Tensor, Tensor]] = lambda r: (r, torch.zeros_like(r)),
     tolerance: float = 1e-6,
     iterations: int = 500,
 ) -> tuple[Tensor, int]:
-    """Solve operator(x) = b for a batch of right-hand sides b.
+    """Solve (K^-1 + H) x = b for a batch of right-hand sides b.
+
+    K^-1 is met only behind the preconditioner M, where K^-1 M is as harmless as M: one transform serves both, and
+    directions in which K vanishes stay zero.
 
     Args:
-        operator: Symmetric positive definite, acts on (B, *shape).
+        H: Symmetric positive semi-definite, acts on (B, *shape).
         b: Right-hand sides, with shape (B, *shape).
-        preconditioner: Symmetric positive definite approximation of the inverse.
-        start: First guess, with shape (B, *shape); zero if not given.
+        preconditioner: Gives (M r, K^-1 M r) for a symmetric positive definite M near (K^-1 + H)^-1; by default
+            M = 1 and K^-1 = 0.
         tolerance: Stops when every residual is below tolerance * |b|.
         iterations: At most so many.
 
@@ -357,21 +364,27 @@ def conjugate_gradients(
         return c.reshape(-1, *[1] * (b.ndim - 1)).to(b.dtype)
 
     tiny = torch.finfo(b.dtype).tiny
-    x = torch.zeros_like(b) if start is None else start.clone()
-    r = b.clone() if start is None else b - operator(x)
-    target = tolerance**2 * dot(b, b)
-    z = preconditioner(r)
-    p, rz = z, dot(r, z)
+    x, r, target = torch.zeros_like(b), b, tolerance**2 * dot(b, b)
+    p, Kp, rz = torch.zeros_like(b), torch.zeros_like(b), torch.ones(len(b), dtype=torch.float64)
     for i in range(iterations):
-        if bool((dot(r, r) <= target).all()):
+        if tolerance > 0 and bool((dot(r, r) <= target).all()):
             return x, i
-        q = operator(p)
+        z, Kz = preconditioner(r)
+        rz, previous = dot(r, z), rz
+        beta = column(rz / previous.clamp_min(tiny))
+        p, Kp = z + beta * p, Kz + beta * Kp
+        q = Kp + H(p)
         step = column(rz / dot(p, q).clamp_min(tiny))
         x, r = x + step * p, r - step * q
-        z = preconditioner(r)
-        rz, previous = dot(r, z), rz
-        p = z + column(rz / previous.clamp_min(tiny)) * p
     return x, iterations
+
+
+def filtered(x: Tensor, *covariances: Covariance) -> list[Tensor]:
+    """[C_1 x, C_2 x, ...], each with the shape of x; stationary covariances share one transform."""
+    if not all(isinstance(C, Fourier) for C in covariances):
+        return [C.apply(x) for C in covariances]
+    k, size = torch.fft.rfft2(x), x.shape[-2:]
+    return [torch.fft.irfft2(k * C.half(x.dtype), s=size) for C in covariances]
 
 
 def joint(f: Callable[..., Tensor], *covariances: Covariance) -> Covariance | None:

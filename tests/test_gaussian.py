@@ -182,13 +182,23 @@ def test_joint_refuses_different_bases():
 def test_conjugate_gradients(preconditioned):
     A, b = spd(D), normal(3, *SHAPE, seed=1)
     A = A + torch.diag(torch.logspace(0, 4, D, dtype=torch.float64))
-    operator = lambda x: (x.flatten(1) @ A).reshape(x.shape)
-    jacobi = lambda r: (r.flatten(1) / A.diagonal()).reshape(r.shape)
+    H = lambda x: (x.flatten(1) @ A).reshape(x.shape)
+    jacobi = lambda r: ((r.flatten(1) / A.diagonal()).reshape(r.shape), torch.zeros_like(r))
     extra = {"preconditioner": jacobi} if preconditioned else {}
-    x, used = conjugate_gradients(operator, b, tolerance=1e-12, **extra)
+    x, used = conjugate_gradients(H, b, tolerance=1e-12, **extra)
     torch.testing.assert_close(x.flatten(1), torch.linalg.solve(A, b.flatten(1).T).T)
     assert used < (20 if preconditioned else 200)
-    assert conjugate_gradients(operator, b, start=x, tolerance=1e-6, **extra)[1] == 0
+
+
+def test_conjugate_gradients_add_the_inverse_behind_the_preconditioner():
+    # K = diag(k) with k = 0 in one direction: nothing moves there
+    k, H = torch.logspace(-3, 3, D, dtype=torch.float64), spd(D)
+    k[0] = 0.0
+    b = normal(3, D, seed=1)
+    x, _ = conjugate_gradients(lambda x: x @ H, b, lambda r: (k * r, (k > 0) * r), tolerance=1e-13)
+    expected = torch.linalg.solve(k[1:].reciprocal().diag() + H[1:, 1:], b[:, 1:].T).T
+    torch.testing.assert_close(x[:, 1:], expected)
+    assert not x[:, 0].any()
 
 
 def test_conjugate_gradients_of_zero_is_zero():

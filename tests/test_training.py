@@ -36,7 +36,9 @@ def trained(tmp_path_factory):
 
 
 def test_training_lowers_the_loss(trained):
-    losses = [json.loads(line)["loss"] for line in (trained / "log.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"] for line in (trained / "log.jsonl").read_text().splitlines()
+    ]
     # an untrained network (F = 0) has a loss of one by construction
     assert losses[-1] < losses[0] and losses[-1] < 1
     card = json.loads((trained / "card.json").read_text())
