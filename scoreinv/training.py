@@ -83,7 +83,13 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Network:
-    """Architecture of the U-Net, see `scoreinv.priors.unet.UNet`."""
+    """Architecture of the U-Net, see `scoreinv.priors.unet.UNet`.
+
+    Args:
+        widths: Channels at each resolution, the first at half that of the image.
+        blocks: Residual blocks at each resolution, on the way down and on the way up.
+        embedding: Features of the noise level.
+    """
 
     widths: tuple[int, ...] = (48, 96, 192)
     blocks: int = 1
@@ -92,7 +98,17 @@ class Network:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Everything that decides the weights."""
+    """Everything that decides the weights.
+
+    Args:
+        name: Name of the prior, for its card.
+        data: What it learns.
+        optimisation: How it is fitted.
+        network: Its architecture.
+        sigma_min: Lowest noise level it is trained at [model unit].
+        sigma_max: Highest noise level it is trained at [model unit].
+        seed: Decides images, initial weights and batches.
+    """
 
     name: str
     data: TrainingData

@@ -137,6 +137,18 @@ def test_rescaling_everything_changes_nothing():
     assert a.log_evidence - 3 * math.log(1e3) == pytest.approx(b.log_evidence, abs=1e-6)
 
 
+@pytest.mark.parametrize("batch", [3, 10])
+@pytest.mark.parametrize("sampler", [si.SMC(12, 2), si.Anneal(6, 1), si.Guided(8)], ids=repr)
+def test_islands_in_one_batch(batch, sampler):
+    """The posterior is the same from 1, 3 or 10 islands in a call of the network; so is the cost of a draw."""
+    posterior = grid_mixture(8, 1, seed=0).posterior
+    one = si.sample(posterior, 40, sampler, seed=4, island=4)
+    many = si.sample(posterior, 40, sampler, seed=4, island=4, batch=batch)
+    torch.testing.assert_close(many.x, one.x, rtol=0.0, atol=1e-8)
+    torch.testing.assert_close(many.island_log_evidence, one.island_log_evidence)
+    assert many.evaluations == one.evaluations and many.weights == one.weights
+
+
 def test_islands_do_not_know_of_each_other():
     """The draws of island j are the same however many others there are, and differ from those of another seed."""
     prior = gaussian_prior((1, 8, 8))

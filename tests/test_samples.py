@@ -183,6 +183,22 @@ def test_broken_island_is_named(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["island-00000.safetensors"]
 
 
+def test_the_rest_of_a_batch_is_kept(tmp_path):
+    """Two islands side by side, the second of which turns up a broken draw."""
+
+    class Second(si.GaussianPrior):
+        def denoise(self, x, sigma):
+            spoiled = torch.ones(len(x), 1, 1, 1, dtype=x.dtype)
+            spoiled[4:8] = math.nan
+            return super().denoise(x, sigma) * spoiled
+
+    prior = Second(torch.zeros(SHAPE, dtype=torch.float64), 1.0)
+    with pytest.raises(FloatingPointError, match="island 1 failed"):
+        si.sample(posterior(prior=prior), 12, **SETTINGS, batch=3, folder=tmp_path)
+    kept = sorted(f.name for f in tmp_path.iterdir())
+    assert kept == ["island-00000.safetensors", "island-00002.safetensors"]
+
+
 # --- figure --------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,16 @@ import score_models  # noqa: E402
 import torch
 from score_models.sde import TSVESDE, VESDE, VPSDE  # noqa: E402
 
+from scoreinv import (
+    SMC,
+    GaussianNoise,
+    GaussianPrior,
+    Likelihood,
+    MixturePrior,
+    Posterior,
+    PSFConvolution,
+    sample,
+)
 from scoreinv.gaussian import Gaussian, Scalar
 from scoreinv.priors.score_models import (
     ScoreModelsPrior,
@@ -125,6 +135,40 @@ def test_every_form_of_one_denoiser_agrees():
         denoised = prior.denoise(x, sigma)
         for i in range(5):
             assert relative(denoised[i], (mean + slope * (x - mean))[i]) < 1e-8
+
+
+def test_the_same_posterior_in_every_form():
+    """Draws for data of a mixture prior: given as it is, as a VE network, and as a VP network."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(2, 1, 4, 4, generator=generator, dtype=torch.float64)
+    mixture = MixturePrior([0.3, 0.7], [GaussianPrior(m, 0.2) for m in means])
+    A = PSFConvolution(torch.full((3, 3), 1 / 9), (1, 4, 4))
+    likelihood = Likelihood(A, GaussianNoise(std=0.1))
+    y = likelihood.simulate(mixture.sample(1, seed=1), seed=2)[0]
+
+    def network(sde):
+        def net(t, z):
+            mu, sigma = (v.reshape(-1, 1, 1, 1) for v in sde.marginal_prob_scalars(t))
+            return (mu * mixture.denoise(z / mu, (sigma / mu).flatten()) - z) / sigma
+
+        return net
+
+    vp = VariancePreserving(0.1, 20.0)
+    forms = [
+        (VESDE(vp.sigma_min, 100.0), VarianceExploding(vp.sigma_min, 100.0)),
+        (VPSDE(0.1, 20.0), vp),
+    ]
+    draws = []
+    for sde, schedule in forms:
+        prior = ScoreModelsPrior(network(sde), schedule, (1, 4, 4), torch.float64)
+        posterior = Posterior(prior.with_moments(mixture.moments), likelihood, y)
+        draws.append(sample(posterior, 32, SMC(levels=25, moves=2), seed=3))
+    torch.testing.assert_close(draws[0].x, draws[1].x, rtol=0.0, atol=1e-6)
+    assert draws[0].log_evidence == pytest.approx(draws[1].log_evidence, abs=1e-6)
+    # and they are that posterior: another observation moves them by far more
+    direct = sample(Posterior(mixture, likelihood, y), 32, SMC(levels=25, moves=2), seed=3)
+    assert float((direct.x.mean(0) - draws[0].x.mean(0)).abs().max()) < 0.3
+    assert draws[0].log_evidence == pytest.approx(direct.log_evidence, abs=0.5)
 
 
 def test_trained_range_is_that_of_the_sde():

@@ -32,6 +32,8 @@ class SampleConfig:
         n: Draws wanted.
         seed: Decides every draw.
         island: Draws that are made together, and kept together in case of an interruption.
+        batch: Islands that share a call of the network; 1 suits a CPU, as many as fit a GPU.
+        device: Where the network runs: cpu, cuda, cuda:1.
         smc: Sampler, one of three kinds, the default: weighted particles with moves.
         anneal: Sampler, one of three kinds: moves without weights, for one mode.
         guided: Sampler, one of three kinds: one pass, fast and approximate.
@@ -48,6 +50,8 @@ class SampleConfig:
     n: int = 64
     seed: int = 0
     island: int = 16
+    batch: int = 1
+    device: str = "cpu"
     smc: si.SMC | None = None
     anneal: si.Anneal | None = None
     guided: si.Guided | None = None
@@ -97,7 +101,7 @@ class SampleConfig:
 def sample(config: SampleConfig) -> None:
     """Draw posterior images of one observation, and write them with a figure."""
     _prepare(config)
-    prior = si.load_prior(config.prior)
+    prior = si.load_prior(config.prior, config.device)
     seen = observe(config.data, prior.shape)
     amplitude = _amplitude(prior, seen) if config.amplitude is None else config.amplitude
     _say("data", f"{seen.origin['source']}, {seen.likelihood.data_size} numbers")
@@ -141,6 +145,7 @@ def _draw(config: SampleConfig, posterior: si.Posterior, seen: Observation) -> s
             config.sampler,
             seed=config.seed,
             island=config.island,
+            batch=config.batch,
             folder=config.islands,
             progress=sys.stderr.isatty(),
             grid=seen.grid,

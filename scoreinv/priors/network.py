@@ -56,6 +56,16 @@ class ScorePrior(Prior):
         self.check(x)
         skip, out, scale, c = preconditioning(sigma.to(self.dtype), self.sigma_data)
         inputs = (scale * x.to(self.dtype)).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
-            F = self.network(inputs, c)
-        return (skip * x + out * F.to(self.dtype)).to(x.dtype)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            F = self.network(inputs.to(self.device), c.to(self.device))
+        return (skip * x + out * F.to(x.device, self.dtype)).to(x.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs; particles stay where they are."""
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device | str) -> ScorePrior:
+        """Move the network; returns the prior itself."""
+        self.network.to(device)
+        return self

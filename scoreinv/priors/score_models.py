@@ -195,8 +195,21 @@ class ScoreModelsPrior(Prior):
         t = self.schedule.time(self._trained(sigma, len(x)))
         # The product is rounded to the network's precision once, at the end.
         z = _column(self.schedule.scale(t), x) * x
-        n = self.network(t.to(self.dtype), z.to(self.dtype))
-        return (x + _column(sigma, x) * n).to(x.dtype)
+        n = self.network(t.to(self.device, self.dtype), z.to(self.device, self.dtype))
+        return (x + _column(sigma, x) * n.to(x.device)).to(x.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs; particles stay where they are."""
+        if isinstance(self.network, nn.Module):
+            return next(self.network.parameters()).device
+        return torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> ScoreModelsPrior:
+        """Move the network; returns the prior itself."""
+        if isinstance(self.network, nn.Module):
+            self.network.to(device)
+        return self
 
     def check(self, x: Tensor) -> None:
         """Raise if x is not a batch of this prior's images."""

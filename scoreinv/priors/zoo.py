@@ -31,23 +31,24 @@ def shipped_priors() -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(SHIPPED.glob("*.json"))}
 
 
-def load_prior(source: str | Path) -> Prior:
+def load_prior(source: str | Path, device: torch.device | str = "cpu") -> Prior:
     """A prior, ready to sample.
 
     Args:
         source: A shipped name (see `scoreinv priors`), a folder written by `scoreinv train`, or a score_models
             checkpoint folder.
+        device: Where its network runs; particles and data stay on the CPU.
 
     Raises:
         ValueError: Unknown name, or a folder or file that is not a prior.
     """
     if str(source) in shipped_priors():
-        return _load(SHIPPED / f"{source}.safetensors", SHIPPED / f"{source}.json")
+        return _load(SHIPPED / f"{source}.safetensors", SHIPPED / f"{source}.json").to(device)
     folder = Path(source)
     if (folder / "card.json").is_file():
-        return _load(folder / "weights.safetensors", folder / "card.json")
+        return _load(folder / "weights.safetensors", folder / "card.json").to(device)
     if folder.is_dir():
-        return load_score_models(folder)
+        return load_score_models(folder).to(device)
     names = list(shipped_priors())
     near = difflib.get_close_matches(str(source), names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""

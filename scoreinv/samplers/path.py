@@ -1,4 +1,4 @@
-"""One island of particles on its way from noise to the posterior: the engine of all samplers.
+"""Islands of particles on their way from noise to the posterior: the engine of all samplers.
 
 From level sigma to s, a = (s / sigma)^2, with delta = D - m_sigma(x), the covariance-aware kernel proposes
 x' ~ N(r, V) g_s(x') and the importance weight is the twist's own prediction over g_sigma(x). For this kernel
@@ -25,7 +25,7 @@ The mean of the first-order weights integrates to the evidence without an expone
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,6 +37,8 @@ from scoreinv.kernels import ReverseKernel, expectation, noise_levels
 from scoreinv.operators.information import white
 from scoreinv.posterior import Posterior
 
+Request = tuple[Tensor, float]  # noisy images and their level, to be denoised
+Descent = Generator[Request, Tensor, None]
 WINDOW = (0.3, 1.5)  # of Posterior.sharpest: where a guided path moves
 TRUSTED = 10.0  # of Prior.sigma_min: below, a trained score is too uncertain for moves to gain
 
@@ -113,36 +115,34 @@ class Island:
         self.log_w = torch.zeros(n, dtype=torch.float64)
         self.log_z = 0.0
         self.slopes: list[float] = []
+        self.passed = 0
+        self.error: FloatingPointError | None = None
 
-    @torch.no_grad()
-    def descend(self) -> Iterator[float]:
-        """Walk down the levels; yields each level when it is done. The draws are in `x` at the end."""
+    def descend(self) -> Descent:
+        """Walk down the levels, asking for every denoised image; the draws are in `x` at the end."""
         C = self.posterior.moments.covariance
-        self._start()
-        yield self.levels[0]
+        sigma = self.levels[0]
+        # at the widest level the target is N(posterior mean, posterior covariance + sigma^2)
+        self.x = self.posterior.gaussian_draw(self.streams, self.n) + sigma * self._white()
+        yield from self._arrive(sigma)
         for sigma, s in zip(self.levels, [*self.levels[1:], 0.0], strict=True):
             self._step(ReverseKernel.between(sigma, s, C))
             if s > 0:
-                self._arrive(s)
-                self._move()
-            yield s
+                yield from self._arrive(s)
+                yield from self._move()
+            self.passed += 1
         self._finish()
 
-    def _start(self) -> None:
-        """The widest level, where the target is Gaussian: N(posterior mean, posterior covariance + sigma^2)."""
-        sigma = self.levels[0]
-        self.x = self.posterior.gaussian_draw(self.streams, self.n) + sigma * self._white()
-        self._arrive(sigma)
-
-    def _arrive(self, s: float) -> None:
-        """Evaluate the network and the twist at the new level."""
+    def _arrive(self, s: float) -> Descent:
+        """The network and the twist at the new level."""
         self.level = self.posterior.level(s)
-        self.denoised = self._denoise(self.x, s)
+        self.denoised = yield from self._denoise(self.x, s)
         self.u = self.level.shift(self.x)
 
-    def _denoise(self, x: Tensor, s: float) -> Tensor:
+    def _denoise(self, x: Tensor, s: float) -> Generator[Request, Tensor, Tensor]:
         self.trace.evaluations += 1
-        return self.posterior.prior.denoise(x, x.new_full((len(x),), s))
+        denoised = yield x, s
+        return denoised
 
     def _white(self) -> Tensor:
         return white(self.posterior.shape, self.streams, self.n, self.posterior.dtype)
@@ -212,7 +212,7 @@ class Island:
 
     # ------------------------------------------------------------ moves at one level
 
-    def _move(self) -> None:
+    def _move(self) -> Descent:
         s, plan = self.level.s, self.plan
         if plan.moves == 0 or not self._moves_pay(s):
             self.trace.acceptance.append(math.nan)
@@ -226,7 +226,7 @@ class Island:
             h = self.h
             rho = 1 - math.sqrt(1 - h)
             x = self.x + rho * MG + math.sqrt(h) * M.draw(self.streams, self.n)
-            denoised, u = self._denoise(x, s), self.level.shift(x)
+            denoised, u = (yield from self._denoise(x, s)), self.level.shift(x)
             G_new = (denoised - x + u) / s**2
             MG_new = M.apply(G_new)
             log_acceptance = (0.5 - rho / h) * dot(G + G_new, x - self.x)
@@ -262,6 +262,35 @@ class Island:
     def _mobility(self, score: Tensor) -> Mobility:
         C, s = self.posterior.moments.covariance, self.level.s
         return self.level.mobility(local_precision(C, score, s))
+
+
+@torch.no_grad()
+def descend_together(posterior: Posterior, islands: Sequence[Island]) -> Iterator[Island]:
+    """Walk islands down side by side, their images in one call of the network; yields an island at each level it leaves.
+
+    The islands stay independent: each has its own stream, weights and step sizes. One whose draws fail is left behind
+    with its `error`.
+    """
+    walks = {island: island.descend() for island in islands}
+    answers: dict[Island, Tensor | None] = dict.fromkeys(islands)
+    while walks:
+        requests: dict[Island, Request] = {}
+        for island in list(walks):
+            passed = island.passed
+            try:
+                requests[island] = walks[island].send(answers[island])
+            except StopIteration:
+                del walks[island]
+            except FloatingPointError as error:
+                island.error = error
+                del walks[island]
+            if island.passed > passed:
+                yield island
+        if requests:
+            x = torch.cat([x for x, _ in requests.values()])
+            sigma = torch.cat([x.new_full((len(x),), s) for x, s in requests.values()])
+            parts = posterior.prior.denoise(x, sigma).split([len(x) for x, _ in requests.values()])
+            answers = dict(zip(requests, parts, strict=True))
 
 
 def local_precision(C: Covariance, score: Tensor, s: float) -> Covariance:

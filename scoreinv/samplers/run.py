@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,9 +27,12 @@ from tqdm import tqdm
 from scoreinv.data.grid import Grid
 from scoreinv.posterior import Posterior
 from scoreinv.priors.base import stream
-from scoreinv.samplers.path import Island, Plan, Trace, systematic
+from scoreinv.samplers.path import Island, Plan, Trace, descend_together, systematic
 from scoreinv.samplers.samples import Samples
 from scoreinv.samplers.smc import SMC
+
+
+Finished = tuple[Tensor, Trace, float]  # draws, trace and seconds of an island
 
 
 class Sampler(Protocol):
@@ -45,6 +49,7 @@ def sample(
     *,
     seed: int,
     island: int = 16,
+    batch: int = 1,
     folder: str | Path | None = None,
     progress: bool = False,
     grid: Grid | None = None,
@@ -59,6 +64,7 @@ def sample(
         sampler: `SMC()` if not given.
         seed: Decides every draw.
         island: Particles in an island.
+        batch: Islands that share a call of the network; more keep a GPU busy, the draws stay the same up to rounding.
         folder: Where finished islands are kept, and found again after an interruption.
         progress: Show a progress bar.
         grid: Sky coordinates to hand on to the result.
@@ -77,42 +83,55 @@ def sample(
     sampler = SMC() if sampler is None else sampler
     if n < 1 or island < 2:
         raise ValueError(f"n is {n} and island {island}; expected n >= 1 and island >= 2")
-    count, plan, began = math.ceil(n / island), sampler.plan, time.monotonic()
+    if batch < 1:
+        raise ValueError(
+            f"batch is {batch}, expected at least one island in a call of the network"
+        )
+    count, began = math.ceil(n / island), time.monotonic()
     store = _Store(folder, fingerprint(posterior, sampler, seed, island)) if folder else None
     missing = [j for j in range(count) if store is None or not store.has(j)]
-    total = len(missing) * (plan.levels + 1)
-    done: dict[int, tuple[Tensor, Trace, float]] = {}
-    with tqdm(total=total, disable=not progress, unit="level", desc="sampling") as bar:
-        for j in missing:
-            bar.set_postfix(island=f"{j + 1}/{count}")
-            done[j] = _run(posterior, plan, island, seed, j, bar)
-            if store:
-                store.put(j, *done[j])
+    done: dict[int, Finished] = {}
+    with tqdm(
+        total=len(missing) * sampler.plan.levels,
+        disable=not progress,
+        unit="level",
+        desc="sampling",
+    ) as bar:
+        for first in range(0, len(missing), batch):
+            group = missing[first : first + batch]
+            bar.set_postfix(island=f"{group[0] + 1}/{count}")
+            for j, finished in _run(posterior, sampler.plan, island, seed, group, bar):
+                done[j] = finished
+                if store:
+                    store.put(j, *finished)
     islands = [done[j] if j in done else store.get(j) for j in range(count)]
     return _pool(posterior, sampler, islands, n, seed, grid, meta or {}, evidence, began)
 
 
 def _run(
-    posterior: Posterior, plan: Plan, n: int, seed: int, j: int, bar: tqdm
-) -> tuple[Tensor, Trace, float]:
-    """Draws, trace and seconds of island j."""
+    posterior: Posterior, plan: Plan, n: int, seed: int, group: list[int], bar: tqdm
+) -> Iterator[tuple[int, Finished]]:
+    """The islands of a group, each with its draws, trace and share of the seconds; then raise what went wrong."""
     began = time.monotonic()
-    particles = Island(posterior, plan, n, stream(seed, j))
-    try:
-        for _ in particles.descend():
-            bar.update()
-    except FloatingPointError as error:
-        raise FloatingPointError(
-            f"island {j} failed: {error}. Finished islands are kept. Data far outside the prior's range? "
-            "Check the amplitude, the units and the noise; or lower the number of moves"
-        ) from error
-    return particles.x, particles.trace, time.monotonic() - began
+    islands = {j: Island(posterior, plan, n, stream(seed, j)) for j in group}
+    for _ in descend_together(posterior, list(islands.values())):
+        bar.update()
+    seconds = (time.monotonic() - began) / len(group)
+    for j, particles in islands.items():
+        if particles.error is None:
+            yield j, (particles.x, particles.trace, seconds)
+    for j, particles in islands.items():
+        if particles.error is not None:
+            raise FloatingPointError(
+                f"island {j} failed: {particles.error}. Finished islands are kept. Data far outside the prior's "
+                "range? Check the amplitude, the units and the noise; or lower the number of moves"
+            ) from particles.error
 
 
 def _pool(
     posterior: Posterior,
     sampler: Sampler,
-    islands: list[tuple[Tensor, Trace, float]],
+    islands: list[Finished],
     n: int,
     seed: int,
     grid: Grid | None,
@@ -268,7 +287,7 @@ class _Store:
                 "free some space and run again to go on"
             ) from error
 
-    def get(self, j: int) -> tuple[Tensor, Trace, float]:
+    def get(self, j: int) -> Finished:
         with safe_open(self.path(j), "pt") as f:
             record, x = f.metadata(), f.get_tensor("x")
         return x, Trace(**json.loads(record["trace"])), float(record["seconds"])

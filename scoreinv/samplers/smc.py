@@ -26,7 +26,7 @@ class SMC:
             and the result says so.
     """
 
-    levels: int = 80
+    levels: int = 50
     moves: int = 3
     resample_below: float = 0.5
     drop_below: float = 0.5
