@@ -16,6 +16,30 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 ARCSEC = math.pi / 180 / 3600
+PIXEL = 0.1  # [arcsec]
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=rng(seed), dtype=dtype)
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=rng(seed), dtype=torch.float64)
+
+
+def spd(d: int, seed: int = 0) -> Tensor:
+    """A positive definite matrix, with shape (d, d)."""
+    root = normal(d, d, seed=seed)
+    return root @ root.T / d + 0.1 * torch.eye(d, dtype=torch.float64)
+
+
+def baselines(n: int, seed: int = 0) -> Tensor:
+    """uv [lambda], with shape (n, 2), up to the longest that pixels of PIXEL sample."""
+    return (2 * uniform(n, 2, seed=seed) - 1) / (2 * PIXEL * ARCSEC)
 
 
 def dense(f: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:

@@ -20,40 +20,24 @@ from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise
 from scoreinv.operators import NUFFT, DenseOperator, Identity, Mask, PSFConvolution
 from tests.analytic import (
-    ARCSEC,
+    PIXEL,
+    baselines,
     dense,
     flat,
     gaussian,
+    normal,
     p_value,
     posterior,
     power_law,
+    rng,
+    spd,
+    uniform,
     visibilities,
 )
 
 SHAPE, D = (1, 6, 7), 42
-PIXEL = 0.1  # [arcsec]
 S = 0.4  # noise level of the path
 FALSE_ALARMS = 1e-4  # of each statistical test
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=rng(seed), dtype=dtype)
-
-
-def uniform(*shape, seed=0):
-    return torch.rand(shape, generator=rng(seed), dtype=torch.float64)
-
-
-def baselines(n, seed=0):
-    return (2 * uniform(n, 2, seed=seed) - 1) / (2 * PIXEL * ARCSEC)
-
-
-def spd(d):
-    return normal(d, d) @ normal(d, d).T / d + 0.1 * torch.eye(d, dtype=torch.float64)
 
 
 def blob(n, width=1.0):

@@ -19,24 +19,10 @@ from scoreinv.gaussian import (
     dot,
     joint,
 )
-from tests.analytic import dense, gaussian, p_value, power_law
+from tests.analytic import dense, gaussian, normal, p_value, power_law, rng, spd
 
 SHAPE, D = (2, 4, 5), 40
 FALSE_ALARMS = 1e-4  # of each statistical test
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=rng(seed), dtype=torch.float64)
-
-
-def spd(d, seed=0):
-    """A positive definite matrix, with shape (d, d)."""
-    root = normal(d, d, seed=seed)
-    return root @ root.T / d + 0.1 * torch.eye(d)
 
 
 def variances(*shape, seed=0):

@@ -5,14 +5,10 @@ import torch
 
 from scoreinv.gaussian import Dense, Diagonal, Fourier, LowRank, Scalar
 from scoreinv.kernels import ReverseKernel, conditional, expectation, noise_levels
-from tests.analytic import dense, power_law
+from tests.analytic import dense, normal, power_law
 
 SHAPE, D = (1, 4, 5), 20
 EYE = torch.eye(D, dtype=torch.float64)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 COVARIANCES = {

@@ -9,14 +9,10 @@ from torch.distributions import MultivariateNormal
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise
 from scoreinv.operators import NUFFT, DenseOperator, Identity, PSFConvolution
-from tests.analytic import dense, flat, gaussian, p_value
+from tests.analytic import dense, flat, gaussian, normal, p_value
 
 SHAPE, D = (1, 4, 5), 20
 FALSE_ALARMS = 1e-4  # of each statistical test
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def variances(*shape):

@@ -9,23 +9,15 @@ from torch.distributions import MultivariateNormal
 from scoreinv.gaussian import Dense, Diagonal, Fourier, LowRank, Scalar
 from scoreinv.noise import GaussianNoise
 from scoreinv.noise.gaussian import on_grid
-from tests.analytic import dense, gaussian, p_value, power_law
+from tests.analytic import dense, gaussian, normal, p_value, power_law, spd
 
 SHAPE, D = (2, 4, 5), 40
 FALSE_ALARMS = 1e-4  # of each statistical test
 
 
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
 def variances(*shape, seed=0):
     u = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return 0.2 + u
-
-
-def spd(d):
-    return normal(d, d) @ normal(d, d).T / d + 0.1 * torch.eye(d, dtype=torch.float64)
 
 
 EYE = torch.eye(D, dtype=torch.float64)

@@ -12,30 +12,24 @@ from scipy.signal import fftconvolve
 
 from scoreinv.noise import GaussianNoise
 from scoreinv.operators import NUFFT, DenseOperator, Identity, Mask, PSFConvolution
-from tests.analytic import ARCSEC, dense, gaussian, p_value, power_law, visibilities
+from tests.analytic import (
+    ARCSEC,
+    PIXEL,
+    baselines,
+    dense,
+    gaussian,
+    normal,
+    p_value,
+    power_law,
+    rng,
+    uniform,
+    visibilities,
+)
 
 # torch's own forward-mode derivatives warn when they are first used
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 FALSE_ALARMS = 1e-4
-PIXEL = 0.1  # [arcsec]
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=rng(seed), dtype=dtype)
-
-
-def uniform(*shape, seed=0):
-    return torch.rand(shape, generator=rng(seed), dtype=torch.float64)
-
-
-def baselines(n, seed=0):
-    """uv [lambda] up to the longest that pixels of PIXEL sample."""
-    return (2 * uniform(n, 2, seed=seed) - 1) / (2 * PIXEL * ARCSEC)
 
 
 def psf(*shape):

@@ -9,23 +9,10 @@ import torch
 from scoreinv.gaussian import Dense, Diagonal, Fourier, LowRank
 from scoreinv.priors import GaussianPrior, MixturePrior, Prior
 from scoreinv.priors.base import noise, stream
-from tests.analytic import Mixture, dense, gaussian, p_value, power_law
+from tests.analytic import Mixture, dense, gaussian, normal, p_value, power_law, spd, uniform
 
 SHAPE, D = (2, 4, 5), 40
 FALSE_ALARMS = 1e-4  # of each statistical test
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def uniform(*shape, seed=0):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def spd(d, seed=0):
-    root = normal(d, d, seed=seed)
-    return root @ root.T / d + 0.1 * torch.eye(d, dtype=torch.float64)
 
 
 def mixture(covariances, weights=(0.2, 0.5, 0.3), shape=SHAPE, spread=1.0):

@@ -31,7 +31,6 @@ from scoreinv.samplers.path import Island, Plan, Trace, descend_together, system
 from scoreinv.samplers.samples import Samples
 from scoreinv.samplers.smc import SMC
 
-
 Finished = tuple[Tensor, Trace, float]  # draws, trace and seconds of an island
 
 
