@@ -182,7 +182,7 @@ def truths_from_prior(prior: Prior, n: int, seed: int) -> Tensor:
 def held_out_truths(
     kind: str, size: int, n: int, seed: int, amplitude: tuple[float, float]
 ) -> Tensor:
-    """Simulated images the prior was not trained on, with its amplitudes and shifts, with shape (n, 1, H, W)."""
+    """Simulated images that the prior was not trained on, of peaks in this range, with shape (n, 1, H, W)."""
     from scoreinv.simulators import simulate_images
     from scoreinv.training import augment
 

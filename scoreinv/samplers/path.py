@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from scoreinv.posterior import Posterior
 Request = tuple[Tensor, float]  # noisy images and their level, to be denoised
 Descent = Generator[Request, Tensor, None]
 WINDOW = (0.3, 1.5)  # of Posterior.sharpest: where a guided path moves
+NEGLIGIBLE = 0.98  # one-step ESS / n above which a step needs no moves
 TRUSTED = 10.0  # of Prior.sigma_min: below, a trained score is too uncertain for moves to gain
 
 
@@ -49,12 +50,12 @@ class Plan:
 
     Args:
         levels: Noise levels; the last step goes from the lowest to s = 0.
-        moves: MALA steps at each level.
-        weights: Use importance weights while they can be trusted.
+        moves: MALA steps at each level where they pay.
+        weights: Use importance weights; an island whose weights collapse starts again without them.
         guided: Without weights, step by the denoised image conditioned on the data instead of by the twist, and move
             only at the levels near the data's noise.
         resample_below: Resample when ESS / n falls below this.
-        drop_below: Drop the weights when the ESS / n of one step falls below this at two of three levels in a row.
+        drop_below: The weights have collapsed when the ESS / n of one step is below this at two of three levels in a row.
         acceptance: Target acceptance of the moves.
     """
 
@@ -63,8 +64,12 @@ class Plan:
     weights: bool
     guided: bool
     resample_below: float = 0.5
-    drop_below: float = 0.5
+    drop_below: float = 0.75
     acceptance: float = 0.6
+
+    def without_weights(self) -> Plan:
+        """The same descent for where weights are known to collapse."""
+        return replace(self, weights=False)
 
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels of a posterior's path, from the largest to the smallest."""
@@ -76,11 +81,11 @@ class Trace:
     """What happened to one island.
 
     Attributes:
-        ess: Effective sample size over n, before resampling, at each level where weights were used.
+        ess: Effective sample size over n, before resampling, at each level where weights were tried.
         one_step: The same for the increments of that step alone.
         acceptance: Mean acceptance at each level but the first; nan where nothing moved.
-        weighted_until: Level from which on weights were dropped; 0 if they were used throughout.
-        log_evidence: From the weights, over that of the moments' Gaussian [nat]; None once they were dropped.
+        collapsed_at: Level at which the weights collapsed, and the island started again without; 0 if they did not.
+        log_evidence: From the weights, over that of the moments' Gaussian [nat]; None without weights.
         path_evidence: The same from the path integral [nat].
         evaluations: Network evaluations per particle.
     """
@@ -88,7 +93,7 @@ class Trace:
     ess: list[float] = field(default_factory=list)
     one_step: list[float] = field(default_factory=list)
     acceptance: list[float] = field(default_factory=list)
-    weighted_until: float = math.inf
+    collapsed_at: float = 0.0
     log_evidence: float | None = None
     path_evidence: float = 0.0
     evaluations: int = 0
@@ -109,29 +114,38 @@ class Island:
     ) -> None:
         self.posterior, self.plan, self.n, self.streams = posterior, plan, n, [generator]
         self.levels = plan.noise_levels(posterior)
-        self.trace = Trace(weighted_until=0.0 if plan.weights else math.inf)
+        self.trace = Trace()
         self.weighted = plan.weights
         self.h = 0.5
         self.log_w = torch.zeros(n, dtype=torch.float64)
         self.log_z = 0.0
         self.slopes: list[float] = []
+        self.resampled = False
         self.passed = 0
         self.error: FloatingPointError | None = None
 
     def descend(self) -> Descent:
         """Walk down the levels, asking for every denoised image; the draws are in `x` at the end."""
-        C = self.posterior.moments.covariance
-        sigma = self.levels[0]
+        while not (yield from self._walk()):
+            # where weights collapse the twist has misled the particles: start again without both
+            self.weighted, self.slopes, self.passed = False, [], 0
+            self.trace.acceptance.clear()
+        self._finish()
+
+    def _walk(self) -> Generator[Request, Tensor, bool]:
+        """From the widest level to the data; False if the weights have collapsed on the way."""
+        C, sigma = self.posterior.moments.covariance, self.levels[0]
         # at the widest level the target is N(posterior mean, posterior covariance + sigma^2)
         self.x = self.posterior.gaussian_draw(self.streams, self.n) + sigma * self._white()
         yield from self._arrive(sigma)
         for sigma, s in zip(self.levels, [*self.levels[1:], 0.0], strict=True):
-            self._step(ReverseKernel.between(sigma, s, C))
+            if not self._step(ReverseKernel.between(sigma, s, C)):
+                return False
             if s > 0:
                 yield from self._arrive(s)
                 yield from self._move()
             self.passed += 1
-        self._finish()
+        return True
 
     def _arrive(self, s: float) -> Descent:
         """The network and the twist at the new level."""
@@ -149,16 +163,18 @@ class Island:
 
     # ------------------------------------------------------------ from level to level
 
-    def _step(self, kernel: ReverseKernel) -> None:
+    def _step(self, kernel: ReverseKernel) -> bool:
+        """One level down; False, and nothing done, where the weights have collapsed."""
         m = self.level.expected(self.x)
         delta = self.denoised - m
         self.slopes.append(2 * float(dot(delta, self.u).mean()) / kernel.sigma**2)
-        if self.weighted:
-            self._weigh(kernel, m, delta)
+        if self.weighted and not self._weigh(kernel, m, delta):
+            return False
         if self.plan.guided and not self.weighted:
             self._guide(kernel)
         else:
             self._propose(kernel)
+        return True
 
     def _propose(self, kernel: ReverseKernel) -> None:
         """The kernel times the twist at s."""
@@ -177,8 +193,8 @@ class Island:
         x0 = x0 + self.level.conditioned.shift(x0, noise)
         self.x = kernel.bridge(self.x, x0, self._white())
 
-    def _weigh(self, kernel: ReverseKernel, m: Tensor, delta: Tensor) -> None:
-        """Weigh the particles by how well the twist predicts the step, and resample if need be."""
+    def _weigh(self, kernel: ReverseKernel, m: Tensor, delta: Tensor) -> bool:
+        """Weigh the particles by how well the twist predicts the step, resample if need be; False if that collapses."""
         sigma, s, a = kernel.sigma, kernel.s, kernel.a
         C, n = self.posterior.moments.covariance, self.n
         ahead = self.level.conditioned.shift(m + (1 - a) * expectation(C, s).apply(delta))
@@ -186,22 +202,20 @@ class Island:
         widened = C.map(lambda v: (v + sigma**2) / (v + s**2).clamp_min(1e-12 * float(v.max())))
         increment = (1 - a) / (2 * sigma**2) * dot(delta, widened.apply(self.u + ahead))
         self.trace.one_step.append(effective(increment))
-        if self._collapsed():
-            self.weighted, self.trace.weighted_until = False, sigma
-            return
+        if sum(e < self.plan.drop_below for e in self.trace.one_step[-3:]) >= 2:
+            self.trace.collapsed_at = sigma
+            return False
         self.log_w += increment
         self.trace.ess.append(effective(self.log_w))
-        if self.trace.ess[-1] >= self.plan.resample_below and s > 0:
-            return
+        self.resampled = self.trace.ess[-1] < self.plan.resample_below or s == 0
+        if not self.resampled:
+            return True
         # the last proposal depends on the particle it starts from only: resample before it, not after
         keep = systematic(torch.softmax(self.log_w, 0), self.streams[0])
         self.log_z += float(torch.logsumexp(self.log_w, 0)) - math.log(n)
         self.log_w.zero_()
         self.x, self.denoised = self.x[keep], self.denoised[keep]
-
-    def _collapsed(self) -> bool:
-        recent = self.trace.one_step[-3:]
-        return sum(e < self.plan.drop_below for e in recent) >= 2
+        return True
 
     def _finish(self) -> None:
         if self.weighted:
@@ -249,12 +263,15 @@ class Island:
         self.trace.acceptance.append(sum(accepted) / len(accepted))
 
     def _moves_pay(self, s: float) -> bool:
-        """Whether to move at level s: with weights, or on the twist's own path, always.
+        """Whether to move at level s.
 
-        A guided path meets the twist's targets only where those are close to the likelihood, s up to the data's noise;
-        far below it the step itself is exact, and moves would only add up the errors of a trained score.
+        Beside weights, where the step needed correcting. On the twist's own path, always. A guided path meets the
+        twist's targets only where those are close to the likelihood, s up to the data's noise; far below it the step
+        itself is exact, and moves would only add up the errors of a trained score.
         """
-        if self.weighted or not self.plan.guided:
+        if self.weighted:
+            return self.resampled or self.trace.one_step[-1] < NEGLIGIBLE
+        if not self.plan.guided:
             return True
         low, high = (w * self.posterior.sharpest for w in WINDOW)
         return max(low, TRUSTED * self.posterior.prior.sigma_min) <= s <= high

@@ -96,15 +96,27 @@ def sample(
         unit="level",
         desc="sampling",
     ) as bar:
-        for first in range(0, len(missing), batch):
-            group = missing[first : first + batch]
+        for group in _groups(missing, batch):
             bar.set_postfix(island=f"{group[0] + 1}/{count}")
-            for j, finished in _run(posterior, sampler.plan, island, seed, group, bar):
+            plan = sampler.plan
+            if group[0] > 0:
+                first = done[0] if 0 in done else store.get(0)
+                plan = plan.without_weights() if first[1].collapsed_at > 0 else plan
+            for j, finished in _run(posterior, plan, island, seed, group, bar):
                 done[j] = finished
                 if store:
                     store.put(j, *finished)
     islands = [done[j] if j in done else store.get(j) for j in range(count)]
     return _pool(posterior, sampler, islands, n, seed, grid, meta or {}, evidence, began)
+
+
+def _groups(missing: list[int], batch: int) -> Iterator[list[int]]:
+    """Islands that run side by side; the first goes ahead, since the others need not try weights that collapse there."""
+    rest = [j for j in missing if j > 0]
+    if 0 in missing:
+        yield [0]
+    for i in range(0, len(rest), batch):
+        yield rest[i : i + batch]
 
 
 def _run(
@@ -184,13 +196,14 @@ def _in_words(plan: Plan, traces: list[Trace]) -> str:
     if not plan.weights:
         kind = "moves only" if plan.moves else "one pass, approximate"
         return f"not used ({kind}); evidence from the path integral"
-    dropped = [t.weighted_until for t in traces if t.weighted_until > 0]
-    if not dropped:
+    collapsed = [t.collapsed_at for t in traces if t.collapsed_at > 0]
+    without = sum(t.log_evidence is None for t in traces)
+    if not without:
         return "used throughout"
     return (
-        f"dropped from sigma = {max(dropped):.3g} on in {len(dropped)} of {len(traces)} islands: "
-        f"one-step ESS/n stayed below {plan.drop_below:g} (the prior is far from Gaussian there); "
-        "guided steps and moves carried on, islands count equally, evidence approximate, from the path integral"
+        f"dropped in {without} of {len(traces)} islands: from sigma = {max(collapsed):.3g} on the one-step ESS/n stayed "
+        f"below {plan.drop_below:g} (the prior is far from Gaussian there); these islands took guided steps and moves "
+        "from the start instead, all count equally, evidence approximate, from the path integral"
     )
 
 

@@ -20,16 +20,16 @@ class SMC:
 
     Args:
         levels: Noise levels.
-        moves: MALA steps at each level; a draw costs at most levels * (1 + moves) evaluations.
+        moves: MALA steps at each level where they pay; a draw costs at most levels * (1 + moves) evaluations.
         resample_below: Resample when ESS / n falls below this.
-        drop_below: Weights whose one-step ESS / n stays below this have collapsed; they are dropped from there on,
-            and the result says so.
+        drop_below: Weights whose one-step ESS / n stays below this have collapsed; the island starts again with
+            guided steps instead, and the result says so.
     """
 
-    levels: int = 50
+    levels: int = 64
     moves: int = 3
     resample_below: float = 0.5
-    drop_below: float = 0.5
+    drop_below: float = 0.75
 
     @property
     def plan(self) -> Plan:
