@@ -107,6 +107,7 @@ class TrainingRun:
         network: Its architecture.
         sigma_min: Lowest noise level it is trained at [model unit].
         sigma_max: Highest noise level it is trained at [model unit].
+        draws: Draws of the finished prior whose power spectra its card compares with held-out images; 0 for none.
         seed: Decides images, initial weights and batches.
     """
 
@@ -116,6 +117,7 @@ class TrainingRun:
     network: Network = field(default_factory=Network)
     sigma_min: float = 0.002
     sigma_max: float = 20.0
+    draws: int = 1000
     seed: int = 0
 
 
@@ -270,7 +272,10 @@ def train(
     if main:
         prior = as_prior(run, state.average, moments, sigma_data)
         card = _card(run, state.step, sigma_data)
-        save_prior(folder, prior, {**card, "held_out": denoising_table(prior, run, held_out)})
+        card["held_out"] = denoising_table(prior, run, held_out)
+        if state.step >= run.optimisation.steps and run.draws > 0:
+            card["power_spectrum"] = spectrum_table(prior, run, held_out, run.draws)
+        save_prior(folder, prior, card)
     return folder
 
 
@@ -370,6 +375,26 @@ def denoising_table(
             ratio = (ours - truth).square().mean() / (linear - truth).square().mean()
             table[label][f"sigma = {sigma:g}"] = round(float(ratio), 4)
     return table
+
+
+def spectrum_table(
+    prior: ScorePrior, run: TrainingRun, held_out: Tensor, n: int
+) -> dict[str, int | list[float]]:
+    """Median power of n draws of the prior over that of held-out images, at k = 1, 2, ... to 0.9 of Nyquist."""
+    data = run.data
+    truth = augment(held_out, stream(run.seed, 2), data.shift, data.amplitude)
+    ratio = _median_power(prior.sample(n, seed=run.seed)) / _median_power(truth)
+    return {"draws": n, "ratio": [round(float(r), 3) for r in ratio]}
+
+
+def _median_power(images: Tensor) -> Tensor:
+    """Median over images of the mean power in rings of spatial frequency, with shape (k,)."""
+    n = images.shape[-1]
+    k = torch.fft.fftfreq(n) * n
+    ring = (k[:, None] ** 2 + k**2).sqrt().round()
+    power = torch.fft.fft2(images.double()).abs().square().mean(1)
+    rings = [power[:, ring == i].mean(1) for i in range(1, int(0.45 * n) + 1)]
+    return torch.stack(rings, 1).median(0).values
 
 
 def _claim(run: TrainingRun, folder: Path) -> None:

@@ -15,6 +15,7 @@ from scoreinv.training import (
     Optimisation,
     TrainingData,
     TrainingRun,
+    _median_power,
     augment,
     image_moments,
     learning_rate,
@@ -26,6 +27,7 @@ RUN = TrainingRun(
     data=TrainingData(kind="disc", size=16, images=512, held_out=128, workers=1),
     optimisation=Optimisation(steps=150, batch=16, warmup=5, save_every=50),
     network=Network(widths=(16, 32), embedding=32),
+    draws=16,
 )
 
 
@@ -44,6 +46,16 @@ def test_training_lowers_the_loss(trained):
     card = json.loads((trained / "card.json").read_text())
     assert card["trained_steps"] == 150 and card["trained_images"] == 2400
     assert card["held_out"]["prior"]["sigma = 0.3"] < 5
+    assert card["power_spectrum"]["draws"] == 16 and len(card["power_spectrum"]["ratio"]) == 7
+
+
+def test_power_spectra_are_compared_ring_by_ring():
+    """Twice the amplitude is four times the power, and a plane wave of k = 3 is seen at k = 3 only."""
+    x = torch.randn(50, 1, 32, 32, generator=stream(0))
+    torch.testing.assert_close(_median_power(2 * x), 4 * _median_power(x))
+    wave = torch.cos(2 * torch.pi * 3 * torch.arange(32) / 32).expand(1, 1, 32, 32)
+    power = _median_power(wave)
+    assert int(power.argmax()) == 2 and float(power.sum()) == pytest.approx(float(power[2]))
 
 
 def test_a_killed_run_resumes_exactly(trained, tmp_path, monkeypatch):

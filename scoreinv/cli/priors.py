@@ -8,11 +8,11 @@ from typing import Any
 
 import scoreinv as si
 
-COLUMNS = ("name", "size", "sigma", "trained images", "held-out error", "sha256")
-NOTE = (
-    "sigma [model unit; the peak of a typical image is 1]; held-out error: mean squared denoising "
-    "error\nover that of the Wiener filter, at each noise level"
-)
+COLUMNS = ("name", "size", "sigma", "trained images", "held-out error", "power of draws", "sha256")
+NOTE = """\
+sigma [model unit; the peak of a typical image is 1]
+held-out error: mean squared denoising error over that of the Wiener filter, at each noise level
+power of draws: median power spectrum over that of held-out images, lowest and highest ratio from k = 1 to 0.9 of Nyquist"""
 
 
 @dataclass(frozen=True)
@@ -41,4 +41,6 @@ def _row(name: str, card: dict[str, Any]) -> Iterator[str]:
     yield f"{card['sigma_min']:g} to {card['sigma_max']:g}"
     yield f"{card['trained_images']:,}"
     yield ", ".join(f"{v:.2f} at {k.removeprefix('sigma = ')}" for k, v in errors.items())
+    ratio = card.get("power_spectrum", {}).get("ratio")
+    yield f"{min(ratio):.2f} to {max(ratio):.2f}" if ratio else "not measured"
     yield card["sha256"][:12]

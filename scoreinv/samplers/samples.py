@@ -7,6 +7,7 @@ provenance cards) or HDF5, by the name's ending; `read_samples` reads both.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -81,16 +82,18 @@ class Samples:
 
     def __str__(self) -> str:
         n, *shape = self.x.shape
-        acceptance = (
-            float(self.acceptance.nanmean())
-            if bool((~self.acceptance.isnan()).any())
-            else float("nan")
-        )
+        moved = self.acceptance[~self.acceptance.isnan()]
+        spread = self.log_evidence_std
         rows = {
             "draws": f"{n} of shape {tuple(shape)}",
-            "log evidence": f"{self.log_evidence:.2f} +- {self.log_evidence_std:.2f} nat",
+            "log evidence": f"{self.log_evidence:.2f} nat, "
+            + (
+                f"+- {spread:.2f}"
+                if math.isfinite(spread)
+                else "from one island, its error unknown"
+            ),
             "weights": self.weights,
-            "acceptance": f"{acceptance:.2f}",
+            "acceptance": f"{float(moved.mean()):.2f}" if len(moved) else "nothing was moved",
             "evaluations": f"{self.evaluations} per draw",
             "time": f"{self.seconds:.1f} s",
         }
