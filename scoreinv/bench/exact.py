@@ -29,7 +29,7 @@ class Score:
     mahalanobis: float
     evidence_error: float
     evidence_std: float
-    evaluations: int
+    evaluations: float
     seconds: float
 
 

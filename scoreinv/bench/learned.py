@@ -50,7 +50,7 @@ class Outcome:
     predicted: tuple[float, ...]
     flux: float
     normalised: float
-    evaluations: int
+    evaluations: float
     seconds: float
     weights: str
 

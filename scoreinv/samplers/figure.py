@@ -394,7 +394,7 @@ def _footer(samples: Samples) -> Iterator[str]:
         evidence += f" ± {samples.log_evidence_std:.2f}"
     parts = [
         f"{len(samples.x)} draws",
-        f"{samples.evaluations} network evaluations each",
+        f"{samples.evaluations:.0f} network evaluations each",
         f"{samples.seconds:.0f} s",
         f"{evidence} nat",
     ]

@@ -173,7 +173,7 @@ def _pool(
         ess=_curve([t.ess for t in traces], len(levels)),
         acceptance=_curve([[math.nan, *t.acceptance] for t in traces], len(levels)),
         island_log_evidence=evidence,
-        evaluations=max(t.evaluations for t in traces),
+        evaluations=sum(t.evaluations for t in traces) / len(traces),
         seconds=max(sum(s for _, _, s in islands), time.monotonic() - began),
         meta={**provenance(posterior, sampler, seed), **meta},
         grid=grid,

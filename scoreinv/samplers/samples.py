@@ -41,7 +41,7 @@ class Samples:
         ess: Effective sample size over n of an island, mean over islands, at each level; nan where no weights were used.
         acceptance: Acceptance of the moves, mean over islands, at each level; nan without moves.
         island_log_evidence: log p(y) by each island.
-        evaluations: Network evaluations per draw.
+        evaluations: Network evaluations per draw, mean over islands.
         seconds: Wall time, over all runs that made the draws.
         meta: Provenance: seed, sampler, prior and hash of its weights, versions, configuration.
         grid: Sky coordinates, if known.
@@ -58,7 +58,7 @@ class Samples:
     ess: Tensor
     acceptance: Tensor
     island_log_evidence: Tensor
-    evaluations: int
+    evaluations: float
     seconds: float
     meta: dict[str, Any] = field(default_factory=dict)
     grid: Grid | None = None
@@ -84,17 +84,17 @@ class Samples:
         n, *shape = self.x.shape
         moved = self.acceptance[~self.acceptance.isnan()]
         spread = self.log_evidence_std
+        error = (
+            f"+- {spread:.2f} nat"
+            if math.isfinite(spread)
+            else "nat, error unknown from one island"
+        )
         rows = {
             "draws": f"{n} of shape {tuple(shape)}",
-            "log evidence": f"{self.log_evidence:.2f} nat, "
-            + (
-                f"+- {spread:.2f}"
-                if math.isfinite(spread)
-                else "from one island, its error unknown"
-            ),
+            "log evidence": f"{self.log_evidence:.2f} {error}",
             "weights": self.weights,
             "acceptance": f"{float(moved.mean()):.2f}" if len(moved) else "nothing was moved",
-            "evaluations": f"{self.evaluations} per draw",
+            "evaluations": f"{self.evaluations:.0f} per draw",
             "time": f"{self.seconds:.1f} s",
         }
         return "\n".join(f"{k:<14}{v}" for k, v in rows.items())

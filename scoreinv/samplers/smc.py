@@ -20,7 +20,8 @@ class SMC:
 
     Args:
         levels: Noise levels.
-        moves: MALA steps at each level where they pay; a draw costs at most levels * (1 + moves) evaluations.
+        moves: MALA steps at each level where they pay; a draw costs at most levels * (1 + moves) evaluations,
+            where weights collapse those of the attempt and of a guided path.
         resample_below: Resample when ESS / n falls below this.
         drop_below: Weights whose one-step ESS / n stays below this have collapsed; the island starts again with
             guided steps instead, and the result says so.
