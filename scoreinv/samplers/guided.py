@@ -1,4 +1,9 @@
-"""One pass under the twist, without moves or weights: fast, approximate, labelled so in the result."""
+"""One pass of guided steps, without moves or weights: fast, approximate, labelled so in the result.
+
+At each level the clean image is drawn from N(D, C_sigma) conditioned on the data, D the denoised image and C_sigma the
+prior's covariance given a noisy image; noise is put back for the level below. As Song et al., Pseudoinverse-Guided Diffusion
+Models for Inverse Problems (2023), with the prior's covariance for its white one and a draw for its mean.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from scoreinv.samplers.path import Plan
 
 @dataclass(frozen=True)
 class Guided:
-    """The covariance-aware kernel times the twist, once.
+    """Guided steps, once.
 
     Args:
         levels: Noise levels; a draw costs as many evaluations.

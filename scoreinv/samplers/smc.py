@@ -1,8 +1,9 @@
 """Sequential Monte Carlo along the noise levels: the default sampler, asymptotically exact.
 
-Particles follow the path of targets of `scoreinv.posterior` under the covariance-aware kernel, are weighted and resampled
-where the weights can be trusted, and moved by score-only MALA steps at every level (`scoreinv.samplers.path`). It needs no
-backward pass and has no guidance weight.
+Particles follow the path of targets of `scoreinv.posterior` under the covariance-aware kernel, are weighted and resampled,
+and moved by score-only MALA steps where a step needed correcting (`scoreinv.samplers.path`). It needs no backward pass and
+has no guidance weight. With trained priors at image size the weights collapse: those islands start again with guided steps
+and moves near the data's noise, which is calibrated (`scoreinv bench learned`) but no longer exact, and the result says so.
 
 Del Moral, Doucet & Jasra, Sequential Monte Carlo Samplers (2006); Wu et al. (2023, arXiv:2306.17775).
 """
