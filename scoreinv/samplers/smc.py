@@ -28,7 +28,7 @@ class SMC:
             guided steps instead, and the result says so.
     """
 
-    levels: int = 64
+    levels: int = 56
     moves: int = 3
     resample_below: float = 0.5
     drop_below: float = 0.75
