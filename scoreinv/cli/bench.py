@@ -22,8 +22,9 @@ class BenchConfig:
         kinds: Problems of "learned": psf, uv.
         noises: Noise of "learned", over the peak.
         truths: Of "learned": from the prior, and as many held-out images.
-        n: Draws of each posterior.
+        n: Draws of each posterior; if left out 1000 in "exact", 16 in "learned", 64 in "speed".
         seeds: Problems drawn of each kind, in "exact".
+        repeats: Runs of each problem, in "speed"; the median counts.
         seed: First random seed.
         quick: A smaller set.
         smc: The sampler.
@@ -35,8 +36,9 @@ class BenchConfig:
     kinds: tuple[str, ...] = ("psf", "uv")
     noises: tuple[float, ...] = (0.1, 0.033, 0.01)
     truths: int = 64
-    n: int = 16
+    n: int | None = None
     seeds: int = 5
+    repeats: int = 3
     seed: int = 0
     quick: bool = False
     smc: si.SMC = field(default_factory=si.SMC)
@@ -57,12 +59,14 @@ def bench(config: BenchConfig) -> None:
 
 def _exact(config: BenchConfig) -> list[dict[str, Any]]:
     return exact.mixture_table(
-        config.smc, config.n, range(config.seed, config.seed + config.seeds), config.quick
+        config.smc, config.n or 1000, range(config.seed, config.seed + config.seeds), config.quick
     )
 
 
 def _speed(config: BenchConfig) -> list[dict[str, Any]]:
-    return speed.overhead(si.load_prior(config.prior), config.smc, config.n)
+    return speed.overhead(
+        si.load_prior(config.prior), config.smc, config.n or 64, repeats=config.repeats
+    )
 
 
 def _learned(config: BenchConfig) -> list[dict[str, Any]]:
@@ -86,7 +90,7 @@ def _learned(config: BenchConfig) -> list[dict[str, Any]]:
                     likelihood,
                     truths,
                     config.smc,
-                    config.n,
+                    config.n or 16,
                     config.seed,
                     store,
                     sys.stderr.isatty(),
