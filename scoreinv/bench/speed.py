@@ -9,8 +9,11 @@ from collections.abc import Callable
 import torch
 
 from scoreinv.bench.learned import psf_problem, uv_problem
+from scoreinv.noise import GaussianNoise
+from scoreinv.operators import NUFFT
 from scoreinv.posterior import Posterior
 from scoreinv.priors import Prior
+from scoreinv.priors.base import stream
 from scoreinv.samplers import sample
 from scoreinv.samplers.run import Sampler
 
@@ -20,6 +23,29 @@ def timed(f: Callable[[], object]) -> float:
     began = time.perf_counter()
     f()
     return time.perf_counter() - began
+
+
+def gradient(size: int = 256, repeats: int = 50) -> list[dict]:
+    """Median time of one gradient of a visibility likelihood, D - H x, on one core and in float32."""
+    rows, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for count in (1_000, 100_000):
+            uv = 2e5 * (torch.rand(count, 2, generator=stream(0), dtype=torch.float64) - 0.5)
+            H = NUFFT(uv, (1, size, size), 0.5).information(GaussianNoise(std=1.0), torch.float32)
+            x = torch.randn(1, 1, size, size, generator=stream(1))
+            H.apply(x)
+            times = [timed(lambda H=H, x=x: x - H.apply(x)) for _ in range(repeats)]
+            rows.append(
+                {
+                    "gradient": f"{size} x {size}",
+                    "visibilities": count,
+                    "time [ms]": 1e3 * statistics.median(times),
+                }
+            )
+    finally:
+        torch.set_num_threads(threads)
+    return rows
 
 
 def overhead(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass, field
@@ -64,7 +65,7 @@ def _exact(config: BenchConfig) -> list[dict[str, Any]]:
 
 
 def _speed(config: BenchConfig) -> list[dict[str, Any]]:
-    return speed.overhead(
+    return speed.gradient() + speed.overhead(
         si.load_prior(config.prior), config.smc, config.n or 64, repeats=config.repeats
     )
 
@@ -102,7 +103,12 @@ def _learned(config: BenchConfig) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as aligned text; lists of numbers in one cell."""
+    """Rows as aligned text, a new table where the columns change; lists of numbers in one cell."""
+    groups = [list(group) for _, group in itertools.groupby(rows, key=list)]
+    return "\n\n".join(_aligned(group) for group in groups)
+
+
+def _aligned(rows: list[dict[str, Any]]) -> str:
     heads = list(rows[0])
     cells = [heads, *([_cell(row[h]) for h in heads] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
