@@ -64,7 +64,7 @@ class GaussianPrior(Prior):
         C = self.moments.covariance.map(lambda v: v + sigma**2)
         return Gaussian(self.moments.mean, C).log_prob(x)
 
-    def sample(self, n: int, seed: int, steps: int = 0) -> Tensor:
+    def sample(self, n: int, seed: int, steps: int = 0, churn: float = 0.0) -> Tensor:
         """n exact draws, with shape (n, C, H, W)."""
         return self.moments.sample(n, stream(seed))
 
@@ -142,7 +142,7 @@ class MixturePrior(Prior):
             out[at] = x[at] + (float(s) ** 2 * score).to(x.dtype)
         return out
 
-    def sample(self, n: int, seed: int, steps: int = 0) -> Tensor:
+    def sample(self, n: int, seed: int, steps: int = 0, churn: float = 0.0) -> Tensor:
         """n exact draws, with shape (n, C, H, W)."""
         k = torch.multinomial(
             self.log_weights.exp(), n, replacement=True, generator=stream(seed, 0)

@@ -52,26 +52,44 @@ class Prior(abc.ABC):
         variance = sigma.reshape(-1, *[1] * (x.ndim - 1)) ** 2
         return (self.denoise(x, sigma) - x) / variance
 
-    def sample(self, n: int, seed: int, steps: int = 40) -> Tensor:
-        """n draws, with shape (n, C, H, W), by Heun's method on the probability-flow ODE.
+    def sample(self, n: int, seed: int, steps: int = 40, churn: float = 0.1) -> Tensor:
+        """n draws, with shape (n, C, H, W), by Heun's method on the probability-flow ODE with a little fresh noise.
 
         The start is the Gaussian N(mean, C + sigma_max^2 I). Draw i depends on (seed, i) only.
-        Karras et al. (2022, arXiv:2206.00364), algorithm 1.
+        Karras et al. (2022, arXiv:2206.00364), algorithm 2.
+
+        Args:
+            n: Draws wanted.
+            seed: Decides every draw.
+            steps: Noise levels; a draw costs nearly twice as many evaluations.
+            churn: Share by which noise is raised before every step. The ODE alone (0) carries the errors of a trained
+                score from the first levels to the end.
         """
-        return torch.cat([self._flow(seed, i, min(64, n - i), steps) for i in range(0, n, 64)])
+        parts = (range(i, min(i + 64, n)) for i in range(0, n, 64))
+        return torch.cat(
+            [self._flow([stream(seed, -2, i) for i in part], steps, churn) for part in parts]
+        )
 
     @torch.no_grad()
-    def _flow(self, seed: int, first: int, n: int, steps: int) -> Tensor:
+    def _flow(self, generators: list[torch.Generator], steps: int, churn: float) -> Tensor:
+        """One draw from each generator."""
         levels = noise_levels(steps, self.sigma_max, self.sigma_min) + [0.0]
-        white = torch.stack([noise(self.shape, self.dtype, seed, first + i) for i in range(n)])
+
+        def white() -> Tensor:
+            return torch.stack(
+                [torch.randn(self.shape, generator=g, dtype=self.dtype) for g in generators]
+            )
+
         start = self.moments.covariance.map(lambda v: v + levels[0] ** 2)
-        x = self.moments.mean.to(self.dtype) + start.sqrt(white)
+        x = self.moments.mean.to(self.dtype) + start.sqrt(white())
         for sigma, s in zip(levels[:-1], levels[1:], strict=True):
-            slope = -sigma * self.score(x, x.new_full((n,), sigma))
-            y = x + (s - sigma) * slope
+            raised = min(sigma * (1 + churn), self.sigma_max)
+            x = x + (raised**2 - sigma**2) ** 0.5 * white() if raised > sigma else x
+            slope = -raised * self.score(x, x.new_full((len(x),), raised))
+            y = x + (s - raised) * slope
             if s > 0:
-                slope = 0.5 * (slope - s * self.score(y, x.new_full((n,), s)))
-                y = x + (s - sigma) * slope
+                slope = 0.5 * (slope - s * self.score(y, y.new_full((len(y),), s)))
+                y = x + (s - raised) * slope
             x = y
         return x
 
@@ -86,11 +104,6 @@ class Prior(abc.ABC):
                 f"images have shape {tuple(x.shape)}, "
                 f"expected (B, {', '.join(map(str, self.shape))})"
             )
-
-
-def noise(shape: tuple[int, ...], dtype: torch.dtype, *seed: int) -> Tensor:
-    """White noise that depends on the integers `seed` only, with this shape."""
-    return torch.randn(shape, generator=stream(*seed), dtype=dtype)
 
 
 def stream(*seed: int) -> torch.Generator:
@@ -119,9 +132,9 @@ class RescaledPrior(Prior):
         self.moments = prior.moments.rescaled(amplitude)
         self.identity = {**prior.identity, "amplitude": f"{amplitude:.9g}"}
 
-    def sample(self, n: int, seed: int, steps: int = 40) -> Tensor:
+    def sample(self, n: int, seed: int, steps: int = 40, churn: float = 0.1) -> Tensor:
         """amplitude times the draws of the prior, with shape (n, C, H, W)."""
-        return self.amplitude * self.prior.sample(n, seed, steps)
+        return self.amplitude * self.prior.sample(n, seed, steps, churn)
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         return self.amplitude * self.prior.denoise(x / self.amplitude, sigma / self.amplitude)
