@@ -98,7 +98,7 @@ class Network:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Everything that decides the weights.
+    """A prior to train: what it learns, how, and what its card says in the end.
 
     Args:
         name: Name of the prior, for its card.
@@ -119,6 +119,23 @@ class TrainingRun:
     sigma_max: float = 20.0
     draws: int = 1000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        data, network, (low, high) = self.data, self.network, self.data.amplitude
+        smallest = 2 ** len(network.widths)
+        for wrong, message in (
+            (data.size % smallest, f"size is {data.size}, expected a multiple of {smallest}: {len(network.widths)} "
+             "levels of the network each halve the image"),
+            (any(w % 8 for w in network.widths), f"widths are {network.widths}, expected multiples of 8"),
+            (data.images < 1 or data.held_out < 2, f"images is {data.images} and held_out {data.held_out}, "
+             "expected at least 1 and 2"),
+            (not 0 < low <= high, f"amplitude is {data.amplitude}, expected 0 < lowest <= highest"),
+            (self.optimisation.warmup < 1, f"warmup is {self.optimisation.warmup}, expected at least 1 step"),
+            (not 0 < self.sigma_min < self.sigma_max, f"sigma goes from {self.sigma_min:g} to {self.sigma_max:g}, "
+             "expected 0 < sigma_min < sigma_max"),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(message)
 
 
 def augment(
@@ -256,10 +273,10 @@ def train(
 
     deadline, folder = time.monotonic() + max_seconds, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(run, folder)
     accelerator = Accelerator(mixed_precision="bf16")
     main = accelerator.is_main_process
     if main:
+        _claim(run, folder)
         load_images(run, folder, progress)
     accelerator.wait_for_everyone()
     images, held_out = load_images(run, folder, progress)
@@ -399,13 +416,20 @@ def _median_power(images: Tensor) -> Tensor:
 
 def _claim(run: TrainingRun, folder: Path) -> None:
     """Keep the configuration in the folder, and refuse to continue another one."""
-    path, text = folder / "run.json", json.dumps(asdict(run), indent=2)
-    if path.exists() and path.read_text() != text:
+    path, wanted = folder / "run.json", json.loads(json.dumps(asdict(run)))
+    if not path.exists():
+        path.write_text(json.dumps(wanted, indent=2))
+        return
+    seen = json.loads(path.read_text())
+    for record in (wanted, seen):  # these change no weights
+        record.pop("draws", None)
+        record["data"].pop("workers")
+        record["optimisation"].pop("save_every")
+    if seen != wanted:
         raise ValueError(
             f"{folder} holds a training run with another configuration ({path}); "
             "choose another output folder, or delete this one to start again"
         )
-    path.write_text(text)
 
 
 def _batch(

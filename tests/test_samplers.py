@@ -186,7 +186,7 @@ def test_collapsed_weights_are_dropped_and_the_result_says_so():
     y = likelihood.simulate(prior.sample(1, 0), 1)[0]
     posterior = si.Posterior(Misinformed(prior, wrong), likelihood, y)
     draws = si.sample(posterior, 8, si.SMC(20, 1), seed=0, island=4)
-    assert "dropped in 2 of 2 islands: from sigma" in draws.weights
+    assert "dropped in 2 of 2 islands: at sigma" in draws.weights
     assert "one-step ESS/n" in draws.weights and "path integral" in draws.weights
     # the first island pays for the attempt, the second is spared it
     assert draws.ess.isfinite().sum() < 20 and draws.evaluations > 20
@@ -209,6 +209,15 @@ def test_an_island_whose_weights_collapse_starts_again(tmp_path):
     mean, spread = guided.x.mean(0), guided.x.std(0)
     # 64 pixels of 12 draws each: the means differ by 0.4 spreads rms if both are the same distribution
     assert float(((whole.x.mean(0) - mean) / spread).square().mean().sqrt()) < 0.7
+
+
+@pytest.mark.parametrize("sampler", [si.SMC(levels=0), si.Anneal(moves=-1), si.Guided(levels=1)])
+def test_refused_plans(sampler):
+    prior = gaussian_prior((1, 4, 4), "dense")
+    likelihood = si.Likelihood(si.Identity(prior.shape), si.GaussianNoise(std=0.3))
+    posterior = si.Posterior(prior, likelihood, prior.sample(1, 0)[0])
+    with pytest.raises(ValueError, match="expected at least 2 levels and no fewer than 0 moves"):
+        si.sample(posterior, 4, sampler, seed=0)
 
 
 def test_unweighted_samplers_are_labelled():

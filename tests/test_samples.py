@@ -193,10 +193,26 @@ def test_the_rest_of_a_batch_is_kept(tmp_path):
             return super().denoise(x, sigma) * spoiled
 
     prior = Second(torch.zeros(SHAPE, dtype=torch.float64), 1.0)
-    with pytest.raises(FloatingPointError, match="island 2 failed"):
-        si.sample(posterior(prior=prior), 12, **SETTINGS, batch=2, folder=tmp_path)
+    with pytest.raises(FloatingPointError, match="island 1 failed"):
+        si.sample(posterior(prior=prior), 12, **SETTINGS, batch=3, folder=tmp_path)
     kept = sorted(f.name for f in tmp_path.iterdir())
-    assert kept == ["island-00000.safetensors", "island-00001.safetensors"]
+    assert kept == ["island-00000.safetensors", "island-00002.safetensors"]
+
+
+def test_one_broken_particle_does_not_become_all_of_them(tmp_path):
+    """With weights a particle that is not finite stops its island: it must not be resampled around."""
+
+    class Broken(si.GaussianPrior):
+        def denoise(self, x, sigma):
+            spoiled = torch.ones(len(x), 1, 1, 1, dtype=x.dtype)
+            spoiled[2] = math.nan
+            return super().denoise(x, sigma) * spoiled
+
+    prior = Broken(torch.zeros(SHAPE, dtype=torch.float64), 1.0)
+    with pytest.raises(
+        FloatingPointError, match="island 0 failed: the importance weights are not finite"
+    ):
+        si.sample(posterior(prior=prior), 4, si.SMC(4, 1), seed=3, island=4)
 
 
 # --- figure --------------------------------------------------------------------------------------

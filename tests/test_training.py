@@ -49,6 +49,28 @@ def test_training_lowers_the_loss(trained):
     assert card["power_spectrum"]["draws"] == 16 and len(card["power_spectrum"]["ratio"]) == 7
 
 
+def test_keys_that_change_no_weights_may_change(trained, tmp_path):
+    train(RUN, tmp_path, max_seconds=0, progress=False)
+    train(replace(RUN, draws=4), tmp_path, max_seconds=0, progress=False)
+    with pytest.raises(ValueError, match="another configuration"):
+        train(replace(RUN, seed=1), tmp_path, max_seconds=0, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": replace(RUN.data, size=18)}, "size is 18, expected a multiple of 4"),
+        ({"data": replace(RUN.data, held_out=0)}, "held_out 0, expected at least 1 and 2"),
+        ({"network": Network(widths=(12, 32))}, "expected multiples of 8"),
+        ({"optimisation": replace(RUN.optimisation, warmup=0)}, "expected at least 1 step"),
+        ({"sigma_min": 30.0}, "expected 0 < sigma_min < sigma_max"),
+    ],
+)
+def test_runs_that_would_fail_late_are_refused_at_once(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(RUN, **change)
+
+
 def test_power_spectra_are_compared_ring_by_ring():
     """Twice the amplitude is four times the power, and a plane wave of k = 3 is seen at k = 3 only."""
     x = torch.randn(50, 1, 32, 32, generator=stream(0))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,7 +27,7 @@ from scoreinv.posterior import Posterior
 from scoreinv.priors import Prior
 from scoreinv.priors.base import stream
 from scoreinv.samplers import sample
-from scoreinv.samplers.run import Sampler
+from scoreinv.samplers.run import Sampler, fingerprint
 from scoreinv.simulators.arrays import alma_track
 
 BANDS = ((0, 3), (3, 8), (8, 16), (16, 1000))
@@ -37,6 +38,7 @@ class Outcome:
     """What one truth's posterior got right.
 
     Attributes:
+        key: Hash of all that decides it.
         error: Squared error of the posterior mean in each band of spatial frequency.
         predicted: What the posterior's variance predicts for it.
         flux: Normal score of the true total flux.
@@ -46,6 +48,7 @@ class Outcome:
         weights: What became of the weights.
     """
 
+    key: str
     error: tuple[float, ...]
     predicted: tuple[float, ...]
     flux: float
@@ -76,10 +79,10 @@ def uv_problem(prior: Prior, noise: float) -> Likelihood:
 
 def problem(kind: str, prior: Prior, noise: float) -> Likelihood:
     """The problem of this name, "psf" or "uv"."""
-    problems = {"psf": psf_problem, "uv": uv_problem}
-    if kind not in problems:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(problems)}")
-    return problems[kind](prior, noise)
+    return PROBLEMS[kind](prior, noise)
+
+
+PROBLEMS = {"psf": psf_problem, "uv": uv_problem}
 
 
 def band_power(x: Tensor) -> Tensor:
@@ -95,19 +98,20 @@ def outcome(
     prior: Prior, likelihood: Likelihood, truth: Tensor, sampler: Sampler, n: int, seed: int
 ) -> Outcome:
     """Observe one truth, with shape (C, H, W), sample, and compare."""
-    y = likelihood.simulate(truth[None], seed)[0]
-    draws = sample(
-        Posterior(prior, likelihood, y), n, sampler, seed=seed, island=n, evidence=False
-    )
+    posterior = Posterior(prior, likelihood, likelihood.simulate(truth[None], seed)[0])
+    draws = sample(posterior, n, sampler, seed=seed, island=n, evidence=False)
     x, truth = draws.x.double(), truth.double()
     mean = x.mean(0)
     flux = x.flatten(1).sum(1)
     # the mean of n draws scatters by a share 1 / n of the variance around the exact posterior mean
     inflation = (1 + 1 / n) * n / (n - 1)
+    # the mean and the standard deviation of n draws make it a t-score
+    t = float((truth.sum() - flux.mean()) / (flux.std() * math.sqrt(1 + 1 / n)))
     return Outcome(
+        fingerprint(posterior, sampler, seed, n),
         tuple(band_power((mean - truth)[None])[0].tolist()),
         tuple((inflation * band_power(x - mean).mean(0)).tolist()),
-        float((truth.sum() - flux.mean()) / (flux.std() * math.sqrt(1 + 1 / n))),
+        float(stats.norm.ppf(stats.t.cdf(t, n - 1))),
         float((mean - truth).square().sum() / truth.square().sum()),
         draws.evaluations,
         draws.seconds,
@@ -126,21 +130,32 @@ def calibrate(
     progress: bool = False,
 ) -> list[Outcome]:
     """Outcomes of all truths, with shape (N, C, H, W); those already in the file `store` are not run again."""
-    done = [] if store is None or not store.exists() else store.read_text().splitlines()
-    outcomes = [_restored(line) for line in done][: len(truths)]
-    rest = range(len(outcomes), len(truths))
-    for i in tqdm(rest, disable=not progress, desc="truths"):
-        outcomes.append(outcome(prior, likelihood, truths[i], sampler, n, 1000 * seed + i))
-        if store is not None:
-            store.parent.mkdir(parents=True, exist_ok=True)
-            with store.open("a") as f:
-                f.write(json.dumps(asdict(outcomes[-1])) + "\n")
+    known = {} if store is None else _known(store)
+    outcomes = []
+    for i, truth in enumerate(tqdm(truths, disable=not progress, desc="truths")):
+        y = likelihood.simulate(truth[None], 1000 * seed + i)[0]
+        key = fingerprint(Posterior(prior, likelihood, y), sampler, 1000 * seed + i, n)
+        if key not in known:
+            known[key] = outcome(prior, likelihood, truth, sampler, n, 1000 * seed + i)
+            if store is not None:
+                store.parent.mkdir(parents=True, exist_ok=True)
+                with store.open("a") as f:
+                    f.write(json.dumps(asdict(known[key])) + "\n")
+        outcomes.append(known[key])
     return outcomes
 
 
-def _restored(line: str) -> Outcome:
-    record = json.loads(line)
-    return Outcome(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()})
+def _known(store: Path) -> dict[str, Outcome]:
+    """Outcomes in a file, by their key; a last line that was cut off is left out."""
+    known = {}
+    for line in store.read_text().splitlines() if store.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        known[record["key"]] = Outcome(**fields)
+    return known
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, float | list[float]]:
@@ -174,11 +189,6 @@ def summary(outcomes: list[Outcome]) -> dict[str, float | list[float]]:
     }
 
 
-def truths_from_prior(prior: Prior, n: int, seed: int) -> Tensor:
-    """Draws of the prior, with shape (n, C, H, W)."""
-    return prior.sample(n, seed)
-
-
 def held_out_truths(
     kind: str, size: int, n: int, seed: int, amplitude: tuple[float, float]
 ) -> Tensor:
@@ -187,4 +197,5 @@ def held_out_truths(
     from scoreinv.training import augment
 
     images = torch.from_numpy(simulate_images(kind, n, size, 10_000 + seed)).float()
-    return augment(images, stream(seed, 9), shift=2, amplitude=amplitude)
+    parts = [augment(x[None], stream(seed, 9, i), 2, amplitude) for i, x in enumerate(images)]
+    return torch.cat(parts)

@@ -12,6 +12,8 @@ from typing import Any
 import scoreinv as si
 from scoreinv.bench import exact, learned, speed
 
+TABLES = ("exact", "learned", "speed")
+
 
 @dataclass(frozen=True)
 class BenchConfig:
@@ -45,13 +47,23 @@ class BenchConfig:
     smc: si.SMC = field(default_factory=si.SMC)
     output: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.what not in TABLES:
+            raise ValueError(f"what is {self.what!r}, expected one of {', '.join(TABLES)}")
+        if unknown := set(self.kinds) - set(learned.PROBLEMS):
+            raise ValueError(
+                f"kinds are {', '.join(unknown)}, expected some of {', '.join(learned.PROBLEMS)}"
+            )
+        if self.truths < 2 or self.seeds < 1 or self.repeats < 1 or (self.n or 2) < 2:
+            raise ValueError(
+                f"truths is {self.truths}, seeds {self.seeds}, repeats {self.repeats} and n {self.n}; "
+                "expected at least 2, 1, 1 and 2"
+            )
+
 
 def bench(config: BenchConfig) -> None:
     """Measure samplers: accuracy on exact posteriors, calibration with a trained prior, speed."""
-    tables = {"exact": _exact, "learned": _learned, "speed": _speed}
-    if config.what not in tables:
-        raise ValueError(f"what is {config.what!r}, expected one of {', '.join(tables)}")
-    rows = tables[config.what](config)
+    rows = {"exact": _exact, "learned": _learned, "speed": _speed}[config.what](config)
     print(table(rows))
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
@@ -72,9 +84,14 @@ def _speed(config: BenchConfig) -> list[dict[str, Any]]:
 
 def _learned(config: BenchConfig) -> list[dict[str, Any]]:
     prior = si.load_prior(config.prior)
-    data = si.shipped_priors()[config.prior]["training"]["data"]
+    cards = si.shipped_priors()
+    if config.prior not in cards:
+        raise ValueError(
+            f"prior is {config.prior!r}, expected one of {', '.join(cards)}: only their held-out images are known"
+        )
+    data = cards[config.prior]["training"]["data"]
     images = {
-        "prior": learned.truths_from_prior(prior, config.truths, config.seed + 1),
+        "prior": prior.sample(config.truths, config.seed + 1),
         "held out": learned.held_out_truths(
             data["kind"], data["size"], config.truths, config.seed, amplitude=(1.0, 1.0)
         ),

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from scoreinv.gaussian import Fourier, Gaussian
 from scoreinv.priors.base import Prior
 from scoreinv.priors.network import ScorePrior
-from scoreinv.priors.score_models import load_score_models
+from scoreinv.priors.score_models import ScoreModelsPrior, load_score_models
 from scoreinv.priors.unet import UNet
 
 FORMAT = 1
@@ -40,15 +40,25 @@ def load_prior(source: str | Path, device: torch.device | str = "cpu") -> Prior:
         device: Where its network runs; particles and data stay on the CPU.
 
     Raises:
-        ValueError: Unknown name, or a folder or file that is not a prior.
+        ValueError: Unknown name, a folder or file that is not a prior, or a device that this machine lacks.
     """
+    prior = _found(source)
+    try:
+        return prior.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device is {str(device)!r}, expected cpu, cuda or cuda:N of this machine ({error}); try cpu"
+        ) from error
+
+
+def _found(source: str | Path) -> ScorePrior | ScoreModelsPrior:
     if str(source) in shipped_priors():
-        return _load(SHIPPED / f"{source}.safetensors", SHIPPED / f"{source}.json").to(device)
+        return _load(SHIPPED / f"{source}.safetensors", SHIPPED / f"{source}.json")
     folder = Path(source)
     if (folder / "card.json").is_file():
-        return _load(folder / "weights.safetensors", folder / "card.json").to(device)
+        return _load(folder / "weights.safetensors", folder / "card.json")
     if folder.is_dir():
-        return load_score_models(folder).to(device)
+        return load_score_models(folder)
     names = list(shipped_priors())
     near = difflib.get_close_matches(str(source), names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""

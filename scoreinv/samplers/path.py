@@ -67,6 +67,12 @@ class Plan:
     drop_below: float = 0.75
     acceptance: float = 0.6
 
+    def __post_init__(self) -> None:
+        if self.levels < 2 or self.moves < 0:
+            raise ValueError(
+                f"levels is {self.levels} and moves {self.moves}, expected at least 2 levels and no fewer than 0 moves"
+            )
+
     def without_weights(self) -> Plan:
         """The same descent for where weights are known to collapse."""
         return replace(self, weights=False)
@@ -116,11 +122,6 @@ class Island:
         self.levels = plan.noise_levels(posterior)
         self.trace = Trace()
         self.weighted = plan.weights
-        self.h = 0.5
-        self.log_w = torch.zeros(n, dtype=torch.float64)
-        self.log_z = 0.0
-        self.slopes: list[float] = []
-        self.resampled = False
         self.passed = 0
         self.error: FloatingPointError | None = None
 
@@ -128,12 +129,15 @@ class Island:
         """Walk down the levels, asking for every denoised image; the draws are in `x` at the end."""
         while not (yield from self._walk()):
             # where weights collapse the twist has misled the particles: start again without both
-            self.weighted, self.slopes, self.passed = False, [], 0
-            self.trace.acceptance.clear()
+            self.weighted = False
         self._finish()
 
     def _walk(self) -> Generator[Request, Tensor, bool]:
         """From the widest level to the data; False if the weights have collapsed on the way."""
+        self.h, self.resampled, self.passed = 0.5, False, 0
+        self.log_w, self.log_z = torch.zeros(self.n, dtype=torch.float64), 0.0
+        self.slopes: list[float] = []
+        self.trace.acceptance = []
         C, sigma = self.posterior.moments.covariance, self.levels[0]
         # at the widest level the target is N(posterior mean, posterior covariance + sigma^2)
         self.x = self.posterior.gaussian_draw(self.streams, self.n) + sigma * self._white()
@@ -167,7 +171,8 @@ class Island:
         """One level down; False, and nothing done, where the weights have collapsed."""
         m = self.level.expected(self.x)
         delta = self.denoised - m
-        self.slopes.append(2 * float(dot(delta, self.u).mean()) / kernel.sigma**2)
+        share = torch.softmax(self.log_w, 0)
+        self.slopes.append(2 * float((share * dot(delta, self.u)).sum()) / kernel.sigma**2)
         if self.weighted and not self._weigh(kernel, m, delta):
             return False
         if self.plan.guided and not self.weighted:
@@ -201,6 +206,8 @@ class Island:
         # directions without prior variance carry neither delta nor u: keep their ratio finite
         widened = C.map(lambda v: (v + sigma**2) / (v + s**2).clamp_min(1e-12 * float(v.max())))
         increment = (1 - a) / (2 * sigma**2) * dot(delta, widened.apply(self.u + ahead))
+        if not bool(torch.isfinite(increment).all()):
+            raise FloatingPointError("the importance weights are not finite")
         self.trace.one_step.append(effective(increment))
         if sum(e < self.plan.drop_below for e in self.trace.one_step[-3:]) >= 2:
             self.trace.collapsed_at = sigma

@@ -96,10 +96,10 @@ def sample(
         unit="level",
         desc="sampling",
     ) as bar:
-        for group in _groups(missing, batch):
+        for group in _groups(missing, batch, ahead=sampler.plan.weights):
             bar.set_postfix(island=f"{group[0] + 1}/{count}")
             plan = sampler.plan
-            if group[0] > 0:
+            if plan.weights and group[0] > 0:
                 first = done[0] if 0 in done else store.get(0)
                 plan = plan.without_weights() if first[1].collapsed_at > 0 else plan
             for j, finished in _run(posterior, plan, island, seed, group, bar):
@@ -110,10 +110,10 @@ def sample(
     return _pool(posterior, sampler, islands, n, seed, grid, meta or {}, evidence, began)
 
 
-def _groups(missing: list[int], batch: int) -> Iterator[list[int]]:
-    """Islands that run side by side; the first goes ahead, since the others need not try weights that collapse there."""
-    rest = [j for j in missing if j > 0]
-    if 0 in missing:
+def _groups(missing: list[int], batch: int, ahead: bool) -> Iterator[list[int]]:
+    """Islands that run side by side; the first goes ahead where it is to find out whether weights collapse."""
+    rest = [j for j in missing if j > 0 or not ahead]
+    if len(rest) < len(missing):
         yield [0]
     for i in range(0, len(rest), batch):
         yield rest[i : i + batch]
@@ -125,8 +125,11 @@ def _run(
     """The islands of a group, each with its draws, trace and share of the seconds; then raise what went wrong."""
     began = time.monotonic()
     islands = {j: Island(posterior, plan, n, stream(seed, j)) for j in group}
-    for _ in descend_together(posterior, list(islands.values())):
-        bar.update()
+    farthest = dict.fromkeys(islands.values(), 0)
+    for particles in descend_together(posterior, list(islands.values())):
+        # an island that starts again is back at the first level
+        bar.update(max(0, particles.passed - farthest[particles]))
+        farthest[particles] = max(farthest[particles], particles.passed)
     seconds = (time.monotonic() - began) / len(group)
     for j, particles in islands.items():
         if particles.error is None:
@@ -201,9 +204,9 @@ def _in_words(plan: Plan, traces: list[Trace]) -> str:
     if not without:
         return "used throughout"
     return (
-        f"dropped in {without} of {len(traces)} islands: from sigma = {max(collapsed):.3g} on the one-step ESS/n stayed "
-        f"below {plan.drop_below:g} (the prior is far from Gaussian there); these islands took guided steps and moves "
-        "from the start instead, all count equally, evidence approximate, from the path integral"
+        f"dropped in {without} of {len(traces)} islands: at sigma = {max(collapsed):.3g} the one-step ESS/n was below "
+        f"{plan.drop_below:g} twice in three levels (the prior is far from Gaussian there); these islands took guided steps "
+        "and moves from the start instead, all count equally, evidence approximate, from the path integral"
     )
 
 
@@ -220,7 +223,14 @@ def fingerprint(posterior: Posterior, sampler: Sampler, seed: int, island: int) 
     h = hashlib.sha256()
     h.update(
         json.dumps(
-            [provenance(posterior, sampler, seed), island], sort_keys=True, default=str
+            [
+                provenance(posterior, sampler, seed),
+                island,
+                posterior.tolerance,
+                *posterior.sigma_range,
+            ],
+            sort_keys=True,
+            default=str,
         ).encode()
     )
     h.update(posterior.y.contiguous().numpy().tobytes())

@@ -24,8 +24,8 @@ class SMC:
         moves: MALA steps at each level where they pay; a draw costs at most levels * (1 + moves) evaluations,
             where weights collapse those of the attempt and of a guided path.
         resample_below: Resample when ESS / n falls below this.
-        drop_below: Weights whose one-step ESS / n stays below this have collapsed; the island starts again with
-            guided steps instead, and the result says so.
+        drop_below: Weights whose one-step ESS / n is below this at two of three levels have collapsed; the island
+            starts again with guided steps instead, and the result says so.
     """
 
     levels: int = 56
