@@ -192,14 +192,14 @@ class DataSpaceConditioner(Conditioner):
 
 class _InDataSpace(Conditioned):
     def __init__(self, parent: DataSpaceConditioner, K: Covariance) -> None:
-        self.parent = parent
-        self.BK = parent.propagate(K)
-        self.L = _cholesky(self.BK @ parent.B.T)
+        self.parent, self.K = parent, K
+        self.L = _cholesky(parent.propagate(K) @ parent.B.T)
 
     def shift(self, m: Tensor, noise: Tensor | None = None) -> Tensor:
         r = self.parent.y - self.parent.predict(m)
         r = r if noise is None else r + noise
-        return (torch.cholesky_solve(r.T, self.L).T @ self.BK).reshape(m.shape).to(m.dtype)
+        pull = torch.cholesky_solve(r.T, self.L).T @ self.parent.B
+        return self.K.apply(pull.reshape(m.shape)).to(m.dtype)
 
     def mobility(self, prior_precision: Covariance, slope: Covariance) -> Mobility:
         return _DataSpaceMobility(self, prior_precision.map(torch.reciprocal), slope)
@@ -335,7 +335,8 @@ class _Iterative(Conditioned):
         probe = parent.noise([torch.Generator().manual_seed(0)], 1)
         left = self._circulant(torch.zeros_like(probe), self._known(probe))[1]
         # parent.tolerance is relative to the probe, of which the circulant has left little
-        share = float((dot(left, left) / dot(probe, probe)).sqrt())
+        norm = lambda r: dot(r, self.preconditioner(r)[0]).sqrt()
+        share = float(norm(left) / norm(probe))
         self.iterations = conjugate_gradients(
             self.H, left, self.preconditioner, parent.tolerance / max(share, 1e-12)
         )[1]

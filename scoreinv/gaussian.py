@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -351,11 +352,15 @@ def conjugate_gradients(
         b: Right-hand sides, with shape (B, *shape).
         preconditioner: Gives (M r, K^-1 M r) for a symmetric positive definite M near (K^-1 + H)^-1; by default
             M = 1 and K^-1 = 0.
-        tolerance: Stops when every residual is below tolerance * |b|.
+        tolerance: Stops when every residual is below tolerance * |b|, both in the norm <r, M r>^1/2: that is how far
+            the solution is off in units of the posterior's standard deviation.
         iterations: At most so many.
 
     Returns:
         The solutions, with shape (B, *shape), and the iterations used.
+
+    Warns:
+        RuntimeWarning: The tolerance was not reached.
 
     Hestenes & Stiefel, Methods of Conjugate Gradients for Solving Linear Systems (1952).
     """
@@ -364,18 +369,27 @@ def conjugate_gradients(
         return c.reshape(-1, *[1] * (b.ndim - 1)).to(b.dtype)
 
     tiny = torch.finfo(b.dtype).tiny
-    x, r, target = torch.zeros_like(b), b, tolerance**2 * dot(b, b)
-    p, Kp, rz = torch.zeros_like(b), torch.zeros_like(b), torch.ones(len(b), dtype=torch.float64)
+    x, r, (z, Kz) = torch.zeros_like(b), b, preconditioner(b)
+    p, Kp, rz = torch.zeros_like(b), torch.zeros_like(b), dot(r, z)
+    previous, target = torch.ones_like(rz), tolerance**2 * rz
     for i in range(iterations):
-        if tolerance > 0 and bool((dot(r, r) <= target).all()):
+        if tolerance > 0 and bool((rz <= target).all()):
             return x, i
-        z, Kz = preconditioner(r)
-        rz, previous = dot(r, z), rz
         beta = column(rz / previous.clamp_min(tiny))
         p, Kp = z + beta * p, Kz + beta * Kp
         q = Kp + H(p)
         step = column(rz / dot(p, q).clamp_min(tiny))
         x, r = x + step * p, r - step * q
+        if i + 1 < iterations or tolerance > 0:
+            z, Kz = preconditioner(r)
+            rz, previous = dot(r, z), rz
+    if tolerance > 0 and bool((rz > target).any()):
+        warnings.warn(
+            f"conjugate gradients stopped after {iterations} iterations, short of their tolerance of {tolerance:g}; "
+            "noise that spans many orders of magnitude? The result is approximate",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return x, iterations
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from scoreinv.gaussian import Covariance
 
-# With a trained prior at 50 levels 1 loses 30 per cent of the power at high frequencies, and 0 makes posteriors half as wide
-# as they should be at low ones.
+# Share of fresh noise in a bridge, 1: b = a, 0: b = s / sigma. With a trained prior at 50 levels 1 loses 30 per cent of the
+# power at high frequencies, and 0 makes posteriors half as wide as they should be at low ones.
 FRESH = 0.5
 
 

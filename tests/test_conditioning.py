@@ -307,8 +307,8 @@ NEAR = {
     ),
     "convolution": (PSFConvolution(blob(9, 1.5), CANVAS), 0.3),
     # a field smaller than the canvas is not stationary, and gains little
-    "cutout": (BLUR, 0.9),
-    "masked cutout": (Mask(uniform(1, 18, 18) > 0.1) @ BLUR, 0.9),
+    "cutout": (BLUR, 1.0),
+    "masked cutout": (Mask(uniform(1, 18, 18) > 0.1) @ BLUR, 1.0),
 }
 
 

@@ -181,7 +181,7 @@ def test_conjugate_gradients_add_the_inverse_behind_the_preconditioner():
     k, H = torch.logspace(-3, 3, D, dtype=torch.float64), spd(D)
     k[0] = 0.0
     b = normal(3, D, seed=1)
-    x, _ = conjugate_gradients(lambda x: x @ H, b, lambda r: (k * r, (k > 0) * r), tolerance=1e-13)
+    x, _ = conjugate_gradients(lambda x: x @ H, b, lambda r: (k * r, (k > 0) * r), tolerance=1e-10)
     expected = torch.linalg.solve(k[1:].reciprocal().diag() + H[1:, 1:], b[:, 1:].T).T
     torch.testing.assert_close(x[:, 1:], expected)
     assert not x[:, 0].any()

@@ -118,10 +118,24 @@ def test_linear_gaussian_suite_at_64x64(name, ratio):
     assert float(w.mean(0).square().mean().sqrt()) < 0.03 + 1 / 8
 
 
-def test_white_kernel_would_be_caught():
-    """Negative control: the same test rejects draws that are 4 % too narrow."""
-    w = 0.96 * torch.randn(10_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert float(w.square().mean().sqrt()) != pytest.approx(1.0, abs=0.03)
+def test_a_kernel_without_covariance_is_caught(monkeypatch):
+    """Negative control: the usual ancestral step over three levels fails the suite's bound by far."""
+    from scoreinv.samplers import path
+
+    def ancestral(sigma, s, C):
+        a = (s / sigma) ** 2
+        return path.ReverseKernel(sigma, s, C.map(lambda v: torch.full_like(v, s**2 * (1 - a))))
+
+    prior = gaussian_prior((1, 8, 8))
+    likelihood = si.Likelihood(dict(operators(prior.shape))["blur"], si.GaussianNoise(std=0.3))
+    y = likelihood.simulate(prior.sample(1, seed=1), seed=2)[0]
+    posterior = si.Posterior(prior, likelihood, y, tolerance=1e-6)
+    exact, _ = exact_posterior(prior, likelihood, y)
+    right = si.sample(posterior, 256, si.Anneal(3, 0), seed=3, island=256)
+    assert float(whitened(right, exact).square().mean().sqrt()) == pytest.approx(1.0, abs=0.03)
+    monkeypatch.setattr(path.ReverseKernel, "between", ancestral)
+    wrong = si.sample(posterior, 256, si.Anneal(3, 0), seed=3, island=256)
+    assert abs(float(whitened(wrong, exact).square().mean().sqrt()) - 1) > 0.1
 
 
 def test_rescaling_everything_changes_nothing():

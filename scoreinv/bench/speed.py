@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def timed(f: Callable[[], object]) -> float:
 
 
 def gradient(size: int = 256, repeats: int = 50) -> list[dict]:
-    """Median time of one gradient of a visibility likelihood, D - H x, on one core and in float32."""
+    """Median time of one gradient of a visibility likelihood, D - H x (here D = x), on one core and in float32."""
     rows, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -59,8 +60,8 @@ def overhead(
     truth = prior.sample(1, seed=0)
     rows = []
     for name, likelihood in (
-        ("PSF, 64 x 64", psf_problem(prior, 0.03)),
-        ("uv, 64 x 64", uv_problem(prior, 0.03)),
+        ("PSF", psf_problem(prior, 0.03)),
+        ("uv", uv_problem(prior, 0.03)),
     ):
         y = likelihood.simulate(truth, seed=1)[0]
         x = torch.randn(island, *prior.shape, generator=torch.Generator().manual_seed(0))
@@ -79,12 +80,12 @@ def overhead(
                     )
                 )
                 bare += [timed(forward) for _ in range(20)]
-                floor = statistics.median(bare) * result[0].evaluations * n / island
+                floor = statistics.median(bare) * result[0].evaluations * math.ceil(n / island)
                 walls.append(wall)
                 ratios.append(wall / floor)
         rows.append(
             {
-                "problem": name,
+                "problem": f"{name}, {prior.shape[-2]} x {prior.shape[-1]}",
                 "draws": n,
                 "evaluations": result[0].evaluations,
                 "forward [ms/image]": 1e3 * statistics.median(bare) / island,

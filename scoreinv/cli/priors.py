@@ -11,7 +11,7 @@ import scoreinv as si
 COLUMNS = ("name", "size", "sigma", "trained images", "held-out error", "power of draws", "sha256")
 NOTE = """\
 sigma [model unit; the peak of a typical image is 1]
-held-out error: mean squared denoising error over that of the Wiener filter, at each noise level
+held-out error: mean squared denoising error over that of the Wiener filter, for images of peak 1, at each noise level
 power of draws: median power spectrum over that of held-out images, lowest and highest ratio from k = 1 to 0.9 of Nyquist"""
 
 
@@ -35,7 +35,7 @@ def priors(config: PriorsConfig) -> None:
 
 def _row(name: str, card: dict[str, Any]) -> Iterator[str]:
     size = card["training"]["data"]["size"]
-    errors = card.get("held_out", {}).get("prior", {})
+    errors = card.get("held_out", {}).get("peak = 1", {})
     yield name
     yield f"{size} x {size}"
     yield f"{card['sigma_min']:g} to {card['sigma_max']:g}"

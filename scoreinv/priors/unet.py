@@ -60,7 +60,7 @@ class UNet(nn.Module):
     def __init__(
         self,
         channels: int = 1,
-        widths: Sequence[int] = (48, 96, 144),
+        widths: Sequence[int] = (48, 96, 192),
         blocks: int = 1,
         embedding: int = 128,
     ) -> None:
