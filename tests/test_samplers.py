@@ -1,5 +1,6 @@
 """The samplers against posteriors known in closed form."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from scoreinv.bench.exact import score
 from scoreinv.bench.problems import four_fields, grid_mixture, power_law_mixture
 from scoreinv.gaussian import Dense, Diagonal, Fourier
 from scoreinv.priors.base import Prior, stream
-from scoreinv.samplers.path import effective, path_integral, systematic
+from scoreinv.samplers.path import effective, path_integral, systematic, variance_rate
 from tests import analytic
 
 
@@ -201,7 +202,7 @@ def test_collapsed_weights_are_dropped_and_the_result_says_so():
     posterior = si.Posterior(Misinformed(prior, wrong), likelihood, y)
     draws = si.sample(posterior, 8, si.SMC(20, 1), seed=0, island=4)
     assert "dropped in 2 of 2 islands: at sigma" in draws.weights
-    assert "one-step ESS/n" in draws.weights and "path integral" in draws.weights
+    assert "relative variance" in draws.weights and "path integral" in draws.weights
     # the first island pays for the attempt, the second is spared it
     assert draws.ess.isfinite().sum() < 20 and draws.evaluations > 20
 
@@ -276,6 +277,18 @@ def test_systematic_resampling_is_unbiased():
     for seed in range(20):
         copies = torch.bincount(systematic(w, stream(seed)), minlength=4)
         assert bool(((copies - 4 * w).abs() < 1).all())
+
+
+def test_collapse_does_not_depend_on_the_number_of_levels():
+    """Log-weights of variance v per e-fold have n / ESS - 1 = exp(v dt) - 1 in steps of dt e-folds."""
+    for v, steps in itertools.product((0.5, 2.0), (5, 50, 500)):
+        levels = torch.logspace(1, -1, steps).tolist()
+        dt = math.log(levels[0] / levels[1])
+        rate = variance_rate([math.exp(-v * dt)] * (steps - 1), levels)
+        assert rate == pytest.approx(math.expm1(v * dt) / dt, rel=0.1)
+    # one bad step of many is no collapse, of few it is
+    assert variance_rate([1.0] * 40 + [0.5], torch.logspace(1, -1, 50).tolist()) < 1.1
+    assert variance_rate([1.0, 0.2], [10.0, 3.0, 1.0]) > 3
 
 
 def test_effective_sample_size_of_known_weights():

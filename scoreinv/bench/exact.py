@@ -31,6 +31,7 @@ class Score:
     evidence_std: float
     evaluations: float
     seconds: float
+    weighted: bool
 
 
 def sliced_wasserstein(x: Tensor, reference: Tensor, directions: int = 400) -> float:
@@ -66,6 +67,7 @@ def score(problem: MixtureProblem, sampler: Sampler, n: int, seed: int) -> Score
         draws.log_evidence_std,
         draws.evaluations,
         draws.seconds,
+        draws.weights == "used throughout",
     )
 
 
@@ -106,4 +108,5 @@ def _row(name: str, scores: list[Score]) -> dict[str, float | str]:
         "log Z std": mean("evidence_std"),
         "evaluations": max(s.evaluations for s in scores),
         "seconds": mean("seconds"),
+        "weighted": mean("weighted"),
     }

@@ -55,7 +55,8 @@ class Plan:
         guided: Without weights, step by the denoised image conditioned on the data instead of by the twist, and move
             only at the levels near the data's noise.
         resample_below: Resample when ESS / n falls below this.
-        drop_below: The weights have collapsed when the ESS / n of one step is below this at two of three levels in a row.
+        drop_above: The weights have collapsed when their relative variance, n / ESS - 1 of each step alone, sums to more
+            than this over an e-fold of the noise level, however many steps that takes.
         acceptance: Target acceptance of the moves.
     """
 
@@ -64,7 +65,7 @@ class Plan:
     weights: bool
     guided: bool
     resample_below: float = 0.5
-    drop_below: float = 0.75
+    drop_above: float = 2.0
     acceptance: float = 0.6
 
     def __post_init__(self) -> None:
@@ -209,7 +210,7 @@ class Island:
         if not bool(torch.isfinite(increment).all()):
             raise FloatingPointError("the importance weights are not finite")
         self.trace.one_step.append(effective(increment))
-        if sum(e < self.plan.drop_below for e in self.trace.one_step[-3:]) >= 2:
+        if variance_rate(self.trace.one_step, self.levels) > self.plan.drop_above:
             self.trace.collapsed_at = sigma
             return False
         self.log_w += increment
@@ -340,6 +341,20 @@ def local_precision(C: Covariance, score: Tensor, s: float) -> Covariance:
         )
 
     return C.map(banded)
+
+
+def variance_rate(one_step: list[float], levels: list[float]) -> float:
+    """Sum of n / ESS - 1 over the last e-fold of the noise level, or over what there is of it.
+
+    Args:
+        one_step: ESS / n of the first steps.
+        levels: Noise levels; step i leads from level i to the next, the last one to s = 0.
+    """
+    last = len(one_step) - 1
+    end = levels[min(last + 1, len(levels) - 1)]
+    steps = [i for i in range(last + 1) if levels[i] <= math.e * end or i == last]
+    span = max(1.0, math.log(levels[steps[0]] / end))
+    return sum(1 / one_step[i] - 1 for i in steps) / span
 
 
 def effective(log_w: Tensor) -> float:

@@ -204,8 +204,8 @@ def _in_words(plan: Plan, traces: list[Trace]) -> str:
     if not without:
         return "used throughout"
     return (
-        f"dropped in {without} of {len(traces)} islands: at sigma = {max(collapsed):.3g} the one-step ESS/n was below "
-        f"{plan.drop_below:g} twice in three levels (the prior is far from Gaussian there); these islands took guided steps "
+        f"dropped in {without} of {len(traces)} islands: at sigma = {max(collapsed):.3g} their relative variance "
+        f"rose above {plan.drop_above:g} per e-fold (the prior is far from Gaussian there); these islands took guided steps "
         "and moves from the start instead, all count equally, evidence approximate, from the path integral"
     )
 

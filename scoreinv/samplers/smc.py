@@ -24,15 +24,15 @@ class SMC:
         moves: MALA steps at each level where they pay; a draw costs at most levels * (1 + moves) evaluations,
             where weights collapse those of the attempt and of a guided path.
         resample_below: Resample when ESS / n falls below this.
-        drop_below: Weights whose one-step ESS / n is below this at two of three levels have collapsed; the island
-            starts again with guided steps instead, and the result says so.
+        drop_above: Weights whose relative variance (n / ESS - 1 of each step alone) sums to more than this over an e-fold
+            of the noise level have collapsed; the island starts again with guided steps, and the result says so.
     """
 
     levels: int = 56
     moves: int = 3
     resample_below: float = 0.5
-    drop_below: float = 0.75
+    drop_above: float = 2.0
 
     @property
     def plan(self) -> Plan:
-        return Plan(self.levels, self.moves, True, True, self.resample_below, self.drop_below)
+        return Plan(self.levels, self.moves, True, True, self.resample_below, self.drop_above)
