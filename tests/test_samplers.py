@@ -1,10 +1,13 @@
 """The samplers against posteriors known in closed form."""
 
 import itertools
+import json
 import math
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import scoreinv as si
 from scoreinv.bench.exact import score
@@ -205,6 +208,23 @@ def test_collapsed_weights_are_dropped_and_the_result_says_so():
     assert "relative variance" in draws.weights and "path integral" in draws.weights
     # the first island pays for the attempt, the second is spared it
     assert draws.ess.isfinite().sum() < 20 and draws.evaluations > 20
+
+
+def test_islands_without_weights_do_not_mix_with_others(tmp_path):
+    """One island in eight that lost its weights is left out of a posterior with far modes, and the result says so."""
+    problem = grid_mixture(8, 1, seed=3)
+    settings = {"seed": 1, "island": 16, "folder": tmp_path}
+    whole = si.sample(problem.posterior, 128, si.SMC(20, 1), **settings)
+    assert whole.weights == "used throughout"
+    path = tmp_path / "island-00005.safetensors"
+    with safe_open(path, "pt") as f:
+        record, x = f.metadata(), f.get_tensor("x")
+    trace = {**json.loads(record["trace"]), "log_evidence": None, "collapsed_at": 1.0}
+    save_file({"x": x + 1e6}, path, metadata={**record, "trace": json.dumps(trace)})
+    partly = si.sample(problem.posterior, 128, si.SMC(20, 1), **settings)
+    assert "1 of 8 islands are left out" in partly.weights
+    assert float(partly.x.abs().max()) < 1e3 and len(partly.x) == 128
+    assert len(partly.island_log_evidence) == 7
 
 
 def test_an_island_whose_weights_collapse_starts_again(tmp_path):

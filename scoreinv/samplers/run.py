@@ -72,8 +72,9 @@ def sample(
             relative to that.
 
     Returns:
-        The draws, equally weighted. If every island kept its weights the islands are pooled by their evidence, and
-        draws of a heavy island can repeat; otherwise they count equally.
+        The draws, equally weighted. Islands that kept their weights are pooled by their evidence, and draws of a heavy
+        island can repeat; without weights islands count equally. The kind that most islands are of decides, others are
+        left out.
 
     Raises:
         ValueError: n < 1, or a folder with islands of another problem.
@@ -153,18 +154,23 @@ def _pool(
     with_evidence: bool,
     began: float,
 ) -> Samples:
-    draws, traces = torch.cat([x for x, _, _ in islands]), [t for _, t, _ in islands]
-    weighted = all(t.log_evidence is not None for t in traces)
+    traces = [t for _, t, _ in islands]
+    # islands with and without weights do not mix: a few that count equally among many that do not would rule them
+    weighted = 2 * sum(t.log_evidence is not None for t in traces) > len(traces)
+    used = [(x, t) for x, t, _ in islands if (t.log_evidence is not None) == weighted]
+    draws = torch.cat([x for x, _ in used])
     base = posterior.gaussian_log_evidence if with_evidence else 0.0
     evidence = base + torch.tensor(
-        [t.log_evidence if weighted else t.path_evidence for t in traces], dtype=torch.float64
+        [t.log_evidence if weighted else t.path_evidence for _, t in used], dtype=torch.float64
     )
     if weighted:
-        share = torch.softmax(evidence, 0).repeat_interleave(len(draws) // len(islands))
-        x = draws[_select(share / share.sum(), n, seed)]
+        share = torch.softmax(evidence, 0).repeat_interleave(len(draws) // len(used))
         log_z = float(torch.logsumexp(evidence, 0)) - math.log(len(evidence))
     else:
-        x, log_z = draws[:n], float(evidence.mean())
+        share = torch.ones(len(draws), dtype=torch.float64)
+        log_z = float(evidence.mean())
+    whole = not weighted and len(draws) >= n
+    x = draws[:n] if whole else draws[_select(share / share.sum(), n, seed)]
     spread = float(evidence.std()) if len(evidence) > 1 else math.nan
     levels = torch.tensor(sampler.plan.noise_levels(posterior), dtype=torch.float64)
     return Samples(
@@ -203,10 +209,15 @@ def _in_words(plan: Plan, traces: list[Trace]) -> str:
     without = sum(t.log_evidence is None for t in traces)
     if not without:
         return "used throughout"
+    if 2 * without < len(traces):
+        return (
+            f"used; {without} of {len(traces)} islands are left out, whose weights collapsed (their relative variance rose "
+            f"above {plan.drop_above:g} per e-fold): more levels or larger islands may keep them"
+        )
     return (
         f"dropped in {without} of {len(traces)} islands: at sigma = {max(collapsed):.3g} their relative variance "
         f"rose above {plan.drop_above:g} per e-fold (the prior is far from Gaussian there); these islands took guided steps "
-        "and moves from the start instead, all count equally, evidence approximate, from the path integral"
+        "and moves from the start instead and count equally, evidence approximate, from the path integral"
     )
 
 
