@@ -8,6 +8,7 @@ standard error and exit status 2, an interruption in status 130.
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -39,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     try:
         _run(words)
+    except BrokenPipeError:
+        # the reader has seen enough (`scoreinv priors | head`); what is left must not be flushed into the closed pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except MISTAKES as error:
         if debug:
             raise
