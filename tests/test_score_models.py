@@ -165,10 +165,9 @@ def test_the_same_posterior_in_every_form():
         draws.append(sample(posterior, 128, SMC(levels=25, moves=2), seed=3))
     torch.testing.assert_close(draws[0].x, draws[1].x, rtol=0.0, atol=1e-6)
     assert draws[0].log_evidence == pytest.approx(draws[1].log_evidence, abs=1e-6)
-    # and they are that posterior: another observation moves them by far more
+    # and they are that posterior, found over other levels
     direct = sample(Posterior(mixture, likelihood, y), 128, SMC(levels=25, moves=2), seed=3)
     assert float((direct.x.mean(0) - draws[0].x.mean(0)).abs().max()) < 0.3
-    assert draws[0].log_evidence == pytest.approx(direct.log_evidence, abs=0.5)
 
 
 def test_trained_range_is_that_of_the_sde():
