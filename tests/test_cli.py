@@ -423,6 +423,18 @@ def test_priors(capsys, prior, monkeypatch):
         assert part in said
 
 
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_reader_that_leaves_early_causes_no_error(buffered):
+    """`scoreinv priors | true`, with output flushed at the end or line by line."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "scoreinv", "priors"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": buffered}
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment)
+    os.close(write)
+    assert done.returncode == 0 and done.stderr == b""
+
+
 def test_train(capsys, tmp_path):
     """A finished run is found again; another one is refused."""
     run = {

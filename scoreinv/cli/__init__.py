@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     try:
         _run(words)
+        sys.stdout.flush()
     except BrokenPipeError:
         # the reader has seen enough (`scoreinv priors | head`); what is left must not be flushed into the closed pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -214,10 +214,11 @@ def _in_words(plan: Plan, traces: list[Trace]) -> str:
             f"used; {without} of {len(traces)} islands are left out, whose weights collapsed (their relative variance rose "
             f"above {plan.drop_above:g} per e-fold): more levels or larger islands may keep them"
         )
+    others = "" if without == len(traces) else " (the other islands are left out)"
     return (
         f"dropped in {without} of {len(traces)} islands: at sigma = {max(collapsed):.3g} their relative variance "
         f"rose above {plan.drop_above:g} per e-fold (the prior is far from Gaussian there); these islands took guided steps "
-        "and moves from the start instead and count equally, evidence approximate, from the path integral"
+        f"and moves from the start instead and count equally{others}, evidence approximate, from the path integral"
     )
 
 
