@@ -22,10 +22,6 @@ from torch import Tensor
 
 from scoreinv.gaussian import Covariance
 
-# Share of fresh noise in a bridge, 1: b = a, 0: b = s / sigma. With a trained prior at 50 levels 1 loses 30 per cent of the
-# power at high frequencies, and 0 makes posteriors half as wide as they should be at low ones.
-FRESH = 0.5
-
 
 def noise_levels(n: int, sigma_max: float, sigma_min: float, rho: float = 7.0) -> list[float]:
     """n levels from sigma_max down to sigma_min, evenly spaced in sigma^(1 / rho).
@@ -77,17 +73,6 @@ class ReverseKernel:
     def mean(self, x: Tensor, denoised: Tensor) -> Tensor:
         """D + a (x - D), with shape (B, C, H, W)."""
         return denoised + self.a * (x - denoised)
-
-    def bridge(self, x: Tensor, x0: Tensor, z: Tensor) -> Tensor:
-        """x_s given x_sigma = x and a draw x_0 of its clean image: x_0 + b (x - x_0) + (s^2 - b^2 sigma^2)^1/2 z, z white.
-
-        Any b from a (fresh noise) to s / sigma (the noise of x_sigma) leads to the law of x_s (Song et al., Denoising
-        Diffusion Implicit Models, 2021, arXiv:2010.02502, section 4.1). An error in the covariance of x_0 enters with
-        (1 - b)^2, which favours the second; errors of the mean are forgotten through fresh noise. FRESH is the mix.
-        """
-        ratio = self.s / self.sigma
-        b = (1 - FRESH) * ratio + FRESH * self.a
-        return x0 + b * (x - x0) + (self.s**2 - (b * self.sigma) ** 2) ** 0.5 * z
 
     def std(self, z: Tensor) -> Tensor:
         """V^1/2 z for white z, with shape (B, C, H, W)."""

@@ -113,17 +113,6 @@ class Posterior:
         return x + self.gaussian.shift(x, self.conditioner.noise(streams, each))
 
     @cached_property
-    def sharpest(self) -> float:
-        """The noise level below which the data know no direction better than x_s does: largest eigenvalue of H ^-1/2."""
-        apply = self.likelihood.operator.information(self.likelihood.noise, torch.float64).apply
-        v = white((1, *self.shape), [torch.Generator().manual_seed(0)], 1, torch.float64)[0]
-        largest = 0.0
-        for _ in range(30):  # power iteration; a few per cent are enough
-            v = apply(v / v.norm())
-            largest = float(v.norm())
-        return largest**-0.5 if largest > 0 else math.inf
-
-    @cached_property
     def gaussian_log_evidence(self) -> float:
         """log N(y; A mu, S + A C A^T) [nat]."""
         return self.conditioner.log_evidence(self.moments)

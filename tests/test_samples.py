@@ -200,7 +200,7 @@ def test_the_rest_of_a_batch_is_kept(tmp_path):
 
 
 def test_one_broken_particle_does_not_become_all_of_them(tmp_path):
-    """With weights a particle that is not finite stops its island: it must not be resampled around."""
+    """With weights a particle that is not finite stops its island: it must not be resampled around, by a scout neither."""
 
     class Broken(si.GaussianPrior):
         def denoise(self, x, sigma):
@@ -210,7 +210,7 @@ def test_one_broken_particle_does_not_become_all_of_them(tmp_path):
 
     prior = Broken(torch.zeros(SHAPE, dtype=torch.float64), 1.0)
     with pytest.raises(
-        FloatingPointError, match="island 0 failed: the importance weights are not finite"
+        FloatingPointError, match="the scout failed: the importance weights are not finite"
     ):
         si.sample(posterior(prior=prior), 4, si.SMC(4, 1), seed=3, island=4)
 

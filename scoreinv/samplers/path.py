@@ -14,8 +14,15 @@ the trapezoid of the score along the proposal for the change of log p_s, which n
     x' = x + rho M G(x) + (h M)^1/2 z,     rho = 1 - (1 - h)^1/2,  0 < h < 1,     G = score + u_s / s^2
     log acceptance = (1/2 - rho / h) <G + G', x' - x> + rho^2 / (2 h) (<G, M G> - <G', M G'>)
 
-Where weights have collapsed the twist is far from p(y | x_s). The guided step compares the data with the denoised image
-instead: x_0 ~ N(D, C_sigma) conditioned on y, then x_s between x_0 and x_sigma. Both steps are exact for a Gaussian prior.
+Weights collapse where the twist is far from p(y | x_s). The guided step compares the data with the denoised image instead:
+with D_y the mean of N(D, C_sigma) conditioned on y, it follows the ODE
+
+    dx / d sigma = (x - D_y(x, sigma)) / sigma
+
+by Heun's second-order method two levels down, and returns one level up with fresh noise, which forgets earlier errors of
+D_y. A step of first order would lose a third of the power that trained priors have at high frequencies. Heun's method for
+this ODE: Karras et al. (2022, arXiv:2206.00364); D_y: Song et al., Pseudoinverse-Guided Diffusion Models for Inverse
+Problems (2023), with the prior's covariance for their white one.
 
 The mean of the first-order weights integrates to the evidence without an exponential: with u = u_s(x),
 
@@ -39,9 +46,9 @@ from scoreinv.posterior import Posterior
 
 Request = tuple[Tensor, float]  # noisy images and their level, to be denoised
 Descent = Generator[Request, Tensor, None]
-WINDOW = (0.3, 1.5)  # of Posterior.sharpest: where a guided path moves
+FINER = 4  # steps with weights from one level of the plan to the next
+SPARSE = 4  # levels of a guided path from one that is counted in the path integral to the next
 NEGLIGIBLE = 0.98  # one-step ESS / n above which a step needs no moves
-TRUSTED = 10.0  # of Prior.sigma_min: below, a trained score is too uncertain for moves to gain
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,13 @@ class Plan:
 
     Args:
         levels: Noise levels; the last step goes from the lowest to s = 0.
-        moves: MALA steps at each level where they pay.
-        weights: Use importance weights; an island whose weights collapse starts again without them.
-        guided: Without weights, step by the denoised image conditioned on the data instead of by the twist, and move
-            only at the levels near the data's noise.
+        moves: MALA steps at each level; beside weights where these vary.
+        weights: Use importance weights, and finer steps.
+        guided: Without weights, step by the denoised image conditioned on the data instead of by the twist.
         resample_below: Resample when ESS / n falls below this.
-        drop_above: The weights have collapsed when their relative variance, n / ESS - 1 of each step alone, sums to more
-            than this over an e-fold of the noise level, however many steps that takes.
+        drop_above: Stop where the variance of d log w / d log sigma over the particles, mean over an e-fold of the noise
+            level, exceeds this: the weights have collapsed.
+        finer: Steps with weights from one level to the next.
         acceptance: Target acceptance of the moves.
     """
 
@@ -65,7 +72,8 @@ class Plan:
     weights: bool
     guided: bool
     resample_below: float = 0.5
-    drop_above: float = 2.0
+    drop_above: float = math.inf
+    finer: int = FINER
     acceptance: float = 0.6
 
     def __post_init__(self) -> None:
@@ -74,13 +82,28 @@ class Plan:
                 f"levels is {self.levels} and moves {self.moves}, expected at least 2 levels and no fewer than 0 moves"
             )
 
-    def without_weights(self) -> Plan:
-        """The same descent for where weights are known to collapse."""
-        return replace(self, weights=False)
+    def scout(self) -> Plan:
+        """A cheap descent that stops where the weights collapse."""
+        return replace(self, moves=0, finer=1)
+
+    def decided(self, keep_weights: bool) -> Plan:
+        """The descent of every island once it is known whether the weights collapse."""
+        if keep_weights:
+            return replace(self, drop_above=math.inf)
+        return replace(self, weights=False, moves=0 if self.guided else self.moves)
+
+    @property
+    def stride(self) -> int:
+        """Steps from one level to the next."""
+        return self.finer if self.weights else 1
 
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels of a posterior's path, from the largest to the smallest."""
-        return noise_levels(self.levels, *posterior.sigma_range)
+        return self.path(posterior)[:: self.stride]
+
+    def path(self, posterior: Posterior) -> list[float]:
+        """The levels with those between them where weights take finer steps."""
+        return noise_levels(self.stride * (self.levels - 1) + 1, *posterior.sigma_range)
 
 
 @dataclass
@@ -88,17 +111,16 @@ class Trace:
     """What happened to one island.
 
     Attributes:
-        ess: Effective sample size over n, before resampling, at each level where weights were tried.
-        one_step: The same for the increments of that step alone.
-        acceptance: Mean acceptance at each level but the first; nan where nothing moved.
-        collapsed_at: Level at which the weights collapsed, and the island started again without; 0 if they did not.
+        ess: Smallest effective sample size over n, before resampling, between each level and the next; where weights are
+            used.
+        acceptance: Mean acceptance between each level and the next; nan where nothing moved.
+        collapsed_at: Level at which the weights collapsed; 0 if they did not.
         log_evidence: From the weights, over that of the moments' Gaussian [nat]; None without weights.
         path_evidence: The same from the path integral [nat].
         evaluations: Network evaluations per particle.
     """
 
     ess: list[float] = field(default_factory=list)
-    one_step: list[float] = field(default_factory=list)
     acceptance: list[float] = field(default_factory=list)
     collapsed_at: float = 0.0
     log_evidence: float | None = None
@@ -120,43 +142,52 @@ class Island:
         self, posterior: Posterior, plan: Plan, n: int, generator: torch.Generator
     ) -> None:
         self.posterior, self.plan, self.n, self.streams = posterior, plan, n, [generator]
-        self.levels = plan.noise_levels(posterior)
+        self.levels, self.guided = plan.path(posterior), plan.guided and not plan.weights
         self.trace = Trace()
-        self.weighted = plan.weights
         self.passed = 0
         self.error: FloatingPointError | None = None
 
     def descend(self) -> Descent:
-        """Walk down the levels, asking for every denoised image; the draws are in `x` at the end."""
-        while not (yield from self._walk()):
-            # where weights collapse the twist has misled the particles: start again without both
-            self.weighted = False
-        self._finish()
+        """Walk down the levels, asking for every denoised image; the draws are in `x` at the end.
 
-    def _walk(self) -> Generator[Request, Tensor, bool]:
-        """From the widest level to the data; False if the weights have collapsed on the way."""
-        self.h, self.resampled, self.passed = 0.5, False, 0
+        Where the weights collapse it stops, and `trace.collapsed_at` says where.
+        """
+        self.h, self.rough = 0.5, False
         self.log_w, self.log_z = torch.zeros(self.n, dtype=torch.float64), 0.0
-        self.slopes: list[float] = []
-        self.trace.acceptance = []
-        C, sigma = self.posterior.moments.covariance, self.levels[0]
+        self.slopes: dict[float, float] = {}
+        self.spreads: list[float] = []
+        self.lowest: list[float] = []
+        self.accepted: list[float] = []
         # at the widest level the target is N(posterior mean, posterior covariance + sigma^2)
+        sigma = self.levels[0]
         self.x = self.posterior.gaussian_draw(self.streams, self.n) + sigma * self._white()
         yield from self._arrive(sigma)
-        for sigma, s in zip(self.levels, [*self.levels[1:], 0.0], strict=True):
-            if not self._step(ReverseKernel.between(sigma, s, C)):
-                return False
+        for i in range(len(self.levels)):
+            s = self._level(i + 1)
+            if not self.guided or i % SPARSE == 0 or s == 0:
+                self._account(s)
+            if self.trace.collapsed_at > 0:
+                return
+            if self.guided:
+                yield from self._guide(s, self._level(i + 2) or s)
+            else:
+                self._propose(s)
             if s > 0:
                 yield from self._arrive(s)
                 yield from self._move()
-            self.passed += 1
-        return True
+            if (i + 1) % self.plan.stride == 0 or s == 0:
+                self._record()
+        self._finish()
+
+    def _level(self, i: int) -> float:
+        """The noise level of this index; 0 behind the last one."""
+        return self.levels[i] if i < len(self.levels) else 0.0
 
     def _arrive(self, s: float) -> Descent:
         """The network and the twist at the new level."""
         self.level = self.posterior.level(s)
         self.denoised = yield from self._denoise(self.x, s)
-        self.u = self.level.shift(self.x)
+        self.u = None if self.guided else self.level.shift(self.x)
 
     def _denoise(self, x: Tensor, s: float) -> Generator[Request, Tensor, Tensor]:
         self.trace.evaluations += 1
@@ -166,69 +197,94 @@ class Island:
     def _white(self) -> Tensor:
         return white(self.posterior.shape, self.streams, self.n, self.posterior.dtype)
 
+    def _record(self) -> None:
+        """Close the account of the steps from one level of the plan to the next."""
+        self.passed += 1
+        if self.lowest:
+            self.trace.ess.append(min(self.lowest))
+        self.trace.acceptance.append(
+            sum(self.accepted) / len(self.accepted) if self.accepted else math.nan
+        )
+        self.lowest, self.accepted = [], []
+
     # ------------------------------------------------------------ from level to level
 
-    def _step(self, kernel: ReverseKernel) -> bool:
-        """One level down; False, and nothing done, where the weights have collapsed."""
+    def _account(self, s: float) -> None:
+        """What the step to s adds to the evidence; weigh the particles for it, and resample them if need be."""
         m = self.level.expected(self.x)
         delta = self.denoised - m
-        share = torch.softmax(self.log_w, 0)
-        self.slopes.append(2 * float((share * dot(delta, self.u)).sum()) / kernel.sigma**2)
-        if self.weighted and not self._weigh(kernel, m, delta):
-            return False
-        if self.plan.guided and not self.weighted:
-            self._guide(kernel)
-        else:
-            self._propose(kernel)
-        return True
+        share, u = (
+            torch.softmax(self.log_w, 0),
+            self.level.shift(self.x) if self.guided else self.u,
+        )
+        self.slopes[self.level.s] = 2 * float((share * dot(delta, u)).sum()) / self.level.s**2
+        if not self.plan.weights:
+            return
+        log_w = self._weigh(s, m, delta)
+        if s > 0:
+            self.spreads.append(spread(log_w))
+            rate = variance_rate(self.spreads, self.levels[: len(self.spreads) + 1])
+            self.trace.collapsed_at = self.level.s if rate > self.plan.drop_above else 0.0
+        self._reweight(log_w, last=s == 0)
 
-    def _propose(self, kernel: ReverseKernel) -> None:
+    def _weigh(self, s: float, m: Tensor, delta: Tensor) -> Tensor:
+        """How well the twist has predicted the step to s: the log-weights of this step alone, with shape (n,)."""
+        C, sigma = self.posterior.moments.covariance, self.level.s
+        a = (s / sigma) ** 2
+        ahead = self.level.conditioned.shift(m + (1 - a) * expectation(C, s).apply(delta))
+        # directions without prior variance carry neither delta nor u: keep their ratio finite
+        widened = C.map(lambda v: (v + sigma**2) / (v + s**2).clamp_min(1e-12 * float(v.max())))
+        log_w = (1 - a) / (2 * sigma**2) * dot(delta, widened.apply(self.u + ahead))
+        if not bool(torch.isfinite(log_w).all()):
+            raise FloatingPointError("the importance weights are not finite")
+        return log_w
+
+    def _reweight(self, log_w: Tensor, last: bool) -> None:
+        self.log_w += log_w
+        self.lowest.append(effective(self.log_w))
+        resample = self.lowest[-1] < self.plan.resample_below or last
+        self.rough = resample or effective(log_w) < NEGLIGIBLE
+        if not resample:
+            return
+        # the proposal depends on the particle it starts from only: resample before it, not after
+        keep = systematic(torch.softmax(self.log_w, 0), self.streams[0])
+        self.log_z += float(torch.logsumexp(self.log_w, 0)) - math.log(self.n)
+        self.log_w.zero_()
+        self.x, self.denoised = self.x[keep], self.denoised[keep]
+
+    def _propose(self, s: float) -> None:
         """The kernel times the twist at s."""
+        kernel = ReverseKernel.between(self.level.s, s, self.posterior.moments.covariance)
         x = kernel.mean(self.x, self.denoised) + kernel.std(self._white())
         x0 = x
-        if kernel.s > 0:
-            below = self.posterior.level(kernel.s)
+        if s > 0:
+            below = self.posterior.level(s)
             x0 = below.expected(x) + below.covariance.sqrt(self._white())
         noise = self.posterior.conditioner.noise(self.streams, self.n)
         self.x = x + (1 - kernel.a) * self.level.conditioned.shift(x0, noise)
 
-    def _guide(self, kernel: ReverseKernel) -> None:
-        """x_0 from N(D, C_sigma) conditioned on the data, then the bridge to s."""
-        x0 = self.denoised + self.level.covariance.sqrt(self._white())
-        noise = self.posterior.conditioner.noise(self.streams, self.n)
-        x0 = x0 + self.level.conditioned.shift(x0, noise)
-        self.x = kernel.bridge(self.x, x0, self._white())
+    def _guide(self, s: float, end: float) -> Descent:
+        """Down the ODE to the level `end` and up to s with fresh noise; to s = 0 a draw of x_0 given the data."""
+        if s == 0:
+            x0 = self.denoised + self.level.covariance.sqrt(self._white())
+            noise = self.posterior.conditioner.noise(self.streams, self.n)
+            self.x = x0 + self.level.conditioned.shift(x0, noise)
+            return
+        sigma = self.level.s
+        slope = (self.x - self._pulled(self.denoised, sigma)) / sigma
+        x = self.x + (end - sigma) * slope
+        denoised = yield from self._denoise(x, end)
+        slope = 0.5 * (slope + (x - self._pulled(denoised, end)) / end)
+        self.x = self.x + (end - sigma) * slope + (s**2 - end**2) ** 0.5 * self._white()
 
-    def _weigh(self, kernel: ReverseKernel, m: Tensor, delta: Tensor) -> bool:
-        """Weigh the particles by how well the twist predicts the step, resample if need be; False if that collapses."""
-        sigma, s, a = kernel.sigma, kernel.s, kernel.a
-        C, n = self.posterior.moments.covariance, self.n
-        ahead = self.level.conditioned.shift(m + (1 - a) * expectation(C, s).apply(delta))
-        # directions without prior variance carry neither delta nor u: keep their ratio finite
-        widened = C.map(lambda v: (v + sigma**2) / (v + s**2).clamp_min(1e-12 * float(v.max())))
-        increment = (1 - a) / (2 * sigma**2) * dot(delta, widened.apply(self.u + ahead))
-        if not bool(torch.isfinite(increment).all()):
-            raise FloatingPointError("the importance weights are not finite")
-        self.trace.one_step.append(effective(increment))
-        if variance_rate(self.trace.one_step, self.levels) > self.plan.drop_above:
-            self.trace.collapsed_at = sigma
-            return False
-        self.log_w += increment
-        self.trace.ess.append(effective(self.log_w))
-        self.resampled = self.trace.ess[-1] < self.plan.resample_below or s == 0
-        if not self.resampled:
-            return True
-        # the last proposal depends on the particle it starts from only: resample before it, not after
-        keep = systematic(torch.softmax(self.log_w, 0), self.streams[0])
-        self.log_z += float(torch.logsumexp(self.log_w, 0)) - math.log(n)
-        self.log_w.zero_()
-        self.x, self.denoised = self.x[keep], self.denoised[keep]
-        return True
+    def _pulled(self, denoised: Tensor, s: float) -> Tensor:
+        """D_y: the mean of N(D, C_s) conditioned on the data."""
+        return denoised + self.posterior.level(s).conditioned.shift(denoised)
 
     def _finish(self) -> None:
-        if self.weighted:
+        if self.plan.weights:
             self.trace.log_evidence = self.log_z
-        self.trace.path_evidence = path_integral(self.levels, self.slopes)
+        self.trace.path_evidence = path_integral(list(self.slopes), list(self.slopes.values()))
         if not bool(torch.isfinite(self.x).all()):
             raise FloatingPointError("the draws are not finite")
 
@@ -236,14 +292,12 @@ class Island:
 
     def _move(self) -> Descent:
         s, plan = self.level.s, self.plan
-        if plan.moves == 0 or not self._moves_pay(s):
-            self.trace.acceptance.append(math.nan)
+        if plan.moves == 0 or self.guided or (plan.weights and not self.rough):
             return
         score = (self.denoised - self.x) / s**2
         M = self._mobility(score)
         G = score + self.u / s**2
         MG = M.apply(G)
-        accepted = []
         for _ in range(plan.moves):
             h = self.h
             rho = 1 - math.sqrt(1 - h)
@@ -266,23 +320,8 @@ class Island:
                 )
             )
             rate = float(log_acceptance.clamp(max=0).exp().mean())
-            accepted.append(rate)
+            self.accepted.append(rate)
             self.h = min(0.95, max(1e-4, h * math.exp(0.5 * (rate - plan.acceptance))))
-        self.trace.acceptance.append(sum(accepted) / len(accepted))
-
-    def _moves_pay(self, s: float) -> bool:
-        """Whether to move at level s.
-
-        Beside weights, where the step needed correcting. On the twist's own path, always. A guided path meets the
-        twist's targets only where those are close to the likelihood, s up to the data's noise; far below it the step
-        itself is exact, and moves would only add up the errors of a trained score.
-        """
-        if self.weighted:
-            return self.resampled or self.trace.one_step[-1] < NEGLIGIBLE
-        if not self.plan.guided:
-            return True
-        low, high = (w * self.posterior.sharpest for w in WINDOW)
-        return max(low, TRUSTED * self.posterior.prior.sigma_min) <= s <= high
 
     def _mobility(self, score: Tensor) -> Mobility:
         C, s = self.posterior.moments.covariance, self.level.s
@@ -343,18 +382,22 @@ def local_precision(C: Covariance, score: Tensor, s: float) -> Covariance:
     return C.map(banded)
 
 
-def variance_rate(one_step: list[float], levels: list[float]) -> float:
-    """Sum of n / ESS - 1 over the last e-fold of the noise level, or over what there is of it.
+def spread(log_w: Tensor) -> float:
+    """Standard deviation of log-weights from their quartiles, as for a Gaussian: one stray particle does not count."""
+    low, high = torch.quantile(log_w, torch.tensor([0.25, 0.75], dtype=log_w.dtype))
+    return float(high - low) / 1.349
+
+
+def variance_rate(spreads: Sequence[float], levels: Sequence[float]) -> float:
+    """Variance of d log w / d log sigma, mean over the last e-fold of the noise level, or over what there is of it.
 
     Args:
-        one_step: ESS / n of the first steps.
-        levels: Noise levels; step i leads from level i to the next, the last one to s = 0.
+        spreads: Standard deviation of the log-weights of each step.
+        levels: Noise levels; step i leads from level i to the next.
     """
-    last = len(one_step) - 1
-    end = levels[min(last + 1, len(levels) - 1)]
-    steps = [i for i in range(last + 1) if levels[i] <= math.e * end or i == last]
-    span = max(1.0, math.log(levels[steps[0]] / end))
-    return sum(1 / one_step[i] - 1 for i in steps) / span
+    widths = [math.log(a / b) for a, b in zip(levels[:-1], levels[1:], strict=True)]
+    recent = [i for i, level in enumerate(levels[:-1]) if level <= math.e * levels[-2]]
+    return sum(spreads[i] ** 2 / widths[i] for i in recent) / sum(widths[i] for i in recent)
 
 
 def effective(log_w: Tensor) -> float:

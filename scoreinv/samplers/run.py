@@ -32,6 +32,7 @@ from scoreinv.samplers.samples import Samples
 from scoreinv.samplers.smc import SMC
 
 Finished = tuple[Tensor, Trace, float]  # draws, trace and seconds of an island
+SCOUTS = 2  # islands that find out whether weights collapse
 
 
 class Sampler(Protocol):
@@ -72,9 +73,8 @@ def sample(
             relative to that.
 
     Returns:
-        The draws, equally weighted. Islands that kept their weights are pooled by their evidence, and draws of a heavy
-        island can repeat; without weights islands count equally. The kind that most islands are of decides, others are
-        left out.
+        The draws, equally weighted. With weights islands are pooled by their evidence, and draws of a heavy island can
+        repeat; without weights islands count equally.
 
     Raises:
         ValueError: n < 1, or a folder with islands of another problem.
@@ -91,19 +91,24 @@ def sample(
     store = _Store(folder, fingerprint(posterior, sampler, seed, island)) if folder else None
     missing = [j for j in range(count) if store is None or not store.has(j)]
     done: dict[int, Finished] = {}
+    plan, scouted = sampler.plan, Trace()
+    if plan.weights:
+        scouted = _scout(posterior, plan, island, seed) if 0 in missing else store.get(0)[1]
+        plan = plan.decided(keep_weights=scouted.collapsed_at == 0)
     with tqdm(
         total=len(missing) * sampler.plan.levels,
         disable=not progress,
         unit="level",
         desc="sampling",
     ) as bar:
-        for group in _groups(missing, batch, ahead=sampler.plan.weights):
+        for i in range(0, len(missing), batch):
+            group = missing[i : i + batch]
             bar.set_postfix(island=f"{group[0] + 1}/{count}")
-            plan = sampler.plan
-            if plan.weights and group[0] > 0:
-                first = done[0] if 0 in done else store.get(0)
-                plan = plan.without_weights() if first[1].collapsed_at > 0 else plan
             for j, finished in _run(posterior, plan, island, seed, group, bar):
+                trace = finished[1]
+                trace.collapsed_at = scouted.collapsed_at
+                # the first island pays for the scout
+                trace.evaluations += scouted.evaluations if j == 0 else 0
                 done[j] = finished
                 if store:
                     store.put(j, *finished)
@@ -111,13 +116,20 @@ def sample(
     return _pool(posterior, sampler, islands, n, seed, grid, meta or {}, evidence, began)
 
 
-def _groups(missing: list[int], batch: int, ahead: bool) -> Iterator[list[int]]:
-    """Islands that run side by side; the first goes ahead where it is to find out whether weights collapse."""
-    rest = [j for j in missing if j > 0 or not ahead]
-    if len(rest) < len(missing):
-        yield [0]
-    for i in range(0, len(rest), batch):
-        yield rest[i : i + batch]
+def _scout(posterior: Posterior, plan: Plan, n: int, seed: int) -> Trace:
+    """Whether weights collapse on this posterior: they do if they do for every scout, each with a stream of its own."""
+    evaluations, collapsed_at = 0, []
+    for j in range(SCOUTS):
+        particles = Island(posterior, plan.scout(), n, stream(seed, -3, j))
+        for _ in descend_together(posterior, [particles]):
+            pass
+        if particles.error is not None:
+            raise _failure("the scout", particles.error) from particles.error
+        evaluations += particles.trace.evaluations
+        collapsed_at.append(particles.trace.collapsed_at)
+        if collapsed_at[-1] == 0:
+            break
+    return Trace(collapsed_at=min(collapsed_at), evaluations=evaluations)
 
 
 def _run(
@@ -126,21 +138,22 @@ def _run(
     """The islands of a group, each with its draws, trace and share of the seconds; then raise what went wrong."""
     began = time.monotonic()
     islands = {j: Island(posterior, plan, n, stream(seed, j)) for j in group}
-    farthest = dict.fromkeys(islands.values(), 0)
-    for particles in descend_together(posterior, list(islands.values())):
-        # an island that starts again is back at the first level
-        bar.update(max(0, particles.passed - farthest[particles]))
-        farthest[particles] = max(farthest[particles], particles.passed)
+    for _ in descend_together(posterior, list(islands.values())):
+        bar.update()
     seconds = (time.monotonic() - began) / len(group)
     for j, particles in islands.items():
         if particles.error is None:
             yield j, (particles.x, particles.trace, seconds)
     for j, particles in islands.items():
         if particles.error is not None:
-            raise FloatingPointError(
-                f"island {j} failed: {particles.error}. Finished islands are kept. Data far outside the prior's "
-                "range? Check the amplitude, the units and the noise; or lower the number of moves"
-            ) from particles.error
+            raise _failure(f"island {j}", particles.error) from particles.error
+
+
+def _failure(name: str, error: FloatingPointError) -> FloatingPointError:
+    return FloatingPointError(
+        f"{name} failed: {error}. Finished islands are kept. Data far outside the prior's range? Check the amplitude, the "
+        "units and the noise; or lower the number of moves"
+    )
 
 
 def _pool(
@@ -154,33 +167,29 @@ def _pool(
     with_evidence: bool,
     began: float,
 ) -> Samples:
-    traces = [t for _, t, _ in islands]
-    # islands with and without weights do not mix: a few that count equally among many that do not would rule them
-    weighted = 2 * sum(t.log_evidence is not None for t in traces) > len(traces)
-    used = [(x, t) for x, t, _ in islands if (t.log_evidence is not None) == weighted]
-    draws = torch.cat([x for x, _ in used])
+    draws, traces = torch.cat([x for x, _, _ in islands]), [t for _, t, _ in islands]
+    weighted = traces[0].log_evidence is not None
     base = posterior.gaussian_log_evidence if with_evidence else 0.0
     evidence = base + torch.tensor(
-        [t.log_evidence if weighted else t.path_evidence for _, t in used], dtype=torch.float64
+        [t.log_evidence if weighted else t.path_evidence for t in traces], dtype=torch.float64
     )
     if weighted:
-        share = torch.softmax(evidence, 0).repeat_interleave(len(draws) // len(used))
+        share = torch.softmax(evidence, 0).repeat_interleave(len(draws) // len(traces))
         log_z = float(torch.logsumexp(evidence, 0)) - math.log(len(evidence))
     else:
         share = torch.ones(len(draws), dtype=torch.float64)
         log_z = float(evidence.mean())
-    whole = not weighted and len(draws) >= n
-    x = draws[:n] if whole else draws[_select(share / share.sum(), n, seed)]
+    x = draws[_select(share / share.sum(), n, seed)] if weighted else draws[:n]
     spread = float(evidence.std()) if len(evidence) > 1 else math.nan
     levels = torch.tensor(sampler.plan.noise_levels(posterior), dtype=torch.float64)
     return Samples(
         x=x,
         log_evidence=log_z,
         log_evidence_std=spread / math.sqrt(len(evidence)),
-        weights=_in_words(sampler.plan, traces),
+        weights=_in_words(sampler.plan, traces[0].collapsed_at),
         levels=levels,
         ess=_curve([t.ess for t in traces], len(levels)),
-        acceptance=_curve([[math.nan, *t.acceptance] for t in traces], len(levels)),
+        acceptance=_curve([t.acceptance for t in traces], len(levels)),
         island_log_evidence=evidence,
         evaluations=sum(t.evaluations for t in traces) / len(traces),
         seconds=max(sum(s for _, _, s in islands), time.monotonic() - began),
@@ -200,25 +209,17 @@ def _select(share: Tensor, n: int, seed: int) -> Tensor:
     return order[index].sort().values
 
 
-def _in_words(plan: Plan, traces: list[Trace]) -> str:
+def _in_words(plan: Plan, collapsed_at: float) -> str:
     """What became of the weights, as a user should read it."""
     if not plan.weights:
         kind = "moves only" if plan.moves else "one pass, approximate"
         return f"not used ({kind}); evidence from the path integral"
-    collapsed = [t.collapsed_at for t in traces if t.collapsed_at > 0]
-    without = sum(t.log_evidence is None for t in traces)
-    if not without:
+    if collapsed_at == 0:
         return "used throughout"
-    if 2 * without < len(traces):
-        return (
-            f"used; {without} of {len(traces)} islands are left out, whose weights collapsed (their relative variance rose "
-            f"above {plan.drop_above:g} per e-fold): more levels or larger islands may keep them"
-        )
-    others = "" if without == len(traces) else " (the other islands are left out)"
     return (
-        f"dropped in {without} of {len(traces)} islands: at sigma = {max(collapsed):.3g} their relative variance "
-        f"rose above {plan.drop_above:g} per e-fold (the prior is far from Gaussian there); these islands took guided steps "
-        f"and moves from the start instead and count equally{others}, evidence approximate, from the path integral"
+        f"dropped: at sigma = {collapsed_at:.3g} the variance of d log w / d log sigma over the particles rose above "
+        f"{plan.drop_above:g} (the prior is far from Gaussian there); all draws took guided steps from the start instead "
+        "and count equally, evidence approximate, from the path integral"
     )
 
 
