@@ -68,7 +68,7 @@ def config(prior, tmp_path):
     content = {
         "simulation": SIMULATION,
         "prior": str(prior),
-        "guided": {"levels": 8},
+        "guided": {"levels": 24},
         "n": 64,
         "output": str(tmp_path / "out" / "a.fits"),
         "figure": False,
@@ -224,7 +224,7 @@ def test_print_config(capsys, config):
     assert stop.value.code in (0, None)
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["seed"] == 7 and printed["simulation"]["noise"]["tsys"] == 100
-    assert printed["guided"] == {"levels": 8} and printed["smc"] is None
+    assert printed["guided"] == {"levels": 24} and printed["smc"] is None
 
 
 # --- sample --------------------------------------------------------------------------------------

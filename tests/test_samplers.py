@@ -293,12 +293,23 @@ def test_path_integral_agrees_with_the_weights():
     assert abs(path.log_evidence - problem.log_evidence) < 0.3 + 5 * path.log_evidence_std
 
 
+def mean_scores(problem, sampler):
+    """Sliced Wasserstein over its noise floor and Mahalanobis radius, means of four runs of 192 draws."""
+    scores = [score(problem, sampler, n=192, seed=seed) for seed in range(4)]
+    return sum(s.wasserstein for s in scores) / 4, sum(s.mahalanobis for s in scores) / 4
+
+
 @pytest.mark.parametrize("problem", [grid_mixture(8, 1, 11), power_law_mixture(16, 4, 11)])
 def test_mixture_posteriors(problem):
-    """Sliced Wasserstein over its noise floor; exact draws scatter between 0.5 and 2 at n = 192."""
-    result = score(problem, si.SMC(40, 2), n=192, seed=0)
-    assert result.wasserstein < 2.5
-    assert result.mahalanobis == pytest.approx(1.0, abs=0.1)
+    """Exact draws would scatter by 0.2 around 1; ten such means of this sampler lay between 1.3 and 1.8."""
+    wasserstein, mahalanobis = mean_scores(problem, si.SMC(20, 1))
+    assert wasserstein < 2.2
+    assert mahalanobis == pytest.approx(1.0, abs=0.1)
+
+
+def test_guided_draws_miss_the_weights_of_far_modes():
+    """Negative control of the test above."""
+    assert mean_scores(grid_mixture(8, 1, 11), si.Guided(20))[0] > 2.2
 
 
 @pytest.mark.slow
