@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,6 @@ from scoreinv.gaussian import (
 from scoreinv.likelihood import Likelihood
 from scoreinv.operators.information import Information, white
 
-Streams = Sequence[torch.Generator]
 FEW_DATA = 512  # data-space factorisations up to this size; beyond, conjugate gradients are faster
 
 
@@ -45,8 +44,8 @@ class Mobility(abc.ABC):
         """M v, with shape (B, C, H, W)."""
 
     @abc.abstractmethod
-    def draw(self, streams: Streams, each: int) -> Tensor:
-        """Draws of N(0, M), with shape (len(streams) * each, C, H, W)."""
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draws of N(0, M), with shape (n, C, H, W)."""
 
 
 class Conditioned(abc.ABC):
@@ -74,8 +73,8 @@ class Conditioner(abc.ABC):
         """Prepare for the covariance K."""
 
     @abc.abstractmethod
-    def noise(self, streams: Streams, each: int) -> Tensor:
-        """The data's noise as `Conditioned.shift` takes it, `each` draws from every generator."""
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        """n draws of the data's noise, as `Conditioned.shift` takes it."""
 
     @abc.abstractmethod
     def log_evidence(self, prior: Gaussian) -> float:
@@ -93,8 +92,8 @@ class FilterMobility(Mobility):
     def apply(self, v: Tensor) -> Tensor:
         return self.covariance.apply(v)
 
-    def draw(self, streams: Streams, each: int) -> Tensor:
-        return self.covariance.sqrt(white(self.shape, streams, each, self.dtype))
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        return self.covariance.sqrt(white(self.shape, n, generator, self.dtype))
 
 
 # ---------------------------------------------------------------- H and K share a basis
@@ -117,8 +116,8 @@ class CommutingConditioner(Conditioner):
     def given(self, K: Covariance) -> Conditioned:
         return _Commuting(self, K)
 
-    def noise(self, streams: Streams, each: int) -> Tensor:
-        return self.H.sqrt(white(self.information.shape, streams, each, self.dtype))
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        return self.H.sqrt(white(self.information.shape, n, generator, self.dtype))
 
     def log_evidence(self, prior: Gaussian) -> float:
         mean, e = _expansion(self, prior, self.H.apply)
@@ -168,8 +167,8 @@ class DataSpaceConditioner(Conditioner):
     def given(self, K: Covariance) -> Conditioned:
         return _InDataSpace(self, K)
 
-    def noise(self, streams: Streams, each: int) -> Tensor:
-        return white((len(self.y),), streams, each, torch.float64)
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        return white((len(self.y),), n, generator, torch.float64)
 
     def predict(self, x: Tensor) -> Tensor:
         """B x, with shape (B, m)."""
@@ -223,9 +222,9 @@ class _DataSpaceMobility(Mobility):
         flat = v.flatten(1).double()
         return self._remove(self.R.apply(v), flat @ self.BWR.T)
 
-    def draw(self, streams: Streams, each: int) -> Tensor:
-        x = self.R.sqrt(white(self.parent.shape, streams, each, self.parent.dtype))
-        z = white((len(self.L),), streams, each, torch.float64)
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        x = self.R.sqrt(white(self.parent.shape, n, generator, self.parent.dtype))
+        z = white((len(self.L),), n, generator, torch.float64)
         return self._remove(x, x.flatten(1).double() @ self.BW.T + z @ self.L.T)
 
 
@@ -260,8 +259,8 @@ class IterativeConditioner(Conditioner):
     def given(self, K: Covariance) -> Conditioned:
         return _Iterative(self, K)
 
-    def noise(self, streams: Streams, each: int) -> Tensor:
-        return self.information.draw(streams, each).to(self.dtype)
+    def noise(self, n: int, generator: torch.Generator) -> Tensor:
+        return self.information.draw(n, generator).to(self.dtype)
 
     def preconditioner(self, K: Covariance) -> Preconditioner:
         """With H replaced by its nearest circulant; by nothing where that does not share a basis with K."""
@@ -332,7 +331,7 @@ class _Iterative(Conditioned):
         self.parent, self.K, self.H = parent, K, parent.information.apply
         self.preconditioner = parent.preconditioner(K)
         self.known = self._known(parent.D.to(parent.dtype)[None])
-        probe = parent.noise([torch.Generator().manual_seed(0)], 1)
+        probe = parent.noise(1, torch.Generator().manual_seed(0))
         left = self._circulant(torch.zeros_like(probe), self._known(probe))[1]
         # parent.tolerance is relative to the probe, of which the circulant has left little
         norm = lambda r: dot(r, self.preconditioner(r)[0]).sqrt()

@@ -23,7 +23,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from scoreinv.conditioning import Conditioned, Conditioner, Mobility, Streams, conditioner
+from scoreinv.conditioning import Conditioned, Conditioner, Mobility, conditioner
 from scoreinv.gaussian import Covariance, Gaussian
 from scoreinv.kernels import conditional, expectation
 from scoreinv.likelihood import Likelihood
@@ -106,11 +106,11 @@ class Posterior:
         """The moments conditioned on the data: what the posterior would be for a Gaussian prior."""
         return self.conditioner.given(self.moments.covariance)
 
-    def gaussian_draw(self, streams: Streams, each: int) -> Tensor:
-        """Draws of the posterior under the Gaussian prior, with shape (len(streams) * each, C, H, W)."""
-        z = white(self.shape, streams, each, self.dtype)
+    def gaussian_draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draws of the posterior under the Gaussian prior, with shape (n, C, H, W)."""
+        z = white(self.shape, n, generator, self.dtype)
         x = self.moments.mean.to(self.dtype) + self.moments.covariance.sqrt(z)
-        return x + self.gaussian.shift(x, self.conditioner.noise(streams, each))
+        return x + self.gaussian.shift(x, self.conditioner.noise(n, generator))
 
     @cached_property
     def gaussian_log_evidence(self) -> float:

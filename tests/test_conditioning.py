@@ -144,7 +144,7 @@ def test_perturbed_data_give_draws_of_the_posterior(problem):
     # Matheron's rule: shift a draw of the prior towards perturbed data
     n, prior = 2000, problem.prior
     x = prior.sample(n, rng(7))
-    noise = problem.solver.noise([rng(8), rng(9)], n // 2)
+    noise = problem.solver.noise(n, rng(8))
     draws = (x + problem.solver.given(prior.covariance).shift(x, noise)).flatten(1)
     exact, _ = posterior(
         gaussian(prior.mean.flatten(), problem.C), problem.A, problem.S, flat(problem.y)
@@ -185,7 +185,7 @@ def test_mobility(problem):
 def test_draws_of_the_mobility(problem):
     mobility, _ = mobility_of(problem)
     M, zero = dense(mobility.apply, SHAPE), torch.zeros(D, dtype=torch.float64)
-    draws = mobility.draw([rng(1), rng(2)], 1000).flatten(1)
+    draws = mobility.draw(2000, rng(1)).flatten(1)
     assert p_value(draws, gaussian(zero, M)) > FALSE_ALARMS
     # negative control: 10 % too wide in variance
     assert p_value(draws, gaussian(zero, M / 1.1)) < 1e-6

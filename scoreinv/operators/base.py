@@ -126,7 +126,7 @@ class Composition(LinearOperator):
         return Information(
             shape=self.shape,
             apply=lambda x: self.inner.transpose(outer.apply(self.inner.forward(x))),
-            draw=lambda streams, each: self.inner.transpose(outer.draw(streams, each)),
+            draw=lambda n, generator: self.inner.transpose(outer.draw(n, generator)),
             exact=commuting(self, noise),
             nearby=nearby,
         )

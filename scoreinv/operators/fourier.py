@@ -14,7 +14,6 @@ makes it two FFTs, exact, at a cost that does not depend on the number of visibi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import finufft
@@ -129,8 +128,8 @@ class NUFFT(LinearOperator):
             k = torch.fft.rfft2(x, s=(2 * H, 2 * W)) * kernels[x.dtype]
             return torch.fft.irfft2(k, s=(2 * H, 2 * W))[..., :H, :W]
 
-        def draw(streams: Sequence[torch.Generator], each: int) -> Tensor:
-            z = root * white(self.data_shape, streams, each, root.dtype)
+        def draw(n: int, generator: torch.Generator) -> Tensor:
+            z = root * white(self.data_shape, n, generator, root.dtype)
             return self._image(z, (H, W), DRAW_TOLERANCE)
 
         return Information(self.shape, apply, draw, exact=None, nearby=circulant)

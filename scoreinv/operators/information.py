@@ -9,7 +9,7 @@ Circulant Preconditioner for Toeplitz Systems, 1988) preconditions the solves.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,31 +30,23 @@ class Information:
     Attributes:
         shape: Shape (C, H, W) of the image.
         apply: H x, for x with shape (B, C, H, W).
-        draw: Draws of N(0, H), with shape (len(streams) * each, C, H, W), from the generators
-            `streams` and the number of draws from each.
+        draw: n draws of N(0, H) from a generator, with shape (n, C, H, W).
         exact: H as a covariance (`Scalar`, `Diagonal`, `Fourier`), if it is diagonal there.
         nearby: The closest circulant to H, if A is close to stationary.
     """
 
     shape: tuple[int, ...]
     apply: Callable[[Tensor], Tensor]
-    draw: Callable[[Sequence[torch.Generator], int], Tensor]
+    draw: Callable[[int, torch.Generator], Tensor]
     exact: Covariance | None
     nearby: Fourier | None
 
 
 def white(
-    shape: tuple[int, ...],
-    streams: Sequence[torch.Generator],
-    each: int,
-    dtype: torch.dtype,
+    shape: tuple[int, ...], n: int, generator: torch.Generator, dtype: torch.dtype
 ) -> Tensor:
-    """White noise, with shape (len(streams) * each, *shape): `each` rows from every generator.
-
-    Both parts of complex noise have unit variance.
-    """
-    parts = [torch.randn((each, *shape), generator=g, dtype=dtype) for g in streams]
-    z = parts[0] if len(parts) == 1 else torch.cat(parts)
+    """White noise, with shape (n, *shape); both parts of complex noise have unit variance."""
+    z = torch.randn((n, *shape), generator=generator, dtype=dtype)
     return math.sqrt(2) * z if dtype.is_complex else z
 
 
@@ -62,8 +54,8 @@ def composed(operator: LinearOperator, noise: GaussianNoise, dtype: torch.dtype)
     """H by applying A, S^-1 and A^T in turn."""
     kind = torch.promote_types(dtype, torch.complex64) if operator.complex else dtype
 
-    def draw(streams: Sequence[torch.Generator], each: int) -> Tensor:
-        return operator.transpose(noise.whiten(white(operator.data_shape, streams, each, kind)))
+    def draw(n: int, generator: torch.Generator) -> Tensor:
+        return operator.transpose(noise.whiten(white(operator.data_shape, n, generator, kind)))
 
     return Information(
         shape=operator.shape,

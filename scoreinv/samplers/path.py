@@ -141,7 +141,7 @@ class Island:
     def __init__(
         self, posterior: Posterior, plan: Plan, n: int, generator: torch.Generator
     ) -> None:
-        self.posterior, self.plan, self.n, self.streams = posterior, plan, n, [generator]
+        self.posterior, self.plan, self.n, self.generator = posterior, plan, n, generator
         self.levels, self.guided = plan.path(posterior), plan.guided and not plan.weights
         self.trace = Trace()
         self.passed = 0
@@ -160,7 +160,7 @@ class Island:
         self.accepted: list[float] = []
         # at the widest level the target is N(posterior mean, posterior covariance + sigma^2)
         sigma = self.levels[0]
-        self.x = self.posterior.gaussian_draw(self.streams, self.n) + sigma * self._white()
+        self.x = self.posterior.gaussian_draw(self.n, self.generator) + sigma * self._white()
         yield from self._arrive(sigma)
         for i in range(len(self.levels)):
             s = self._level(i + 1)
@@ -195,7 +195,7 @@ class Island:
         return denoised
 
     def _white(self) -> Tensor:
-        return white(self.posterior.shape, self.streams, self.n, self.posterior.dtype)
+        return white(self.posterior.shape, self.n, self.generator, self.posterior.dtype)
 
     def _record(self) -> None:
         """Close the account of the steps from one level of the plan to the next."""
@@ -247,7 +247,7 @@ class Island:
         if not resample:
             return
         # the proposal depends on the particle it starts from only: resample before it, not after
-        keep = systematic(torch.softmax(self.log_w, 0), self.streams[0])
+        keep = systematic(torch.softmax(self.log_w, 0), self.generator)
         self.log_z += float(torch.logsumexp(self.log_w, 0)) - math.log(self.n)
         self.log_w.zero_()
         self.x, self.denoised = self.x[keep], self.denoised[keep]
@@ -260,14 +260,14 @@ class Island:
         if s > 0:
             below = self.posterior.level(s)
             x0 = below.expected(x) + below.covariance.sqrt(self._white())
-        noise = self.posterior.conditioner.noise(self.streams, self.n)
+        noise = self.posterior.conditioner.noise(self.n, self.generator)
         self.x = x + (1 - kernel.a) * self.level.conditioned.shift(x0, noise)
 
     def _guide(self, s: float, end: float) -> Descent:
         """Down the ODE to the level `end` and up to s with fresh noise; to s = 0 a draw of x_0 given the data."""
         if s == 0:
             x0 = self.denoised + self.level.covariance.sqrt(self._white())
-            noise = self.posterior.conditioner.noise(self.streams, self.n)
+            noise = self.posterior.conditioner.noise(self.n, self.generator)
             self.x = x0 + self.level.conditioned.shift(x0, noise)
             return
         sigma = self.level.s
@@ -301,13 +301,13 @@ class Island:
         for _ in range(plan.moves):
             h = self.h
             rho = 1 - math.sqrt(1 - h)
-            x = self.x + rho * MG + math.sqrt(h) * M.draw(self.streams, self.n)
+            x = self.x + rho * MG + math.sqrt(h) * M.draw(self.n, self.generator)
             denoised, u = (yield from self._denoise(x, s)), self.level.shift(x)
             G_new = (denoised - x + u) / s**2
             MG_new = M.apply(G_new)
             log_acceptance = (0.5 - rho / h) * dot(G + G_new, x - self.x)
             log_acceptance += rho**2 / (2 * h) * (dot(G, MG) - dot(G_new, MG_new))
-            chance = torch.rand(self.n, generator=self.streams[0], dtype=torch.float64)
+            chance = torch.rand(self.n, generator=self.generator, dtype=torch.float64)
             ok = (chance.log() < log_acceptance).reshape(-1, *[1] * (x.ndim - 1))
             self.x, self.denoised, self.u, G, MG = (
                 torch.where(ok, new, old)
