@@ -83,8 +83,8 @@ class Plan:
             )
 
     def scout(self) -> Plan:
-        """A cheap descent that stops where the weights collapse."""
-        return replace(self, moves=0, finer=1)
+        """A cheap descent that stops where the weights collapse: half the levels, no finer steps, no moves."""
+        return replace(self, levels=max(2, self.levels // 2), moves=0, finer=1)
 
     def decided(self, keep_weights: bool) -> Plan:
         """The descent of every island once it is known whether the weights collapse."""
@@ -117,7 +117,7 @@ class Trace:
         collapsed_at: Level at which the weights collapsed; 0 if they did not.
         log_evidence: From the weights, over that of the moments' Gaussian [nat]; None without weights.
         path_evidence: The same from the path integral [nat].
-        evaluations: Network evaluations per particle.
+        evaluations: Network evaluations per particle; the first island pays for the scouts.
     """
 
     ess: list[float] = field(default_factory=list)
@@ -125,7 +125,7 @@ class Trace:
     collapsed_at: float = 0.0
     log_evidence: float | None = None
     path_evidence: float = 0.0
-    evaluations: int = 0
+    evaluations: float = 0
 
 
 class Island:

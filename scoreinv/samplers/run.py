@@ -32,7 +32,8 @@ from scoreinv.samplers.samples import Samples
 from scoreinv.samplers.smc import SMC
 
 Finished = tuple[Tensor, Trace, float]  # draws, trace and seconds of an island
-SCOUTS = 2  # islands that find out whether weights collapse
+SCOUTS = 2  # islands that find out whether weights collapse, at most
+SCOUTING = 32  # particles of each; fewer would take the noise of a quartile for a collapse
 
 
 class Sampler(Protocol):
@@ -93,7 +94,7 @@ def sample(
     done: dict[int, Finished] = {}
     plan, scouted = sampler.plan, Trace()
     if plan.weights:
-        scouted = _scout(posterior, plan, island, seed) if 0 in missing else store.get(0)[1]
+        scouted = _scout(posterior, plan, seed) if 0 in missing else store.get(0)[1]
         plan = plan.decided(keep_weights=scouted.collapsed_at == 0)
     with tqdm(
         total=len(missing) * sampler.plan.levels,
@@ -107,8 +108,7 @@ def sample(
             for j, finished in _run(posterior, plan, island, seed, group, bar):
                 trace = finished[1]
                 trace.collapsed_at = scouted.collapsed_at
-                # the first island pays for the scout
-                trace.evaluations += scouted.evaluations if j == 0 else 0
+                trace.evaluations += scouted.evaluations * SCOUTING / island if j == 0 else 0
                 done[j] = finished
                 if store:
                     store.put(j, *finished)
@@ -116,19 +116,17 @@ def sample(
     return _pool(posterior, sampler, islands, n, seed, grid, meta or {}, evidence, began)
 
 
-def _scout(posterior: Posterior, plan: Plan, n: int, seed: int) -> Trace:
+def _scout(posterior: Posterior, plan: Plan, seed: int) -> Trace:
     """Whether weights collapse on this posterior: they do if they do for every scout, each with a stream of its own."""
-    evaluations, collapsed_at = 0, []
-    for j in range(SCOUTS):
-        particles = Island(posterior, plan.scout(), n, stream(seed, -3, j))
-        for _ in descend_together(posterior, [particles]):
+    evaluations, collapsed_at = 0.0, []
+    while len(collapsed_at) < SCOUTS and 0 not in collapsed_at:
+        scout = Island(posterior, plan.scout(), SCOUTING, stream(seed, -3, len(collapsed_at)))
+        for _ in descend_together(posterior, [scout]):
             pass
-        if particles.error is not None:
-            raise _failure("the scout", particles.error) from particles.error
-        evaluations += particles.trace.evaluations
-        collapsed_at.append(particles.trace.collapsed_at)
-        if collapsed_at[-1] == 0:
-            break
+        if scout.error is not None:
+            raise _failure("the scout", scout.error) from scout.error
+        evaluations += scout.trace.evaluations
+        collapsed_at.append(scout.trace.collapsed_at)
     return Trace(collapsed_at=min(collapsed_at), evaluations=evaluations)
 
 

@@ -32,7 +32,7 @@ class SMC:
     levels: int = 40
     moves: int = 1
     resample_below: float = 0.5
-    drop_above: float = 12.0
+    drop_above: float = 10.0
 
     @property
     def plan(self) -> Plan:
