@@ -213,10 +213,8 @@ class Island:
         """What the step to s adds to the evidence; weigh the particles for it, and resample them if need be."""
         m = self.level.expected(self.x)
         delta = self.denoised - m
-        share, u = (
-            torch.softmax(self.log_w, 0),
-            self.level.shift(self.x) if self.guided else self.u,
-        )
+        share = torch.softmax(self.log_w, 0)
+        u = self.level.shift(self.x) if self.guided else self.u
         self.slopes[self.level.s] = 2 * float((share * dot(delta, u)).sum()) / self.level.s**2
         if not self.plan.weights:
             return

@@ -93,15 +93,13 @@ def sample(
     missing = [j for j in range(count) if store is None or not store.has(j)]
     done: dict[int, Finished] = {}
     plan, scouted = sampler.plan, Trace()
-    if plan.weights:
-        scouted = _scout(posterior, plan, seed) if 0 in missing else store.get(0)[1]
-        plan = plan.decided(keep_weights=scouted.collapsed_at == 0)
     with tqdm(
-        total=len(missing) * sampler.plan.levels,
-        disable=not progress,
-        unit="level",
-        desc="sampling",
+        total=len(missing) * plan.levels, disable=not progress, unit="level", desc="sampling"
     ) as bar:
+        if plan.weights:
+            bar.set_postfix_str("scouting")
+            scouted = _scout(posterior, plan, seed) if 0 in missing else store.get(0)[1]
+            plan = plan.decided(keep_weights=scouted.collapsed_at == 0)
         for i in range(0, len(missing), batch):
             group = missing[i : i + batch]
             bar.set_postfix(island=f"{group[0] + 1}/{count}")

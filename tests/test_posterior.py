@@ -1,0 +1,64 @@
+"""The path of targets, and what is learned about the prior on the way."""
+
+import pytest
+import torch
+
+import scoreinv as si
+from scoreinv.gaussian import Diagonal, Fourier
+from scoreinv.posterior import amplitude_by_evidence
+from scoreinv.priors.base import stream
+from scoreinv.samplers.path import local_precision
+from tests import analytic
+
+
+def noisy(prior, n, s):
+    """Draws of the prior at noise level s."""
+    x = prior.sample(n, seed=0)
+    return x + s * torch.randn(x.shape, generator=stream(1), dtype=x.dtype)
+
+
+@pytest.mark.parametrize("s", [0.1, 1.0, 10.0])
+def test_local_precision_of_a_gaussian(s):
+    """1 / (C + s^2): in every direction, up to the width of a band (a factor of 2^1/2) and chance (1 per cent)."""
+    C = Diagonal(torch.logspace(-2, 2, 16, dtype=torch.float64).reshape(1, 1, 16))
+    prior = si.GaussianPrior(torch.zeros(1, 1, 16, dtype=torch.float64), C)
+    P = local_precision(C, prior.score(noisy(prior, 2000, s), torch.full((2000,), s)), s).variance
+    ratio = P * (C.variance + s**2)
+    assert float(ratio.min()) > 0.99 and float(ratio.max()) < 1.45
+
+
+def test_local_precision_follows_the_modes():
+    """Between far modes of unit variance it is that of one mode, not that of the global covariance."""
+    one = torch.ones(1, 1, 4, dtype=torch.float64)
+    modes = [si.GaussianPrior(offset * one, 1.0) for offset in (-50.0, 50.0)]
+    prior, s = si.MixturePrior([0.5, 0.5], modes), 2.0
+    C = prior.moments.covariance
+    P = local_precision(C, prior.score(noisy(prior, 4000, s), torch.full((4000,), s)), s)
+    v = torch.randn(1, 1, 1, 4, generator=stream(2), dtype=torch.float64)
+    torch.testing.assert_close(P.apply(v), v / (1 + s**2), rtol=0.05, atol=0.01)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(
+            C.map(lambda c: 1 / (c + s**2)).apply(v), v / (1 + s**2), rtol=0.05, atol=0.01
+        )
+
+
+@pytest.mark.parametrize("amplitude", [1e-4, 3.0])
+def test_amplitude_by_evidence(amplitude):
+    """Of a Gaussian sky of 256 pixels at high S/N the amplitude is known to (2 * 256)^-1/2 = 4.4 per cent; 5 of them."""
+    prior = si.GaussianPrior(
+        torch.zeros(1, 16, 16, dtype=torch.float64), Fourier(analytic.power_law(16, 16))
+    )
+    truth = amplitude * prior.sample(1, seed=3)
+    noise = si.GaussianNoise(std=1e-3 * float(truth.std()))
+    likelihood = si.Likelihood(si.Identity(prior.shape), noise)
+    found = amplitude_by_evidence(prior, likelihood, likelihood.simulate(truth, seed=4)[0])
+    assert found == pytest.approx(amplitude, rel=0.22)
+
+
+def test_no_amplitude_without_information():
+    prior = si.GaussianPrior(torch.zeros(1, 4, 4, dtype=torch.float64), 1.0)
+    likelihood = si.Likelihood(
+        si.Mask(torch.zeros(1, 4, 4, dtype=torch.bool)), si.GaussianNoise(std=1.0)
+    )
+    with pytest.raises(ValueError, match="carry no information"):
+        amplitude_by_evidence(prior, likelihood, torch.zeros(1, 4, 4, dtype=torch.float64))
