@@ -323,7 +323,7 @@ def test_systematic_resampling_is_unbiased():
     """Every particle is copied floor(n w) or one more times."""
     w = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
     for seed in range(20):
-        copies = torch.bincount(systematic(w, stream(seed)), minlength=4)
+        copies = torch.bincount(systematic(w, 4, stream(seed)), minlength=4)
         assert bool(((copies - 4 * w).abs() < 1).all())
 
 

@@ -245,7 +245,7 @@ class Island:
         if not resample:
             return
         # the proposal depends on the particle it starts from only: resample before it, not after
-        keep = systematic(torch.softmax(self.log_w, 0), self.generator)
+        keep = systematic(torch.softmax(self.log_w, 0), self.n, self.generator)
         self.log_z += float(torch.logsumexp(self.log_w, 0)) - math.log(self.n)
         self.log_w.zero_()
         self.x, self.denoised = self.x[keep], self.denoised[keep]
@@ -404,11 +404,10 @@ def effective(log_w: Tensor) -> float:
     return float(1 / (w * w).sum() / len(w))
 
 
-def systematic(w: Tensor, generator: torch.Generator) -> Tensor:
-    """Indices of a systematic resampling of the normalised weights w, with shape (n,)."""
-    n = len(w)
+def systematic(w: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """n indices by systematic resampling of the normalised weights w."""
     u = (torch.arange(n) + torch.rand(1, generator=generator, dtype=torch.float64)) / n
-    return torch.searchsorted(torch.cumsum(w, 0), u).clamp(max=n - 1)
+    return torch.searchsorted(torch.cumsum(w, 0), u).clamp(max=len(w) - 1)
 
 
 def path_integral(levels: list[float], slopes: list[float]) -> float:

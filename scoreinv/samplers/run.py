@@ -171,11 +171,10 @@ def _pool(
     )
     if weighted:
         share = torch.softmax(evidence, 0).repeat_interleave(len(draws) // len(traces))
+        x = draws[_select(share / share.sum(), n, seed)]
         log_z = float(torch.logsumexp(evidence, 0)) - math.log(len(evidence))
     else:
-        share = torch.ones(len(draws), dtype=torch.float64)
-        log_z = float(evidence.mean())
-    x = draws[_select(share / share.sum(), n, seed)] if weighted else draws[:n]
+        x, log_z = draws[:n], float(evidence.mean())
     spread = float(evidence.std()) if len(evidence) > 1 else math.nan
     levels = torch.tensor(sampler.plan.noise_levels(posterior), dtype=torch.float64)
     return Samples(
@@ -197,12 +196,10 @@ def _pool(
 
 
 def _select(share: Tensor, n: int, seed: int) -> Tensor:
-    """n indices by systematic resampling; all of them once where the weights are equal."""
+    """n indices by systematic resampling in random order, so that n < len(share) leaves out draws of all islands."""
     generator = stream(seed, -1)
     order = torch.randperm(len(share), generator=generator)
-    ticks = (torch.arange(n) + torch.rand(1, generator=generator, dtype=torch.float64)) / n
-    index = torch.searchsorted(torch.cumsum(share[order], 0), ticks).clamp(max=len(share) - 1)
-    return order[index].sort().values
+    return order[systematic(share[order], n, generator)].sort().values
 
 
 def _in_words(plan: Plan, collapsed_at: float) -> str:
@@ -322,6 +319,3 @@ class _Store:
         with safe_open(self.path(j), "pt") as f:
             record, x = f.metadata(), f.get_tensor("x")
         return x, Trace(**json.loads(record["trace"])), float(record["seconds"])
-
-
-__all__ = ["Sampler", "fingerprint", "provenance", "sample", "systematic"]
