@@ -116,6 +116,7 @@ class Trace:
         acceptance: Mean acceptance between each level and the next; nan where nothing moved.
         collapsed_at: Level at which the weights collapsed; 0 if they did not.
         log_evidence: From the weights, over that of the moments' Gaussian [nat]; None without weights.
+        log_weights: Of the draws, with a mean weight of the evidence [nat]; None without weights.
         path_evidence: The same from the path integral [nat].
         evaluations: Network evaluations per particle; the first island pays for the scouts.
     """
@@ -124,6 +125,7 @@ class Trace:
     acceptance: list[float] = field(default_factory=list)
     collapsed_at: float = 0.0
     log_evidence: float | None = None
+    log_weights: list[float] | None = None
     path_evidence: float = 0.0
     evaluations: float = 0
 
@@ -210,7 +212,10 @@ class Island:
     # ------------------------------------------------------------ from level to level
 
     def _account(self, s: float) -> None:
-        """What the step to s adds to the evidence; weigh the particles for it, and resample them if need be."""
+        """What the step to s adds to the evidence; weigh the particles for it, and resample them if need be.
+
+        Those of the last step are left to whoever pools the islands: resampling twice would cost draws.
+        """
         m = self.level.expected(self.x)
         delta = self.denoised - m
         share = torch.softmax(self.log_w, 0)
@@ -223,7 +228,12 @@ class Island:
             self.spreads.append(spread(log_w))
             rate = variance_rate(self.spreads, self.levels[: len(self.spreads) + 1])
             self.trace.collapsed_at = self.level.s if rate > self.plan.drop_above else 0.0
-        self._reweight(log_w, last=s == 0)
+        self.log_w += log_w
+        self.lowest.append(effective(self.log_w))
+        resample = s > 0 and self.lowest[-1] < self.plan.resample_below
+        self.rough = resample or effective(log_w) < NEGLIGIBLE
+        if resample:
+            self._resample()
 
     def _weigh(self, s: float, m: Tensor, delta: Tensor) -> Tensor:
         """How well the twist has predicted the step to s: the log-weights of this step alone, with shape (n,)."""
@@ -237,13 +247,7 @@ class Island:
             raise FloatingPointError("the importance weights are not finite")
         return log_w
 
-    def _reweight(self, log_w: Tensor, last: bool) -> None:
-        self.log_w += log_w
-        self.lowest.append(effective(self.log_w))
-        resample = self.lowest[-1] < self.plan.resample_below or last
-        self.rough = resample or effective(log_w) < NEGLIGIBLE
-        if not resample:
-            return
+    def _resample(self) -> None:
         # the proposal depends on the particle it starts from only: resample before it, not after
         keep = systematic(torch.softmax(self.log_w, 0), self.n, self.generator)
         self.log_z += float(torch.logsumexp(self.log_w, 0)) - math.log(self.n)
@@ -281,7 +285,9 @@ class Island:
 
     def _finish(self) -> None:
         if self.plan.weights:
-            self.trace.log_evidence = self.log_z
+            weights = self.log_z + self.log_w
+            self.trace.log_weights = weights.tolist()
+            self.trace.log_evidence = float(torch.logsumexp(weights, 0)) - math.log(self.n)
         self.trace.path_evidence = path_integral(list(self.slopes), list(self.slopes.values()))
         if not bool(torch.isfinite(self.x).all()):
             raise FloatingPointError("the draws are not finite")

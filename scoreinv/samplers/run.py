@@ -74,8 +74,8 @@ def sample(
             relative to that.
 
     Returns:
-        The draws, equally weighted. With weights islands are pooled by their evidence, and draws of a heavy island can
-        repeat; without weights islands count equally.
+        The draws, equally weighted. With weights the particles of all islands are resampled together, and heavy ones
+        can repeat; without weights all count equally.
 
     Raises:
         ValueError: n < 1, or a folder with islands of another problem.
@@ -170,8 +170,8 @@ def _pool(
         [t.log_evidence if weighted else t.path_evidence for t in traces], dtype=torch.float64
     )
     if weighted:
-        share = torch.softmax(evidence, 0).repeat_interleave(len(draws) // len(traces))
-        x = draws[_select(share / share.sum(), n, seed)]
+        log_w = torch.tensor([w for t in traces for w in t.log_weights], dtype=torch.float64)
+        x = draws[_select(torch.softmax(log_w, 0), n, seed)]
         log_z = float(torch.logsumexp(evidence, 0)) - math.log(len(evidence))
     else:
         x, log_z = draws[:n], float(evidence.mean())
