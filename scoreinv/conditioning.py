@@ -16,6 +16,7 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -61,12 +62,22 @@ class Conditioned(abc.ABC):
         """
 
     @abc.abstractmethod
+    def log_growth(self) -> float:
+        """log det(I + H K): how much wider the data are than their noise [nat]."""
+
+    @abc.abstractmethod
     def mobility(self, prior_precision: Covariance, slope: Covariance) -> Mobility:
         """M = (Q + W P W)^-1 with Q the prior's precision, W = `slope`, and P = (K + H^-1)^-1."""
 
 
 class Conditioner(abc.ABC):
-    """The data of one observation, ready to condition Gaussians on."""
+    """The data of one observation, ready to condition Gaussians on.
+
+    Attributes:
+        determinants: Whether `Conditioned.log_growth` costs no more than a solve.
+    """
+
+    determinants: ClassVar[bool] = True
 
     @abc.abstractmethod
     def given(self, K: Covariance) -> Conditioned:
@@ -122,8 +133,8 @@ class CommutingConditioner(Conditioner):
     def log_evidence(self, prior: Gaussian) -> float:
         mean, e = _expansion(self, prior, self.H.apply)
         u = joint(lambda h, k: k / (1 + h * k), self.H, prior.covariance).apply(e)
-        growth = joint(lambda h, k: 1 + h * k, self.H, prior.covariance)
-        return mean + 0.5 * float(dot(e, u)) - 0.5 * growth.logdet(tuple(prior.mean.shape))
+        growth = self.given(prior.covariance).log_growth()
+        return mean + 0.5 * float(dot(e, u)) - 0.5 * growth
 
 
 class _Commuting(Conditioned):
@@ -135,6 +146,10 @@ class _Commuting(Conditioned):
     def shift(self, m: Tensor, noise: Tensor | None = None) -> Tensor:
         D = self.D if noise is None else self.D + noise
         return self.gain.apply(D - self.parent.H.apply(m))
+
+    def log_growth(self) -> float:
+        growth = joint(lambda h, k: 1 + h * k, self.parent.H, self.K)
+        return growth.logdet(self.parent.information.shape)
 
     def mobility(self, prior_precision: Covariance, slope: Covariance) -> Mobility:
         M = joint(
@@ -200,6 +215,9 @@ class _InDataSpace(Conditioned):
         pull = torch.cholesky_solve(r.T, self.L).T @ self.parent.B
         return self.K.apply(pull.reshape(m.shape)).to(m.dtype)
 
+    def log_growth(self) -> float:
+        return 2 * float(self.L.diagonal().log().sum())
+
     def mobility(self, prior_precision: Covariance, slope: Covariance) -> Mobility:
         return _DataSpaceMobility(self, prior_precision.map(torch.reciprocal), slope)
 
@@ -245,6 +263,8 @@ class IterativeConditioner(Conditioner):
             its neighbours in the batch.
     """
 
+    determinants = False
+
     def __init__(
         self,
         information: Information,
@@ -280,9 +300,9 @@ class IterativeConditioner(Conditioner):
         u, _ = conjugate_gradients(
             H, e, self.preconditioner(prior.covariance), tolerance=1e-8, iterations=2000
         )
-        return mean + 0.5 * float(dot(e, u)) - 0.5 * self._log_growth(prior.covariance)
+        return mean + 0.5 * float(dot(e, u)) - 0.5 * self.log_growth(prior.covariance)
 
-    def _log_growth(self, C: Covariance) -> float:
+    def log_growth(self, C: Covariance) -> float:
         """log det(I + C^1/2 H C^1/2): exactly for small images, by Lanczos quadrature beyond.
 
         Ubaru, Chen & Saad, Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature (2017).
@@ -347,6 +367,9 @@ class _Iterative(Conditioned):
         u, left = self._circulant(m, known)
         rest, _ = conjugate_gradients(self.H, left, self.preconditioner, 0.0, self.iterations)
         return u + rest
+
+    def log_growth(self) -> float:
+        return self.parent.log_growth(self.K)
 
     def _known(self, D: Tensor) -> list[Tensor]:
         """M D and H_c M D."""

@@ -15,8 +15,6 @@ Probabilistic Models, 2020, arXiv:2006.11239).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -48,32 +46,12 @@ def conditional(C: Covariance, sigma: float) -> Covariance:
     return C.map(lambda v: torch.where(v > 0, sigma**2 * v / (v + sigma**2), 0.0))
 
 
-@dataclass(frozen=True)
-class ReverseKernel:
-    """The Gaussian step from level sigma to s < sigma, in the eigenbasis of the prior's C."""
+def inverse(C: Covariance) -> Covariance:
+    """C^-1, and 0 in directions without variance, which nothing pulls on."""
+    return C.map(lambda v: torch.where(v > 1e-12 * v.max(), 1 / v, 0.0))
 
-    sigma: float
-    s: float
-    covariance: Covariance
 
-    @classmethod
-    def between(cls, sigma: float, s: float, C: Covariance) -> ReverseKernel:
-        """The covariance-aware kernel for a prior with covariance C."""
-        a = (s / sigma) ** 2
-        return cls(
-            sigma,
-            s,
-            C.map(lambda v: s**2 * (1 - a) + (1 - a) ** 2 * sigma**2 * v / (v + sigma**2)),
-        )
-
-    @property
-    def a(self) -> float:
-        return (self.s / self.sigma) ** 2
-
-    def mean(self, x: Tensor, denoised: Tensor) -> Tensor:
-        """D + a (x - D), with shape (B, C, H, W)."""
-        return denoised + self.a * (x - denoised)
-
-    def std(self, z: Tensor) -> Tensor:
-        """V^1/2 z for white z, with shape (B, C, H, W)."""
-        return self.covariance.sqrt(z)
+def bridge(x: Tensor, x0: Tensor, sigma: float, s: float, z: Tensor | float = 0.0) -> Tensor:
+    """x_s given x_sigma = x and x_0, for white z; its mean for z = 0. Shape (B, C, H, W)."""
+    a = (s / sigma) ** 2
+    return x0 + a * (x - x0) + s * (1 - a) ** 0.5 * z

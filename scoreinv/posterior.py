@@ -25,7 +25,7 @@ from torch import Tensor
 
 from scoreinv.conditioning import Conditioned, Conditioner, Mobility, conditioner
 from scoreinv.gaussian import Covariance, Gaussian
-from scoreinv.kernels import conditional, expectation
+from scoreinv.kernels import conditional, expectation, inverse
 from scoreinv.likelihood import Likelihood
 from scoreinv.operators.information import white
 from scoreinv.priors.base import Prior
@@ -33,10 +33,20 @@ from scoreinv.priors.base import Prior
 
 @dataclass(frozen=True)
 class Level:
-    """The twist at one noise level s."""
+    """The twist at one noise level s, for a Gaussian prior of covariance C.
+
+    Attributes:
+        s: Noise level.
+        mean: Mean of the prior.
+        prior: C.
+        slope: W_s, the slope of E[x_0 | x_s].
+        covariance: C_s, of x_0 given x_s.
+        conditioned: N(., C_s) conditioned on the data.
+    """
 
     s: float
     mean: Tensor
+    prior: Covariance
     slope: Covariance
     covariance: Covariance
     conditioned: Conditioned
@@ -48,6 +58,16 @@ class Level:
     def shift(self, x: Tensor) -> Tensor:
         """u_s(x) = s^2 grad log g_s(x), with shape (B, C, H, W)."""
         return self.conditioned.shift(self.expected(x))
+
+    @cached_property
+    def precision(self) -> Covariance:
+        """C_s^-1."""
+        return inverse(self.covariance)
+
+    @cached_property
+    def prior_precision(self) -> Covariance:
+        """C^-1."""
+        return inverse(self.prior)
 
     def mobility(self, prior_precision: Covariance) -> Mobility:
         """Preconditioner of moves at this level, for a prior of this local precision."""
@@ -87,19 +107,29 @@ class Posterior:
             self.likelihood, self.y, self.moments.covariance, self.dtype, self.tolerance
         )
 
-    def level(self, s: float) -> Level:
-        """The twist at level s; prepared once."""
-        if s not in self._levels:
-            C = self.moments.covariance
-            covariance = conditional(C, s)
-            self._levels[s] = Level(
-                s,
-                self.moments.mean.to(self.dtype),
-                expectation(C, s),
-                covariance,
-                self.conditioner.given(covariance),
-            )
-        return self._levels[s]
+    def level(self, s: float, prior: Covariance | None = None) -> Level:
+        """The twist at level s; under the prior's moments it is prepared once.
+
+        Args:
+            s: Noise level.
+            prior: Covariance of the Gaussian prior, in the basis of the moments'; theirs if not given.
+        """
+        if prior is None or prior is self.moments.covariance:
+            if s not in self._levels:
+                self._levels[s] = self._prepare(s, self.moments.covariance)
+            return self._levels[s]
+        return self._prepare(s, prior)
+
+    def _prepare(self, s: float, prior: Covariance) -> Level:
+        covariance = conditional(prior, s)
+        return Level(
+            s,
+            self.moments.mean.to(self.dtype),
+            prior,
+            expectation(prior, s),
+            covariance,
+            self.conditioner.given(covariance),
+        )
 
     @cached_property
     def gaussian(self) -> Conditioned:

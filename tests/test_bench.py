@@ -76,7 +76,7 @@ def test_calibration_of_a_gaussian_prior_and_its_negative_control(tmp_path):
     )
     truths = prior.sample(24, seed=0)
     store = tmp_path / "outcomes.jsonl"
-    sampler = si.SMC(levels=3, moves=0)
+    sampler = si.SMC(levels=3)
     outcomes = calibrate(prior, likelihood, truths, sampler, n=16, seed=0, store=store)
     row = summary(outcomes)
     assert row["total"] == pytest.approx(1, abs=0.08)

@@ -108,7 +108,7 @@ def failure(capsys, *arguments):
         (["--n"], "argument --n: expected one argument"),
         ([], "missing: prior, output"),
         (["--visibilities.path", "a"], "visibilities: missing: pixel_scale"),
-        (["--smc", "7"], "smc is 7, expected the keys levels, moves"),
+        (["--smc", "7"], "smc is 7, expected the keys levels, resample_below"),
     ],
 )
 def test_mistakes_in_keys(capsys, given, expected):

@@ -161,6 +161,13 @@ def test_log_evidence(problem):
     assert problem.solver.log_evidence(problem.prior) == pytest.approx(expected, abs=1e-6)
 
 
+def test_log_growth(problem):
+    for K in (problem.prior.covariance, conditional(problem.prior.covariance, S)):
+        eye = torch.eye(D, dtype=torch.float64)
+        expected = torch.linalg.slogdet(eye + problem.H @ dense(K.apply, SHAPE)).logabsdet
+        assert problem.solver.given(K).log_growth() == pytest.approx(float(expected), abs=1e-6)
+
+
 def mobility_of(problem):
     """The mobility at level S, and the matrix (Q + W P W)^-1, P = A^T (S + A K A^T)^-1 A."""
     C = problem.prior.covariance

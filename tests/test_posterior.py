@@ -7,7 +7,7 @@ import scoreinv as si
 from scoreinv.gaussian import Diagonal, Fourier
 from scoreinv.posterior import amplitude_by_evidence
 from scoreinv.priors.base import stream
-from scoreinv.samplers.path import local_precision
+from scoreinv.samplers.path import local_covariance, local_precision
 from tests import analytic
 
 
@@ -40,6 +40,34 @@ def test_local_precision_follows_the_modes():
         torch.testing.assert_close(
             C.map(lambda c: 1 / (c + s**2)).apply(v), v / (1 + s**2), rtol=0.05, atol=0.01
         )
+
+
+def measured_covariance(prior, s, n=500):
+    """The local covariance around draws of the prior at noise level s."""
+    x, C, sigma = noisy(prior, n, s), prior.moments.covariance, torch.full((n,), s)
+    z = torch.randn(x.shape, generator=stream(3), dtype=x.dtype)
+    response = (prior.denoise(x + 0.1 * s * z, sigma) - prior.denoise(x, sigma)) / (0.1 * s)
+    return C, local_covariance(C, z, response, s)
+
+
+@pytest.mark.parametrize("s", [0.1, 1.0, 10.0])
+def test_local_covariance_of_a_gaussian(s):
+    """C itself, up to the width of a band (a factor of 2^1/2 either way), and never wider."""
+    C = Diagonal(torch.logspace(-2, 2, 16, dtype=torch.float64).reshape(1, 1, 16))
+    prior = si.GaussianPrior(torch.zeros(1, 1, 16, dtype=torch.float64), C)
+    ratio = measured_covariance(prior, s)[1].variance / C.variance
+    assert float(ratio.min()) > 0.65 and float(ratio.max()) <= 1.0
+
+
+def test_local_covariance_follows_the_modes():
+    """Between far modes of unit variance it is that of one mode, once they can be told apart."""
+    one = torch.ones(1, 1, 4, dtype=torch.float64)
+    modes = [si.GaussianPrior(offset * one, 1.0) for offset in (-50.0, 50.0)]
+    prior = si.MixturePrior([0.5, 0.5], modes)
+    v = torch.randn(1, 1, 1, 4, generator=stream(2), dtype=torch.float64)
+    C, local = measured_covariance(prior, 2.0)
+    torch.testing.assert_close(local.apply(v), v, rtol=0.02, atol=0.02)
+    assert float(C.apply(v).norm()) > 100 * float(v.norm())
 
 
 @pytest.mark.parametrize("amplitude", [1e-4, 3.0])

@@ -212,7 +212,7 @@ def test_one_broken_particle_does_not_become_all_of_them(tmp_path):
     with pytest.raises(
         FloatingPointError, match="the scout failed: the importance weights are not finite"
     ):
-        si.sample(posterior(prior=prior), 4, si.SMC(4, 1), seed=3, island=4)
+        si.sample(posterior(prior=prior), 4, si.SMC(4), seed=3, island=4)
 
 
 # --- figure --------------------------------------------------------------------------------------

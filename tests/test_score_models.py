@@ -162,11 +162,11 @@ def test_the_same_posterior_in_every_form():
     for sde, schedule in forms:
         prior = ScoreModelsPrior(network(sde), schedule, (1, 4, 4), torch.float64)
         posterior = Posterior(prior.with_moments(mixture.moments), likelihood, y)
-        draws.append(sample(posterior, 128, SMC(levels=25, moves=2), seed=3))
+        draws.append(sample(posterior, 128, SMC(levels=12), seed=3))
     torch.testing.assert_close(draws[0].x, draws[1].x, rtol=0.0, atol=1e-6)
     assert draws[0].log_evidence == pytest.approx(draws[1].log_evidence, abs=1e-6)
     # and they are that posterior, found over other levels
-    direct = sample(Posterior(mixture, likelihood, y), 128, SMC(levels=25, moves=2), seed=3)
+    direct = sample(Posterior(mixture, likelihood, y), 128, SMC(levels=12), seed=3)
     assert float((direct.x.mean(0) - draws[0].x.mean(0)).abs().max()) < 0.3
 
 

@@ -34,7 +34,7 @@ class SampleConfig:
         island: Draws that are made together, and kept together in case of an interruption.
         batch: Islands that share a call of the network; 1 suits a CPU, as many as fit a GPU.
         device: Where the network runs: cpu, cuda, cuda:1.
-        smc: Sampler, one of three kinds, the default: weighted particles with moves.
+        smc: Sampler, one of three kinds, the default: weighted particles.
         anneal: Sampler, one of three kinds: moves without weights, for one mode.
         guided: Sampler, one of three kinds: one pass, fast and approximate.
         figure: true: beside the output, ending in .png; false: none; or its name.

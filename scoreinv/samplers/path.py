@@ -1,30 +1,47 @@
 """Islands of particles on their way from noise to the posterior: the engine of all samplers.
 
-From level sigma to s, a = (s / sigma)^2, with delta = D - m_sigma(x), the covariance-aware kernel proposes
-x' ~ N(r, V) g_s(x') and the importance weight is the twist's own prediction over g_sigma(x). For this kernel
-C_s + W_s V W_s = C_sigma, so that both Gaussians share one covariance, their determinants cancel, and
+The data pull the denoised image D, known up to the error C_sigma that a Gaussian prior leaves. A draw x_0 of
+N(D, C_sigma) conditioned on y and fresh noise make the step from level sigma to s, with a = (s / sigma)^2:
 
-    log w = (1 - a) / (2 sigma^2) <(C + sigma^2)(C + s^2)^-1 delta,  u_sigma(m_sigma(x)) + u_sigma(m')>
-    m'    = m_sigma(x) + (1 - a) W_s delta                                       (mean of x_0 after the step)
-    x'    = x_u + (1 - a) u_sigma(x_0u),   x_u ~ N(r, V),  x_0u ~ N(m_s(x_u), C_s)      (data perturbed: Matheron)
+    x' = x_0 + a (x - x_0) + s (1 - a)^1/2 z
 
-Moves at s are MALA steps with preconditioner M, in the discretisation that is exact for a Gaussian of covariance M. With
-the trapezoid of the score along the proposal for the change of log p_s, which no density is needed for,
+It is the covariance-aware kernel (`scoreinv.kernels`) times the likelihood N(y; A m', S + A C_s A^T) that a Gaussian prior
+foresees at the end of the step, over g_sigma(x), where
+
+    g_s(x) = N(y; A D(x, s), S + A C_s A^T),     m' = D + W_s (x' - D - a (x - D))
+
+Weighted particles target p_s(x) g_s(x), so that only what the network says beyond m' weighs, and no gradient of D is
+needed. With u(m) = (C_s^-1 + H)^-1 (A^T S^-1 y - H m) and D' = D(x', s)
+
+    log w = log g_s(x') / N(y; A m', S + A C_s A^T) = 1/2 <C_s^-1 (D' - m'), u(D') + u(m')>
+
+With D in the place of the linear m_s(x), likelihoods know of modes as soon as the network does. The error C_s should know
+of them too: between far modes the global C is too wide. As cov(x_0 | x_s) = s^2 dD/dx, one difference of D along white z
+gives its mean over the particles, in bands of directions of similar prior variance, and with it the C of a prior that looks
+like this one around the particles. Where C becomes C' at a level, g_s changes by the factor
+
+    log w = -1/2 <u'(D), (C'^-1 - C^-1) u(D)> - 1/2 log det(I + H C'_s) + 1/2 log det(I + H C_s)
+
+and only where these determinants are cheap is C measured. Twisted targets: Wu et al., Practical and Asymptotically Exact
+Conditional Sampling in Diffusion Models (2023, arXiv:2306.17775), whose proposals take the gradient of D.
+
+Moves at s, for particles without weights, are MALA steps that leave p_s(x) N(y; A m_s(x), S + A C_s A^T) invariant, with
+preconditioner M, in the discretisation that is exact for a Gaussian of covariance M. With the trapezoid of the score along
+the proposal for the change of log p_s, which no density is needed for,
 
     x' = x + rho M G(x) + (h M)^1/2 z,     rho = 1 - (1 - h)^1/2,  0 < h < 1,     G = score + u_s / s^2
     log acceptance = (1/2 - rho / h) <G + G', x' - x> + rho^2 / (2 h) (<G, M G> - <G', M G'>)
 
-Weights collapse where the twist is far from p(y | x_s). The guided step compares the data with the denoised image instead:
-with D_y the mean of N(D, C_sigma) conditioned on y, it follows the ODE
+Guided particles, for priors on which weights collapse, follow the ODE of the mean D_y of N(D, C_sigma) conditioned on y,
 
     dx / d sigma = (x - D_y(x, sigma)) / sigma
 
-by Heun's second-order method two levels down, and returns one level up with fresh noise, which forgets earlier errors of
+by Heun's second-order method two levels down, and return one level up with fresh noise, which forgets earlier errors of
 D_y. A step of first order would lose a third of the power that trained priors have at high frequencies. Heun's method for
 this ODE: Karras et al. (2022, arXiv:2206.00364); D_y: Song et al., Pseudoinverse-Guided Diffusion Models for Inverse
 Problems (2023), with the prior's covariance for their white one.
 
-The mean of the first-order weights integrates to the evidence without an exponential: with u = u_s(x),
+Without weights the evidence is a path integral: for the targets of the moves, with u = u_s(x),
 
     d log Z / d log s = -2 E[<D - m_s(x), u>] / s^2.
 """
@@ -40,15 +57,16 @@ from torch import Tensor
 
 from scoreinv.conditioning import Mobility
 from scoreinv.gaussian import Covariance, dot
-from scoreinv.kernels import ReverseKernel, expectation, noise_levels
+from scoreinv.kernels import bridge, noise_levels
 from scoreinv.operators.information import white
 from scoreinv.posterior import Posterior
 
 Request = tuple[Tensor, float]  # noisy images and their level, to be denoised
 Descent = Generator[Request, Tensor, None]
 FINER = 4  # steps with weights from one level of the plan to the next
+DIFFERENCE = 0.1  # length over the noise of the difference that measures the slope of D
+LOST = 5.0  # loss of effective particles over an e-fold of the noise level that weights do not survive [nat]
 SPARSE = 4  # levels of a guided path from one that is counted in the path integral to the next
-NEGLIGIBLE = 0.98  # one-step ESS / n above which a step needs no moves
 
 
 @dataclass(frozen=True)
@@ -57,12 +75,12 @@ class Plan:
 
     Args:
         levels: Noise levels; the last step goes from the lowest to s = 0.
-        moves: MALA steps at each level; beside weights where these vary.
+        moves: MALA steps at each level of particles without weights.
         weights: Use importance weights, and finer steps.
         guided: Without weights, step by the denoised image conditioned on the data instead of by the twist.
         resample_below: Resample when ESS / n falls below this.
         drop_above: Stop where the variance of d log w / d log sigma over the particles, mean over an e-fold of the noise
-            level, exceeds this: the weights have collapsed.
+            level, exceeds this and few particles carry the weights: they have collapsed.
         finer: Steps with weights from one level to the next.
         acceptance: Target acceptance of the moves.
     """
@@ -83,14 +101,14 @@ class Plan:
             )
 
     def scout(self) -> Plan:
-        """A cheap descent that stops where the weights collapse: half the levels, no finer steps, no moves."""
-        return replace(self, levels=max(2, self.levels // 2), moves=0, finer=1)
+        """A cheap descent that stops where the weights collapse: half the levels, no finer steps."""
+        return replace(self, levels=max(2, self.levels // 2), finer=1)
 
     def decided(self, keep_weights: bool) -> Plan:
         """The descent of every island once it is known whether the weights collapse."""
         if keep_weights:
             return replace(self, drop_above=math.inf)
-        return replace(self, weights=False, moves=0 if self.guided else self.moves)
+        return replace(self, weights=False)
 
     @property
     def stride(self) -> int:
@@ -115,18 +133,16 @@ class Trace:
             used.
         acceptance: Mean acceptance between each level and the next; nan where nothing moved.
         collapsed_at: Level at which the weights collapsed; 0 if they did not.
-        log_evidence: From the weights, over that of the moments' Gaussian [nat]; None without weights.
-        log_weights: Of the draws, with a mean weight of the evidence [nat]; None without weights.
-        path_evidence: The same from the path integral [nat].
+        log_evidence: Over that of the moments' Gaussian [nat]; without weights from the path integral.
+        log_weights: Of the draws, whose mean weight is the evidence [nat]; None without weights.
         evaluations: Network evaluations per particle; the first island pays for the scouts.
     """
 
     ess: list[float] = field(default_factory=list)
     acceptance: list[float] = field(default_factory=list)
     collapsed_at: float = 0.0
-    log_evidence: float | None = None
+    log_evidence: float = 0.0
     log_weights: list[float] | None = None
-    path_evidence: float = 0.0
     evaluations: float = 0
 
 
@@ -154,29 +170,35 @@ class Island:
 
         Where the weights collapse it stops, and `trace.collapsed_at` says where.
         """
-        self.h, self.rough = 0.5, False
+        self.h = 0.5
         self.log_w, self.log_z = torch.zeros(self.n, dtype=torch.float64), 0.0
         self.slopes: dict[float, float] = {}
         self.spreads: list[float] = []
+        self.losses: list[float] = []
         self.lowest: list[float] = []
         self.accepted: list[float] = []
         # at the widest level the target is N(posterior mean, posterior covariance + sigma^2)
-        sigma = self.levels[0]
-        self.x = self.posterior.gaussian_draw(self.n, self.generator) + sigma * self._white()
-        yield from self._arrive(sigma)
+        self.x = self.posterior.gaussian_draw(self.n, self.generator)
+        self.x = self.x + self.levels[0] * self._white()
+        yield from self._arrive(self.levels[0])
+        if self.plan.weights:
+            yield from self._weigh(self.level.expected(self.x))
         for i in range(len(self.levels)):
             s = self._level(i + 1)
-            if not self.guided or i % SPARSE == 0 or s == 0:
-                self._account(s)
-            if self.trace.collapsed_at > 0:
-                return
-            if self.guided:
+            if not self.plan.weights and (not self.guided or i % SPARSE == 0 or s == 0):
+                self._integrate()
+            if s == 0:
+                self.x = self._informed()
+            elif self.guided:
                 yield from self._guide(s, self._level(i + 2) or s)
+            elif self.plan.weights:
+                yield from self._follow(s)
             else:
-                self._propose(s)
-            if s > 0:
+                self.x = self._propose(s)
                 yield from self._arrive(s)
                 yield from self._move()
+            if self.trace.collapsed_at > 0:
+                return
             if (i + 1) % self.plan.stride == 0 or s == 0:
                 self._record()
         self._finish()
@@ -185,11 +207,10 @@ class Island:
         """The noise level of this index; 0 behind the last one."""
         return self.levels[i] if i < len(self.levels) else 0.0
 
-    def _arrive(self, s: float) -> Descent:
-        """The network and the twist at the new level."""
-        self.level = self.posterior.level(s)
+    def _arrive(self, s: float, prior: Covariance | None = None) -> Descent:
+        """The network at the new level."""
+        self.level = self.posterior.level(s, prior)
         self.denoised = yield from self._denoise(self.x, s)
-        self.u = None if self.guided else self.level.shift(self.x)
 
     def _denoise(self, x: Tensor, s: float) -> Generator[Request, Tensor, Tensor]:
         self.trace.evaluations += 1
@@ -211,84 +232,101 @@ class Island:
 
     # ------------------------------------------------------------ from level to level
 
-    def _account(self, s: float) -> None:
-        """What the step to s adds to the evidence; weigh the particles for it, and resample them if need be.
+    def _informed(self) -> Tensor:
+        """Draws of N(D, C_sigma) conditioned on the data, by perturbing both (Matheron)."""
+        x0 = self.denoised + self.level.covariance.sqrt(self._white())
+        noise = self.posterior.conditioner.noise(self.n, self.generator)
+        return x0 + self.level.conditioned.shift(x0, noise)
 
-        Those of the last step are left to whoever pools the islands: resampling twice would cost draws.
-        """
-        m = self.level.expected(self.x)
-        delta = self.denoised - m
-        share = torch.softmax(self.log_w, 0)
-        u = self.level.shift(self.x) if self.guided else self.u
-        self.slopes[self.level.s] = 2 * float((share * dot(delta, u)).sum()) / self.level.s**2
-        if not self.plan.weights:
-            return
-        log_w = self._weigh(s, m, delta)
-        if s > 0:
-            self.spreads.append(spread(log_w))
-            rate = variance_rate(self.spreads, self.levels[: len(self.spreads) + 1])
-            self.trace.collapsed_at = self.level.s if rate > self.plan.drop_above else 0.0
-        self.log_w += log_w
+    def _propose(self, s: float) -> Tensor:
+        """The kernel times the likelihood that is foreseen at s."""
+        return bridge(self.x, self._informed(), self.level.s, s, self._white())
+
+    def _follow(self, s: float) -> Descent:
+        """Down to s, with weights for what the network says there beyond what was foreseen."""
+        x, denoised, sigma, prior = self.x, self.denoised, self.level.s, self.level.prior
+        self.x = self._propose(s)
+        yield from self._arrive(s, prior)
+        news = self.x - bridge(x, denoised, sigma, s)
+        log_w = yield from self._weigh(denoised + self.level.slope.apply(news))
+        self.spreads.append(spread(log_w))
+        self.losses.append(-math.log(effective(log_w)))
+        self.trace.collapsed_at = s if self._collapsed() else 0.0
         self.lowest.append(effective(self.log_w))
-        resample = s > 0 and self.lowest[-1] < self.plan.resample_below
-        self.rough = resample or effective(log_w) < NEGLIGIBLE
-        if resample:
+        if self.lowest[-1] < self.plan.resample_below:
             self._resample()
 
-    def _weigh(self, s: float, m: Tensor, delta: Tensor) -> Tensor:
-        """How well the twist has predicted the step to s: the log-weights of this step alone, with shape (n,)."""
-        C, sigma = self.posterior.moments.covariance, self.level.s
-        a = (s / sigma) ** 2
-        ahead = self.level.conditioned.shift(m + (1 - a) * expectation(C, s).apply(delta))
-        # directions without prior variance carry neither delta nor u: keep their ratio finite
-        widened = C.map(lambda v: (v + sigma**2) / (v + s**2).clamp_min(1e-12 * float(v.max())))
-        log_w = (1 - a) / (2 * sigma**2) * dot(delta, widened.apply(self.u + ahead))
+    def _collapsed(self) -> bool:
+        """Weights collapse where they vary among most particles, and where few particles carry them all.
+
+        The first alone would be the choice of a mode, the second alone a few stray particles.
+        """
+        levels = self.levels[: len(self.spreads) + 1]
+        varied = variance_rate(self.spreads, levels) > self.plan.drop_above
+        return varied and per_e_fold(self.losses, levels) > LOST
+
+    def _weigh(self, foreseen: Tensor) -> Generator[Request, Tensor, Tensor]:
+        """Weigh the denoised images against those foreseen; returns the logarithms of the factors, with shape (n,).
+
+        At every level of the plan the covariance of the prior is measured anew, where determinants are cheap.
+        """
+        shift = self.level.conditioned.shift
+        u = shift(foreseen)
+        log_w = 0.5 * dot(
+            self.level.precision.apply(self.denoised - foreseen), shift(self.denoised) + u
+        )
+        if self.posterior.conditioner.determinants and len(self.spreads) % self.plan.stride == 0:
+            log_w = log_w + (yield from self._localise())
         if not bool(torch.isfinite(log_w).all()):
             raise FloatingPointError("the importance weights are not finite")
+        self.log_w += log_w
         return log_w
 
+    def _localise(self) -> Generator[Request, Tensor, Tensor]:
+        """Measure the covariance of the prior around the particles; returns what that adds to their log-weights."""
+        before, s, C = self.level, self.level.s, self.posterior.moments.covariance
+        z = self._white()
+        denoised = yield from self._denoise(self.x + DIFFERENCE * s * z, s)
+        local = local_covariance(C, z, (denoised - self.denoised) / (DIFFERENCE * s), s)
+        self.level = self.posterior.level(s, local)
+        u, v = (level.conditioned.shift(self.denoised) for level in (before, self.level))
+        narrower = self.level.prior_precision.apply(u) - before.prior_precision.apply(u)
+        growth = self.level.conditioned.log_growth() - before.conditioned.log_growth()
+        return -0.5 * dot(v, narrower) - 0.5 * growth
+
     def _resample(self) -> None:
-        # the proposal depends on the particle it starts from only: resample before it, not after
         keep = systematic(torch.softmax(self.log_w, 0), self.n, self.generator)
         self.log_z += float(torch.logsumexp(self.log_w, 0)) - math.log(self.n)
         self.log_w.zero_()
         self.x, self.denoised = self.x[keep], self.denoised[keep]
 
-    def _propose(self, s: float) -> None:
-        """The kernel times the twist at s."""
-        kernel = ReverseKernel.between(self.level.s, s, self.posterior.moments.covariance)
-        x = kernel.mean(self.x, self.denoised) + kernel.std(self._white())
-        x0 = x
-        if s > 0:
-            below = self.posterior.level(s)
-            x0 = below.expected(x) + below.covariance.sqrt(self._white())
-        noise = self.posterior.conditioner.noise(self.n, self.generator)
-        self.x = x + (1 - kernel.a) * self.level.conditioned.shift(x0, noise)
-
     def _guide(self, s: float, end: float) -> Descent:
-        """Down the ODE to the level `end` and up to s with fresh noise; to s = 0 a draw of x_0 given the data."""
-        if s == 0:
-            x0 = self.denoised + self.level.covariance.sqrt(self._white())
-            noise = self.posterior.conditioner.noise(self.n, self.generator)
-            self.x = x0 + self.level.conditioned.shift(x0, noise)
-            return
+        """Down the ODE to the level `end` and up to s with fresh noise."""
         sigma = self.level.s
         slope = (self.x - self._pulled(self.denoised, sigma)) / sigma
         x = self.x + (end - sigma) * slope
         denoised = yield from self._denoise(x, end)
         slope = 0.5 * (slope + (x - self._pulled(denoised, end)) / end)
         self.x = self.x + (end - sigma) * slope + (s**2 - end**2) ** 0.5 * self._white()
+        yield from self._arrive(s)
 
     def _pulled(self, denoised: Tensor, s: float) -> Tensor:
         """D_y: the mean of N(D, C_s) conditioned on the data."""
         return denoised + self.posterior.level(s).conditioned.shift(denoised)
+
+    def _integrate(self) -> None:
+        """The slope of the evidence at this level, for the path integral."""
+        delta = self.denoised - self.level.expected(self.x)
+        slope = 2 * float(dot(delta, self.level.shift(self.x)).mean()) / self.level.s**2
+        self.slopes[self.level.s] = slope
 
     def _finish(self) -> None:
         if self.plan.weights:
             weights = self.log_z + self.log_w
             self.trace.log_weights = weights.tolist()
             self.trace.log_evidence = float(torch.logsumexp(weights, 0)) - math.log(self.n)
-        self.trace.path_evidence = path_integral(list(self.slopes), list(self.slopes.values()))
+        else:
+            self.trace.log_evidence = path_integral(list(self.slopes), list(self.slopes.values()))
         if not bool(torch.isfinite(self.x).all()):
             raise FloatingPointError("the draws are not finite")
 
@@ -296,29 +334,28 @@ class Island:
 
     def _move(self) -> Descent:
         s, plan = self.level.s, self.plan
-        if plan.moves == 0 or self.guided or (plan.weights and not self.rough):
+        if plan.moves == 0:
             return
         score = (self.denoised - self.x) / s**2
         M = self._mobility(score)
-        G = score + self.u / s**2
+        G = score + self.level.shift(self.x) / s**2
         MG = M.apply(G)
         for _ in range(plan.moves):
             h = self.h
             rho = 1 - math.sqrt(1 - h)
             x = self.x + rho * MG + math.sqrt(h) * M.draw(self.n, self.generator)
-            denoised, u = (yield from self._denoise(x, s)), self.level.shift(x)
-            G_new = (denoised - x + u) / s**2
+            denoised = yield from self._denoise(x, s)
+            G_new = (denoised - x + self.level.shift(x)) / s**2
             MG_new = M.apply(G_new)
             log_acceptance = (0.5 - rho / h) * dot(G + G_new, x - self.x)
             log_acceptance += rho**2 / (2 * h) * (dot(G, MG) - dot(G_new, MG_new))
             chance = torch.rand(self.n, generator=self.generator, dtype=torch.float64)
             ok = (chance.log() < log_acceptance).reshape(-1, *[1] * (x.ndim - 1))
-            self.x, self.denoised, self.u, G, MG = (
+            self.x, self.denoised, G, MG = (
                 torch.where(ok, new, old)
                 for new, old in (
                     (x, self.x),
                     (denoised, self.denoised),
-                    (u, self.u),
                     (G_new, G),
                     (MG_new, MG),
                 )
@@ -370,20 +407,38 @@ def local_precision(C: Covariance, score: Tensor, s: float) -> Covariance:
     and Fisher Adaptive Langevin Sampling (2023, arXiv:2305.14442).
     """
     power = C.power(score)
+    return C.map(
+        lambda v: banded(power, v).clamp(1 / (v + s**2), torch.as_tensor(1 / s**2).expand_as(v))
+    )
 
-    def banded(v: Tensor) -> Tensor:
-        band = (v / v.max()).clamp_min(1e-6).log2().round().long().flatten()
-        band = band - band.min()
-        total = torch.zeros(int(band.max()) + 1, dtype=torch.float64)
-        count = total.index_add(0, band, torch.ones_like(power).flatten())
-        mean = total.index_add(0, band, power.flatten()) / count.clamp_min(1)
-        return (
-            mean[band]
-            .reshape(v.shape)
-            .clamp(1 / (v + s**2), torch.as_tensor(1 / s**2).expand_as(v))
-        )
 
-    return C.map(banded)
+def local_covariance(C: Covariance, z: Tensor, response: Tensor, s: float) -> Covariance:
+    """Covariance of the Gaussian prior that denoises like the prior around the particles, in bands of directions.
+
+    Args:
+        C: Covariance of the prior; the result is narrower.
+        z: White directions, one for each particle, with shape (B, C, H, W).
+        response: (dD/dx) z, with shape (B, C, H, W).
+        s: Noise level.
+    """
+    cross, norm = (C.power(z + response) - C.power(z - response)) / 4, C.power(z)
+
+    def local(v: Tensor) -> Tensor:
+        prior = v / (v + s**2)
+        slope = (banded(cross, v) / banded(norm, v)).clamp(1e-3 * prior, prior)
+        return torch.where(slope < prior, s**2 * slope / (1 - slope), v)
+
+    return C.map(local)
+
+
+def banded(power: Tensor, v: Tensor) -> Tensor:
+    """Means of `power` over bands of directions with similar eigenvalues v, with the shape of v."""
+    band = (v / v.max()).clamp_min(1e-6).log2().round().long().flatten()
+    band = band - band.min()
+    total = torch.zeros(int(band.max()) + 1, dtype=torch.float64)
+    count = total.index_add(0, band, torch.ones_like(power).flatten())
+    mean = total.index_add(0, band, power.flatten()) / count.clamp_min(1)
+    return mean[band].reshape(v.shape)
 
 
 def spread(log_w: Tensor) -> float:
@@ -393,15 +448,20 @@ def spread(log_w: Tensor) -> float:
 
 
 def variance_rate(spreads: Sequence[float], levels: Sequence[float]) -> float:
-    """Variance of d log w / d log sigma, mean over the last e-fold of the noise level, or over what there is of it.
+    """Variance of d log w / d log sigma, mean over the last e-fold of the noise level.
 
     Args:
         spreads: Standard deviation of the log-weights of each step.
         levels: Noise levels; step i leads from level i to the next.
     """
     widths = [math.log(a / b) for a, b in zip(levels[:-1], levels[1:], strict=True)]
+    return per_e_fold([v**2 / w for v, w in zip(spreads, widths, strict=True)], levels)
+
+
+def per_e_fold(losses: Sequence[float], levels: Sequence[float]) -> float:
+    """Sum of what each step loses over the last e-fold of the noise level, or over the last step if that is longer."""
     recent = [i for i, level in enumerate(levels[:-1]) if level <= math.e * levels[-2]]
-    return sum(spreads[i] ** 2 / widths[i] for i in recent) / sum(widths[i] for i in recent)
+    return sum(losses[i] for i in recent) / max(1.0, math.log(levels[recent[0]] / levels[-1]))
 
 
 def effective(log_w: Tensor) -> float:

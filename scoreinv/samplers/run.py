@@ -164,12 +164,9 @@ def _pool(
     began: float,
 ) -> Samples:
     draws, traces = torch.cat([x for x, _, _ in islands]), [t for _, t, _ in islands]
-    weighted = traces[0].log_evidence is not None
     base = posterior.gaussian_log_evidence if with_evidence else 0.0
-    evidence = base + torch.tensor(
-        [t.log_evidence if weighted else t.path_evidence for t in traces], dtype=torch.float64
-    )
-    if weighted:
+    evidence = base + torch.tensor([t.log_evidence for t in traces], dtype=torch.float64)
+    if traces[0].log_weights is not None:
         log_w = torch.tensor([w for t in traces for w in t.log_weights], dtype=torch.float64)
         x = draws[_select(torch.softmax(log_w, 0), n, seed)]
         log_z = float(torch.logsumexp(evidence, 0)) - math.log(len(evidence))
