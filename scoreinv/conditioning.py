@@ -80,8 +80,8 @@ class Conditioner(abc.ABC):
     determinants: ClassVar[bool] = True
 
     @abc.abstractmethod
-    def given(self, K: Covariance) -> Conditioned:
-        """Prepare for the covariance K."""
+    def given(self, K: Covariance, slack: float = 1.0) -> Conditioned:
+        """Prepare for the covariance K; an iterative solver may stop at `slack` times its tolerance."""
 
     @abc.abstractmethod
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
@@ -124,7 +124,7 @@ class CommutingConditioner(Conditioner):
         self.H, self.information, self.dtype = H, information, dtype
         self.D, self.constant = D, constant
 
-    def given(self, K: Covariance) -> Conditioned:
+    def given(self, K: Covariance, slack: float = 1.0) -> Conditioned:
         return _Commuting(self, K)
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
@@ -179,7 +179,7 @@ class DataSpaceConditioner(Conditioner):
             rest -= float(y @ y)
         self.B, self.y, self.rest = B, y, rest
 
-    def given(self, K: Covariance) -> Conditioned:
+    def given(self, K: Covariance, slack: float = 1.0) -> Conditioned:
         return _InDataSpace(self, K)
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
@@ -276,8 +276,8 @@ class IterativeConditioner(Conditioner):
         self.information, self.D, self.constant, self.dtype = information, D, constant, dtype
         self.tolerance = tolerance
 
-    def given(self, K: Covariance) -> Conditioned:
-        return _Iterative(self, K)
+    def given(self, K: Covariance, slack: float = 1.0) -> Conditioned:
+        return _Iterative(self, K, slack * self.tolerance)
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         return self.information.draw(n, generator).to(self.dtype)
@@ -347,17 +347,17 @@ class Preconditioner:
 
 
 class _Iterative(Conditioned):
-    def __init__(self, parent: IterativeConditioner, K: Covariance) -> None:
+    def __init__(self, parent: IterativeConditioner, K: Covariance, tolerance: float) -> None:
         self.parent, self.K, self.H = parent, K, parent.information.apply
         self.preconditioner = parent.preconditioner(K)
         self.known = self._known(parent.D.to(parent.dtype)[None])
         probe = parent.noise(1, torch.Generator().manual_seed(0))
         left = self._circulant(torch.zeros_like(probe), self._known(probe))[1]
-        # parent.tolerance is relative to the probe, of which the circulant has left little
+        # the tolerance is relative to the probe, of which the circulant has left little
         norm = lambda r: dot(r, self.preconditioner(r)[0]).sqrt()
         share = float(norm(left) / norm(probe))
         self.iterations = conjugate_gradients(
-            self.H, left, self.preconditioner, parent.tolerance / max(share, 1e-12)
+            self.H, left, self.preconditioner, tolerance / max(share, 1e-12)
         )[1]
 
     def shift(self, m: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -30,6 +30,8 @@ from scoreinv.likelihood import Likelihood
 from scoreinv.operators.information import white
 from scoreinv.priors.base import Prior
 
+SLACK = 10.0  # on the tolerance of solves in the upper half of the path, whose errors fresh noise forgets
+
 
 @dataclass(frozen=True)
 class Level:
@@ -128,7 +130,7 @@ class Posterior:
             prior,
             expectation(prior, s),
             covariance,
-            self.conditioner.given(covariance),
+            self.conditioner.given(covariance, SLACK if s > self._middle else 1.0),
         )
 
     @cached_property
@@ -156,6 +158,11 @@ class Posterior:
         """
         widest = float(self.moments.covariance.eigenvalues(self.shape).max()) ** 0.5
         return min(3 * widest, self.prior.sigma_max), self.prior.sigma_min
+
+    @cached_property
+    def _middle(self) -> float:
+        """The geometric mean of the largest and the smallest noise level."""
+        return math.sqrt(math.prod(self.sigma_range))
 
     def data_image(self, y: Tensor | None = None) -> Tensor:
         """The data as an image, with shape (C, H, W): A^T S^-1 y over the mean weight of a pixel.
