@@ -57,7 +57,7 @@ def test_summary_recognises_a_width_that_is_off():
     for _ in range(200):
         error = (2 * torch.randn(4, 50, generator=g)).square().sum(1)
         outcomes.append(Outcome("", tuple(error.tolist()), (50.0,) * 4, 0.0, 0.1, 1, 0.0, ""))
-    row = summary(outcomes)
+    row = summary(outcomes, n=16)
     assert abs(row["total"] - 2) < 4 * row["total_error"] < 0.2
 
 
@@ -78,7 +78,7 @@ def test_calibration_of_a_gaussian_prior_and_its_negative_control(tmp_path):
     store = tmp_path / "outcomes.jsonl"
     sampler = si.SMC(levels=3)
     outcomes = calibrate(prior, likelihood, truths, sampler, n=16, seed=0, store=store)
-    row = summary(outcomes)
+    row = summary(outcomes, n=16)
     assert row["total"] == pytest.approx(1, abs=0.08)
     assert len(store.read_text().splitlines()) == 24
     assert calibrate(prior, likelihood, truths, sampler, n=16, seed=0, store=store) == outcomes
@@ -87,7 +87,24 @@ def test_calibration_of_a_gaussian_prior_and_its_negative_control(tmp_path):
     with store.open("a") as f:
         f.write('{"key": "0')
     brighter = calibrate(prior, likelihood, 2 * truths, sampler, n=16, seed=0, store=store)
-    assert summary(brighter)["total"] > 1.3
+    assert summary(brighter, n=16)["total"] > 1.3
+
+
+@pytest.mark.parametrize("n", [2, 8])
+def test_squared_error_of_the_posterior_mean_from_few_draws(n):
+    """White prior and white noise of equal variance: half of the truth's power, however few the draws.
+
+    16 truths of 1,024 pixels leave it uncertain by 1 to 2 per cent; the mean of n draws is off by 1 + 1 / n of it.
+    """
+    prior = si.GaussianPrior(torch.zeros(1, 32, 32, dtype=torch.float64), 1.0)
+    likelihood = si.Likelihood(si.Identity(prior.shape), si.GaussianNoise(std=1.0))
+    outcomes = calibrate(
+        prior, likelihood, prior.sample(16, seed=0), si.SMC(levels=2), n=n, seed=0
+    )
+    found = summary(outcomes, n)["normalised_error"]
+    assert found == pytest.approx(0.5, rel=0.05)
+    raw = sorted(o.normalised for o in outcomes)[8]
+    assert raw == pytest.approx(0.5 * (1 + 1 / n), rel=0.05)
 
 
 @pytest.mark.slow
@@ -96,6 +113,6 @@ def test_galaxy64_is_calibrated_on_its_own_draws(kind):
     """Within 10 % in total, beyond three jackknife errors; the full table comes from `scoreinv bench learned`."""
     prior = si.load_prior("galaxy64")
     truths = prior.sample(16, seed=8)
-    row = summary(calibrate(prior, problem(kind, prior, 0.1), truths, si.SMC(), n=8, seed=1))
+    row = summary(calibrate(prior, problem(kind, prior, 0.1), truths, si.SMC(), n=8, seed=1), n=8)
     assert abs(row["total"] - 1) < 0.1 + 3 * row["total_error"]
     assert row["evaluations"] <= 200

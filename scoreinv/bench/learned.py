@@ -42,7 +42,7 @@ class Outcome:
         error: Squared error of the posterior mean in each band of spatial frequency.
         predicted: What the posterior's variance predicts for it.
         flux: Normal score of the true total flux.
-        normalised: Squared error of the mean over the truth's sum of squares.
+        normalised: Squared error of the draws' mean over the truth's sum of squares.
         evaluations: Network evaluations per draw.
         seconds: Wall time.
         weights: What became of the weights.
@@ -158,10 +158,17 @@ def _known(store: Path) -> dict[str, Outcome]:
     return known
 
 
-def summary(outcomes: list[Outcome]) -> dict[str, float | list[float]]:
-    """The table's row: ratios with their jackknife errors."""
+def summary(outcomes: list[Outcome], n: int) -> dict[str, float | list[float]]:
+    """The table's row: ratios with their jackknife errors.
+
+    Args:
+        outcomes: Of all truths.
+        n: Draws of each. The scatter of their mean is taken out of its squared error, which is that of the posterior mean.
+    """
     error = np.array([o.error for o in outcomes])
     predicted = np.array([o.predicted for o in outcomes])
+    scatter = predicted.sum(1) / (n + 1)  # variance over n; what is predicted is 1 + 1 / n of it
+    normalised = np.array([o.normalised for o in outcomes]) * (1 - scatter / error.sum(1))
 
     def ratio(e: np.ndarray, p: np.ndarray) -> np.ndarray:
         e, p = np.atleast_1d(e.sum(0)), np.atleast_1d(p.sum(0))
@@ -183,7 +190,7 @@ def summary(outcomes: list[Outcome]) -> dict[str, float | list[float]]:
         "bands_error": jackknife(error, predicted).tolist(),
         "flux_mean": float(flux.mean()),
         "flux_std": float(flux.std(ddof=1)),
-        "normalised_error": float(np.median([o.normalised for o in outcomes])),
+        "normalised_error": float(np.median(normalised)),
         "evaluations": max(o.evaluations for o in outcomes),
         "seconds": float(np.mean([o.seconds for o in outcomes])),
     }

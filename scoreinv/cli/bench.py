@@ -113,7 +113,7 @@ def _learned(config: BenchConfig) -> list[dict[str, Any]]:
                     store,
                     sys.stderr.isatty(),
                 )
-                row = learned.summary(outcomes)
+                row = learned.summary(outcomes, config.n or 16)
                 rows.append({"problem": kind, "noise": noise, "truths from": source, **row})
                 print(table(rows[-1:]), flush=True)
     return rows

@@ -1,7 +1,7 @@
 """Annealed moves without weights: right for posteriors with one mode, of any size.
 
-The path, the kernel and the moves are those of `SMC`; every particle goes its own way. The evidence comes from the path
-integral.
+Particles step as those of `SMC` do, and are moved at each level by score-only MALA steps; every particle goes its own way.
+The evidence comes from the path integral.
 """
 
 from __future__ import annotations
