@@ -7,7 +7,8 @@ import scoreinv as si
 from scoreinv.gaussian import Diagonal, Fourier
 from scoreinv.posterior import amplitude_by_evidence
 from scoreinv.priors.base import stream
-from scoreinv.samplers.path import local_covariance, local_precision
+from scoreinv.samplers.anneal import local_precision
+from scoreinv.samplers.smc import local_covariance
 from tests import analytic
 
 

@@ -10,16 +10,8 @@ from scoreinv.bench.exact import score
 from scoreinv.bench.problems import four_fields, grid_mixture, power_law_mixture
 from scoreinv.gaussian import Dense, Diagonal, Fourier
 from scoreinv.priors.base import Prior, stream
-from scoreinv.samplers.path import (
-    Island,
-    descend_together,
-    effective,
-    path_integral,
-    per_e_fold,
-    spread,
-    systematic,
-    variance_rate,
-)
+from scoreinv.samplers.path import Island, descend_together, path_integral
+from scoreinv.samplers.smc import effective, per_e_fold, spread, systematic, variance_rate
 from tests import analytic
 from tests.analytic import dense
 
@@ -129,6 +121,11 @@ def test_linear_gaussian_suite_at_64x64(name, ratio):
     assert float(w.mean(0).square().mean().sqrt()) < 0.03 + 1 / 8
 
 
+def informed_mean(island):
+    """Instead of a draw of x_0 given the data."""
+    return island.denoised + island.level.conditioned.shift(island.denoised)
+
+
 def test_a_kernel_without_covariance_is_caught(monkeypatch):
     """Negative control: steps towards the mean of x_0, as if it were known, fail the suite's bound by far."""
     prior = gaussian_prior((1, 8, 8))
@@ -138,7 +135,7 @@ def test_a_kernel_without_covariance_is_caught(monkeypatch):
     exact, _ = exact_posterior(prior, likelihood, y)
     right = si.sample(posterior, 256, si.Anneal(3, 0), seed=3, island=256)
     assert float(whitened(right, exact).square().mean().sqrt()) == pytest.approx(1.0, abs=0.03)
-    monkeypatch.setattr(Island, "_informed", lambda p: p._pulled(p.denoised, p.level.s))
+    monkeypatch.setattr(Island, "_informed", informed_mean)
     wrong = si.sample(posterior, 256, si.Anneal(3, 0), seed=3, island=256)
     assert abs(float(whitened(wrong, exact).square().mean().sqrt()) - 1) > 0.1
 
@@ -239,7 +236,7 @@ def test_one_scout_alone_does_not_drop_weights(monkeypatch):
     def doubtful(posterior, islands):
         yield from walk(posterior, islands)
         for island in islands:
-            if island.plan.weights and island.plan.finer == 1:
+            if math.isfinite(getattr(island, "drop_above", math.inf)):
                 island.trace.collapsed_at = next(verdicts)
 
     monkeypatch.setattr(run, "descend_together", doubtful)
@@ -253,7 +250,7 @@ def test_one_scout_alone_does_not_drop_weights(monkeypatch):
 def test_weights_are_ratios_of_likelihoods():
     """The factors of a step, before and after the covariance of the prior is measured, against dense Gaussians."""
     problem = power_law_mixture(16, 4, seed=2).posterior
-    island = Island(problem, si.SMC(5).plan, 6, stream(0))
+    island = si.SMC(5).island(problem, 6, stream(0))
     walk, s = island.descend(), 0.7
     next(walk)
     island.level = problem.level(s)
@@ -268,7 +265,7 @@ def test_weights_are_ratios_of_likelihoods():
         Am = m.flatten(1).double() @ A.T
         return torch.distributions.MultivariateNormal(Am, covariance).log_prob(problem.y)
 
-    before, weigh = island.level, island._weigh(foreseen)
+    before, weigh = island.level, island._weigh(foreseen, measure=True)
     x, level = next(weigh)
     with pytest.raises(StopIteration) as stop:
         weigh.send(problem.prior.denoise(x, sigma))
@@ -287,9 +284,7 @@ def test_choosing_a_mode_is_no_collapse():
     """Most particles of a scout may lose their mode at once; those that stay carry on."""
     verdicts = []
     for seed in range(20):
-        scout = Island(
-            grid_mixture(80, 1, seed).posterior, si.SMC().plan.scout(), 32, stream(seed)
-        )
+        scout = si.SMC().scout(grid_mixture(80, 1, seed).posterior, 32, stream(seed))
         for _ in descend_together(scout.posterior, [scout]):
             pass
         verdicts.append(scout.trace.collapsed_at > 0)
@@ -313,13 +308,13 @@ def test_guided_steps_are_of_second_order():
     assert 2.8 < errors[0] / errors[1] < 5.6
 
 
-@pytest.mark.parametrize("sampler", [si.SMC(levels=0), si.Anneal(moves=-1), si.Guided(levels=1)])
-def test_refused_plans(sampler):
-    prior = gaussian_prior((1, 4, 4), "dense")
-    likelihood = si.Likelihood(si.Identity(prior.shape), si.GaussianNoise(std=0.3))
-    posterior = si.Posterior(prior, likelihood, prior.sample(1, 0)[0])
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [(si.SMC, {"levels": 0}), (si.Anneal, {"moves": -1}), (si.Guided, {"levels": 1})],
+)
+def test_refused_options(sampler, options):
     with pytest.raises(ValueError, match="expected at least 2 levels and no fewer than 0 moves"):
-        si.sample(posterior, 4, sampler, seed=0)
+        sampler(**options)
 
 
 def test_unweighted_samplers_are_labelled():
@@ -351,15 +346,15 @@ def mean_scores(problem, sampler):
 
 @pytest.mark.parametrize("problem", [grid_mixture(8, 1, 11), power_law_mixture(16, 4, 11)])
 def test_mixture_posteriors(problem):
-    """Exact draws would scatter by 0.2 around 1; twenty such means of this sampler lay between 0.8 and 1.7."""
-    wasserstein, mahalanobis = mean_scores(problem, si.SMC(20))
-    assert wasserstein < 2.2
+    """Such means scatter by 0.3 around 1.1 on the first problem, where modes are far apart; the bound is four of that."""
+    wasserstein, mahalanobis = mean_scores(problem, si.SMC())
+    assert wasserstein < 2.3
     assert mahalanobis == pytest.approx(1.0, abs=0.1)
 
 
 def test_guided_draws_miss_the_weights_of_far_modes():
     """Negative control of the test above."""
-    assert mean_scores(grid_mixture(8, 1, 11), si.Guided(20))[0] > 2.2
+    assert mean_scores(grid_mixture(8, 1, 11), si.Guided(20))[0] > 2.3
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from torch import Tensor
 from scoreinv.bench.problems import MixtureProblem, four_fields, grid_mixture, power_law_mixture
 from scoreinv.priors.base import stream
 from scoreinv.samplers import sample
-from scoreinv.samplers.run import Sampler
+from scoreinv.samplers.path import Sampler
 
 FLOOR = 10  # sets of exact draws for the noise floor
 

@@ -27,7 +27,8 @@ from scoreinv.posterior import Posterior
 from scoreinv.priors import Prior
 from scoreinv.priors.base import stream
 from scoreinv.samplers import sample
-from scoreinv.samplers.run import Sampler, fingerprint
+from scoreinv.samplers.path import Sampler
+from scoreinv.samplers.run import fingerprint
 from scoreinv.simulators.arrays import alma_track
 
 BANDS = ((0, 3), (3, 8), (8, 16), (16, 1000))

@@ -16,7 +16,7 @@ from scoreinv.posterior import Posterior
 from scoreinv.priors import Prior
 from scoreinv.priors.base import stream
 from scoreinv.samplers import sample
-from scoreinv.samplers.run import Sampler
+from scoreinv.samplers.path import Sampler
 
 
 def timed(f: Callable[[], object]) -> float:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,20 +27,13 @@ from tqdm import tqdm
 from scoreinv.data.grid import Grid
 from scoreinv.posterior import Posterior
 from scoreinv.priors.base import stream
-from scoreinv.samplers.path import Island, Plan, Trace, descend_together, systematic
+from scoreinv.samplers.path import Sampler, Trace, descend_together
 from scoreinv.samplers.samples import Samples
-from scoreinv.samplers.smc import SMC
+from scoreinv.samplers.smc import SMC, systematic
 
 Finished = tuple[Tensor, Trace, float]  # draws, trace and seconds of an island
 SCOUTS = 2  # islands that find out whether weights collapse, at most
 SCOUTING = 32  # particles of each; fewer would take the noise of a quartile for a collapse
-
-
-class Sampler(Protocol):
-    """A frozen dataclass of options with a plan."""
-
-    @property
-    def plan(self) -> Plan: ...
 
 
 def sample(
@@ -92,18 +85,21 @@ def sample(
     store = _Store(folder, fingerprint(posterior, sampler, seed, island)) if folder else None
     missing = [j for j in range(count) if store is None or not store.has(j)]
     done: dict[int, Finished] = {}
-    plan, scouted = sampler.plan, Trace()
+    method, scouted = sampler, Trace()
     with tqdm(
-        total=len(missing) * plan.levels, disable=not progress, unit="level", desc="sampling"
+        total=len(missing) * len(sampler.noise_levels(posterior)),
+        disable=not progress,
+        unit="level",
+        desc="sampling",
     ) as bar:
-        if plan.weights:
+        if isinstance(sampler, SMC):
             bar.set_postfix_str("scouting")
-            scouted = _scout(posterior, plan, seed) if 0 in missing else store.get(0)[1]
-            plan = plan.decided(keep_weights=scouted.collapsed_at == 0)
+            scouted = _scout(posterior, sampler, seed) if 0 in missing else store.get(0)[1]
+            method = sampler if scouted.collapsed_at == 0 else sampler.fallback
         for i in range(0, len(missing), batch):
             group = missing[i : i + batch]
             bar.set_postfix(island=f"{group[0] + 1}/{count}")
-            for j, finished in _run(posterior, plan, island, seed, group, bar):
+            for j, finished in _run(posterior, method, island, seed, group, bar):
                 trace = finished[1]
                 trace.collapsed_at = scouted.collapsed_at
                 trace.evaluations += scouted.evaluations * SCOUTING / island if j == 0 else 0
@@ -114,11 +110,11 @@ def sample(
     return _pool(posterior, sampler, islands, n, seed, grid, meta or {}, evidence, began)
 
 
-def _scout(posterior: Posterior, plan: Plan, seed: int) -> Trace:
+def _scout(posterior: Posterior, sampler: SMC, seed: int) -> Trace:
     """Whether weights collapse on this posterior: they do if they do for every scout, each with a stream of its own."""
     evaluations, collapsed_at = 0.0, []
     while len(collapsed_at) < SCOUTS and 0 not in collapsed_at:
-        scout = Island(posterior, plan.scout(), SCOUTING, stream(seed, -3, len(collapsed_at)))
+        scout = sampler.scout(posterior, SCOUTING, stream(seed, -3, len(collapsed_at)))
         for _ in descend_together(posterior, [scout]):
             pass
         if scout.error is not None:
@@ -129,11 +125,11 @@ def _scout(posterior: Posterior, plan: Plan, seed: int) -> Trace:
 
 
 def _run(
-    posterior: Posterior, plan: Plan, n: int, seed: int, group: list[int], bar: tqdm
+    posterior: Posterior, sampler: Sampler, n: int, seed: int, group: list[int], bar: tqdm
 ) -> Iterator[tuple[int, Finished]]:
     """The islands of a group, each with its draws, trace and share of the seconds; then raise what went wrong."""
     began = time.monotonic()
-    islands = {j: Island(posterior, plan, n, stream(seed, j)) for j in group}
+    islands = {j: sampler.island(posterior, n, stream(seed, j)) for j in group}
     for _ in descend_together(posterior, list(islands.values())):
         bar.update()
     seconds = (time.monotonic() - began) / len(group)
@@ -148,7 +144,7 @@ def _run(
 def _failure(name: str, error: FloatingPointError) -> FloatingPointError:
     return FloatingPointError(
         f"{name} failed: {error}. Finished islands are kept. Data far outside the prior's range? Check the amplitude, the "
-        "units and the noise; or lower the number of moves"
+        "units and the noise; or lower the number of moves, if it moved"
     )
 
 
@@ -172,13 +168,14 @@ def _pool(
         log_z = float(torch.logsumexp(evidence, 0)) - math.log(len(evidence))
     else:
         x, log_z = draws[:n], float(evidence.mean())
+    collapsed_at = traces[0].collapsed_at
     spread = float(evidence.std()) if len(evidence) > 1 else math.nan
-    levels = torch.tensor(sampler.plan.noise_levels(posterior), dtype=torch.float64)
+    levels = torch.tensor(sampler.noise_levels(posterior), dtype=torch.float64)
     return Samples(
         x=x,
         log_evidence=log_z,
         log_evidence_std=spread / math.sqrt(len(evidence)),
-        weights=_in_words(sampler.plan, traces[0].collapsed_at),
+        weights=sampler.dropped(collapsed_at) if collapsed_at > 0 else sampler.label,
         levels=levels,
         ess=_curve([t.ess for t in traces], len(levels)),
         acceptance=_curve([t.acceptance for t in traces], len(levels)),
@@ -197,20 +194,6 @@ def _select(share: Tensor, n: int, seed: int) -> Tensor:
     generator = stream(seed, -1)
     order = torch.randperm(len(share), generator=generator)
     return order[systematic(share[order], n, generator)].sort().values
-
-
-def _in_words(plan: Plan, collapsed_at: float) -> str:
-    """What became of the weights, as a user should read it."""
-    if not plan.weights:
-        kind = "moves only" if plan.moves else "one pass, approximate"
-        return f"not used ({kind}); evidence from the path integral"
-    if collapsed_at == 0:
-        return "used throughout"
-    return (
-        f"dropped: at sigma = {collapsed_at:.3g} the variance of d log w / d log sigma over the particles rose above "
-        f"{plan.drop_above:g} (the prior is far from Gaussian there); all draws took guided steps from the start instead "
-        "and count equally, evidence approximate, from the path integral"
-    )
 
 
 def _curve(rows: list[list[float]], length: int) -> Tensor:

@@ -1,19 +1,50 @@
 """Sequential Monte Carlo along the noise levels: the default sampler, asymptotically exact.
 
-Particles follow the data's pull on their denoised images, and are weighted and resampled for what the network says beyond
-what a Gaussian prior would have foreseen (`scoreinv.samplers.path`). It needs no backward pass and has no guidance weight.
-With trained priors at image size the weights collapse. Scouts, a few particles on a coarse path, find out; all islands then
-take guided steps of second order, which is calibrated (`scoreinv bench learned`) but no longer exact, and the result says
-so.
+Particles target p_s(x) g_s(x), with the likelihood of the denoised image as the twist,
 
-Del Moral, Doucet & Jasra, Sequential Monte Carlo Samplers (2006); Wu et al. (2023, arXiv:2306.17775).
+    g_s(x) = N(y; A D(x, s), S + A C_s A^T).
+
+A step (`scoreinv.samplers.path`) is the covariance-aware kernel times N(y; A m', S + A C_s A^T) over g_sigma(x), where
+m' = D + W_s (x' - D - a (x - D)) is what a Gaussian prior would denoise x' to. So only what the network says beyond m'
+weighs, and neither a gradient of D nor a guidance weight is needed: with u(m) = (C_s^-1 + H)^-1 (A^T S^-1 y - H m) and
+D' = D(x', s)
+
+    log w = log g_s(x') / N(y; A m', S + A C_s A^T) = 1/2 <C_s^-1 (D' - m'), u(D') + u(m')>
+
+With D in the place of the linear m_s(x), likelihoods know of modes as soon as the network does. The error C_s should know
+of them too: between far modes the global C is too wide. As cov(x_0 | x_s) = s^2 dD/dx, one difference of D along white z
+gives its mean over the particles, in bands of directions of similar prior variance, and with it the C of a prior that looks
+like this one around the particles. Where C becomes C' at a level, g_s changes by the factor
+
+    log w = -1/2 <u'(D), (C'^-1 - C^-1) u(D)> - 1/2 log det(I + H C'_s) + 1/2 log det(I + H C_s)
+
+and only where these determinants are cheap is C measured.
+
+With trained priors at image size the weights collapse. Scouts, a few particles on a coarse path, find out; all islands then
+take the steps of `Guided`, which is calibrated (`scoreinv bench learned`) but no longer exact, and the result says so.
+
+Twisted targets: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (2023,
+arXiv:2306.17775), whose proposals take the gradient of D; Del Moral, Doucet & Jasra, Sequential Monte Carlo Samplers (2006).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-from scoreinv.samplers.path import Plan
+import torch
+from torch import Tensor
+
+from scoreinv.gaussian import Covariance, dot
+from scoreinv.kernels import bridge, noise_levels
+from scoreinv.posterior import Posterior
+from scoreinv.samplers.guided import Guided
+from scoreinv.samplers.path import Descent, Island, Request, banded, check_counts
+
+FINER = 4  # steps with weights from one level to the next
+DIFFERENCE = 0.1  # length over the noise of the difference that measures the slope of D
+LOST = 5.0  # loss of effective particles over an e-fold of the noise level that weights do not survive [nat]
 
 
 @dataclass(frozen=True)
@@ -33,6 +64,177 @@ class SMC:
     resample_below: float = 0.5
     drop_above: float = 20.0
 
+    def __post_init__(self) -> None:
+        check_counts(self.levels)
+
     @property
-    def plan(self) -> Plan:
-        return Plan(self.levels, 0, True, True, self.resample_below, self.drop_above)
+    def label(self) -> str:
+        return "used throughout"
+
+    @property
+    def fallback(self) -> Guided:
+        """What samples where the weights collapse."""
+        return Guided(self.levels)
+
+    def noise_levels(self, posterior: Posterior) -> list[float]:
+        """The levels of a posterior's path, falling, without those of the finer steps."""
+        return self._path(posterior)[::FINER]
+
+    def island(self, posterior: Posterior, n: int, generator: torch.Generator) -> Island:
+        """n particles at the start, with their stream."""
+        path = self._path(posterior)
+        return Weighted(posterior, path, n, generator, FINER, self.resample_below)
+
+    def scout(self, posterior: Posterior, n: int, generator: torch.Generator) -> Island:
+        """The same on a coarse path, stopping where the weights collapse: half the levels, no finer steps."""
+        path = noise_levels(max(2, self.levels // 2), *posterior.sigma_range)
+        return Weighted(posterior, path, n, generator, 1, self.resample_below, self.drop_above)
+
+    def dropped(self, collapsed_at: float) -> str:
+        """What the result says where the weights collapse at this level."""
+        return (
+            f"dropped: at sigma = {collapsed_at:.3g} the variance of d log w / d log sigma over the particles rose above "
+            f"{self.drop_above:g} (the prior is far from Gaussian there); all draws took guided steps from the start "
+            "instead and count equally, evidence approximate, from the path integral"
+        )
+
+    def _path(self, posterior: Posterior) -> list[float]:
+        return noise_levels(FINER * (self.levels - 1) + 1, *posterior.sigma_range)
+
+
+class Weighted(Island):
+    """Particles with weights."""
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        levels: list[float],
+        n: int,
+        generator: torch.Generator,
+        stride: int,
+        resample_below: float,
+        drop_above: float = math.inf,
+    ) -> None:
+        super().__init__(posterior, levels, n, generator, stride)
+        self.resample_below, self.drop_above = resample_below, drop_above
+        self.log_w, self.log_z = torch.zeros(n, dtype=torch.float64), 0.0
+        self._spreads: list[float] = []
+        self._losses: list[float] = []
+
+    def _begin(self) -> Descent:
+        yield from self._weigh(self.level.expected(self.x), measure=True)
+
+    def _step(self, i: int) -> Descent:
+        x, denoised = self.x, self.denoised
+        (sigma, s), prior = self.levels[i : i + 2], self.level.prior
+        self.x = self._proposed(s)
+        yield from self._arrive(s, prior)
+        news = self.x - bridge(x, denoised, sigma, s)
+        foreseen = denoised + self.level.slope.apply(news)
+        log_w = yield from self._weigh(foreseen, measure=(i + 1) % self.stride == 0)
+        self._spreads.append(spread(log_w))
+        self._losses.append(-math.log(effective(log_w)))
+        self.trace.collapsed_at = s if self._collapsed(self.levels[: i + 2]) else 0.0
+        self._lowest.append(effective(self.log_w))
+        if self._lowest[-1] < self.resample_below:
+            self._resample()
+
+    def _weigh(self, foreseen: Tensor, measure: bool) -> Generator[Request, Tensor, Tensor]:
+        """Weigh the denoised images against those foreseen, and measure the prior's covariance anew.
+
+        Returns the logarithms of the factors, with shape (n,).
+        """
+        shift = self.level.conditioned.shift
+        beyond = self.level.precision.apply(self.denoised - foreseen)
+        log_w = 0.5 * dot(beyond, shift(self.denoised) + shift(foreseen))
+        if measure and self.posterior.conditioner.determinants:
+            log_w = log_w + (yield from self._localise())
+        if not bool(torch.isfinite(log_w).all()):
+            raise FloatingPointError("the importance weights are not finite")
+        self.log_w += log_w
+        return log_w
+
+    def _localise(self) -> Generator[Request, Tensor, Tensor]:
+        """Measure the covariance of the prior around the particles; returns what that adds to their log-weights."""
+        before, s, C = self.level, self.level.s, self.posterior.moments.covariance
+        z = self._white()
+        denoised = yield from self._denoise(self.x + DIFFERENCE * s * z, s)
+        local = local_covariance(C, z, (denoised - self.denoised) / (DIFFERENCE * s), s)
+        self.level = self.posterior.level(s, local)
+        u, v = (level.conditioned.shift(self.denoised) for level in (before, self.level))
+        narrower = self.level.prior_precision.apply(u) - before.prior_precision.apply(u)
+        growth = self.level.conditioned.log_growth() - before.conditioned.log_growth()
+        return -0.5 * dot(v, narrower) - 0.5 * growth
+
+    def _collapsed(self, levels: Sequence[float]) -> bool:
+        """Weights collapse where they vary among most particles, and where few particles carry them all.
+
+        The first alone would be the choice of a mode, the second alone a few stray particles.
+        """
+        varied = variance_rate(self._spreads, levels) > self.drop_above
+        return varied and per_e_fold(self._losses, levels) > LOST
+
+    def _resample(self) -> None:
+        keep = systematic(torch.softmax(self.log_w, 0), self.n, self.generator)
+        self.log_z += float(torch.logsumexp(self.log_w, 0)) - math.log(self.n)
+        self.log_w.zero_()
+        self.x, self.denoised = self.x[keep], self.denoised[keep]
+
+    def _end(self) -> None:
+        weights = self.log_z + self.log_w
+        self.trace.log_weights = weights.tolist()
+        self.trace.log_evidence = float(torch.logsumexp(weights, 0)) - math.log(self.n)
+
+
+def local_covariance(C: Covariance, z: Tensor, response: Tensor, s: float) -> Covariance:
+    """Covariance of the Gaussian prior that denoises like the prior around the particles, in bands of directions.
+
+    Args:
+        C: Covariance of the prior; the result is no wider.
+        z: White directions, one for each particle, with shape (B, C, H, W).
+        response: (dD/dx) z, with shape (B, C, H, W).
+        s: Noise level.
+    """
+    cross, norm = (C.power(z + response) - C.power(z - response)) / 4, C.power(z)
+
+    def local(v: Tensor) -> Tensor:
+        prior = v / (v + s**2)
+        slope = (banded(cross, v) / banded(norm, v)).clamp(1e-3 * prior, prior)
+        return torch.where(slope < prior, s**2 * slope / (1 - slope), v)
+
+    return C.map(local)
+
+
+def spread(log_w: Tensor) -> float:
+    """Standard deviation of log-weights from their quartiles, as for a Gaussian: one stray particle does not count."""
+    low, high = torch.quantile(log_w, torch.tensor([0.25, 0.75], dtype=log_w.dtype))
+    return float(high - low) / 1.349
+
+
+def variance_rate(spreads: Sequence[float], levels: Sequence[float]) -> float:
+    """Variance of d log w / d log sigma, mean over the last e-fold of the noise level.
+
+    Args:
+        spreads: Standard deviation of the log-weights of each step.
+        levels: Noise levels; step i leads from level i to the next.
+    """
+    widths = [math.log(a / b) for a, b in zip(levels[:-1], levels[1:], strict=True)]
+    return per_e_fold([v**2 / w for v, w in zip(spreads, widths, strict=True)], levels)
+
+
+def per_e_fold(losses: Sequence[float], levels: Sequence[float]) -> float:
+    """Sum of what each step loses over the last e-fold of the noise level, or over the last step if that is longer."""
+    recent = [i for i, level in enumerate(levels[:-1]) if level <= math.e * levels[-2]]
+    return sum(losses[i] for i in recent) / max(1.0, math.log(levels[recent[0]] / levels[-1]))
+
+
+def effective(log_w: Tensor) -> float:
+    """Effective sample size over n of these log-weights (Kong 1992)."""
+    w = torch.softmax(log_w, 0)
+    return float(1 / (w * w).sum() / len(w))
+
+
+def systematic(w: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """n indices by systematic resampling of the normalised weights w."""
+    u = (torch.arange(n) + torch.rand(1, generator=generator, dtype=torch.float64)) / n
+    return torch.searchsorted(torch.cumsum(w, 0), u).clamp(max=len(w) - 1)
