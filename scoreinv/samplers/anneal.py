@@ -13,6 +13,7 @@ The evidence comes from the path integral.
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from scoreinv.gaussian import Covariance, dot
 from scoreinv.kernels import noise_levels
 from scoreinv.posterior import Posterior
-from scoreinv.samplers.path import Descent, Island, banded, check_counts
+from scoreinv.samplers.path import Descent, Island, Request, banded, check_counts
 
 ACCEPTANCE = 0.6  # what the step size is steered to
 
@@ -44,6 +45,10 @@ class Anneal:
     @property
     def label(self) -> str:
         return "not used (moves only); evidence from the path integral"
+
+    @property
+    def particles(self) -> int:
+        return 1
 
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels of a posterior's path, falling."""
@@ -68,13 +73,14 @@ class Annealed(Island):
         super().__init__(posterior, levels, n, generator)
         self.moves, self.h = moves, 0.5
 
-    def _step(self, i: int) -> Descent:
+    def _step(self, i: int) -> Generator[Request, Tensor, int]:
         self._integrate()
         s = self.levels[i + 1]
         self.x = self._proposed(s)
         yield from self._arrive(s)
         if self.moves:
             yield from self._move()
+        return i + 1
 
     def _move(self) -> Descent:
         s = self.level.s

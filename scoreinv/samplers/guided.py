@@ -13,6 +13,7 @@ Problems (2023), with the prior's covariance for their white one.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from scoreinv.kernels import noise_levels
 from scoreinv.posterior import Posterior
-from scoreinv.samplers.path import Descent, Island, check_counts
+from scoreinv.samplers.path import Island, Request, check_counts
 
 SPARSE = 4  # levels from one that is counted in the path integral to the next
 
@@ -42,6 +43,10 @@ class Guided:
     def label(self) -> str:
         return "not used (one pass, approximate); evidence from the path integral"
 
+    @property
+    def particles(self) -> int:
+        return 1
+
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels of a posterior's path, falling."""
         return noise_levels(self.levels, *posterior.sigma_range)
@@ -54,7 +59,7 @@ class Guided:
 class Pulled(Island):
     """Particles that follow the conditioned denoiser."""
 
-    def _step(self, i: int) -> Descent:
+    def _step(self, i: int) -> Generator[Request, Tensor, int]:
         if i % SPARSE == 0:
             self._integrate()
         sigma, s, end = (
@@ -68,6 +73,7 @@ class Pulled(Island):
         slope = 0.5 * (slope + (x - self._conditioned(denoised, end)) / end)
         self.x = self.x + (end - sigma) * slope + (s**2 - end**2) ** 0.5 * self._white()
         yield from self._arrive(s)
+        return i + 1
 
     def _conditioned(self, denoised: Tensor, s: float) -> Tensor:
         """D_y: the mean of N(D, C_s) conditioned on the data."""

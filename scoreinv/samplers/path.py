@@ -41,6 +41,11 @@ class Sampler(Protocol):
         """What the result says of weights and evidence."""
         ...
 
+    @property
+    def particles(self) -> int:
+        """Particles for each draw."""
+        ...
+
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels that a result reports, falling."""
         ...
@@ -80,7 +85,7 @@ class Island(abc.ABC):
         levels: Noise levels, falling; the last step goes from the lowest to s = 0.
         n: Particles.
         generator: The island's own stream.
-        stride: Steps from one level that the trace reports to the next.
+        stride: Levels from one that the trace reports to the next.
 
     Attributes:
         x: Noisy images at the present level, with shape (n, C, H, W); the draws in the end.
@@ -119,11 +124,12 @@ class Island(abc.ABC):
         self.x = self.x + self.levels[0] * self._white()
         yield from self._arrive(self.levels[0])
         yield from self._begin()
-        for i in range(len(self.levels) - 1):
-            yield from self._step(i)
+        i = 0
+        while i < len(self.levels) - 1:
+            i = yield from self._step(i)
             if self.trace.collapsed_at > 0:
                 return
-            if (i + 1) % self.stride == 0:
+            if i % self.stride == 0:
                 self._record()
         self._end()
         self.x = self._informed()
@@ -136,8 +142,8 @@ class Island(abc.ABC):
         yield from ()
 
     @abc.abstractmethod
-    def _step(self, i: int) -> Descent:
-        """From level i to the next."""
+    def _step(self, i: int) -> Generator[Request, Tensor, int]:
+        """From level i to a lower one; returns which."""
 
     def _end(self) -> None:
         """At the lowest level, before the draws: settle the evidence."""

@@ -29,7 +29,7 @@ from scoreinv.posterior import Posterior
 from scoreinv.priors.base import stream
 from scoreinv.samplers.path import Sampler, Trace, descend_together
 from scoreinv.samplers.samples import Samples
-from scoreinv.samplers.smc import SMC, systematic
+from scoreinv.samplers.smc import SMC, in_order, systematic
 
 Finished = tuple[Tensor, Trace, float]  # draws, trace and seconds of an island
 SCOUTS = 2  # islands that find out whether weights collapse, at most
@@ -81,21 +81,19 @@ def sample(
         raise ValueError(
             f"batch is {batch}, expected at least one island in a call of the network"
         )
-    count, began = math.ceil(n / island), time.monotonic()
+    began = time.monotonic()
     store = _Store(folder, fingerprint(posterior, sampler, seed, island)) if folder else None
-    missing = [j for j in range(count) if store is None or not store.has(j)]
     done: dict[int, Finished] = {}
     method, scouted = sampler, Trace()
-    with tqdm(
-        total=len(missing) * len(sampler.noise_levels(posterior)),
-        disable=not progress,
-        unit="level",
-        desc="sampling",
-    ) as bar:
+    with tqdm(disable=not progress, unit="level", desc="sampling") as bar:
         if isinstance(sampler, SMC):
             bar.set_postfix_str("scouting")
-            scouted = _scout(posterior, sampler, seed) if 0 in missing else store.get(0)[1]
+            known = store is not None and store.has(0)
+            scouted = store.get(0)[1] if known else _scout(posterior, sampler, seed)
             method = sampler if scouted.collapsed_at == 0 else sampler.fallback
+        count = math.ceil(method.particles * n / island)
+        missing = [j for j in range(count) if store is None or not store.has(j)]
+        bar.reset(len(missing) * len(method.noise_levels(posterior)))
         for i in range(0, len(missing), batch):
             group = missing[i : i + batch]
             bar.set_postfix(island=f"{group[0] + 1}/{count}")
@@ -107,7 +105,9 @@ def sample(
                 if store:
                     store.put(j, *finished)
     islands = [done[j] if j in done else store.get(j) for j in range(count)]
-    return _pool(posterior, sampler, islands, n, seed, grid, meta or {}, evidence, began)
+    return _pool(
+        posterior, sampler, method.particles, islands, n, seed, grid, meta or {}, evidence, began
+    )
 
 
 def _scout(posterior: Posterior, sampler: SMC, seed: int) -> Trace:
@@ -151,6 +151,7 @@ def _failure(name: str, error: FloatingPointError) -> FloatingPointError:
 def _pool(
     posterior: Posterior,
     sampler: Sampler,
+    particles: int,
     islands: list[Finished],
     n: int,
     seed: int,
@@ -164,7 +165,9 @@ def _pool(
     evidence = base + torch.tensor([t.log_evidence for t in traces], dtype=torch.float64)
     if traces[0].log_weights is not None:
         log_w = torch.tensor([w for t in traces for w in t.log_weights], dtype=torch.float64)
-        x = draws[_select(torch.softmax(log_w, 0), n, seed)]
+        order = in_order(draws, posterior.moments.covariance)
+        share = torch.softmax(log_w[order], 0)
+        x = draws[order[systematic(share, n, stream(seed, -1))].sort().values]
         log_z = float(torch.logsumexp(evidence, 0)) - math.log(len(evidence))
     else:
         x, log_z = draws[:n], float(evidence.mean())
@@ -180,20 +183,13 @@ def _pool(
         ess=_curve([t.ess for t in traces], len(levels)),
         acceptance=_curve([t.acceptance for t in traces], len(levels)),
         island_log_evidence=evidence,
-        evaluations=sum(t.evaluations for t in traces) / len(traces),
+        evaluations=particles * sum(t.evaluations for t in traces) / len(traces),
         seconds=max(sum(s for _, _, s in islands), time.monotonic() - began),
         meta={**provenance(posterior, sampler, seed), **meta},
         grid=grid,
         data_image=posterior.data_image(),
         residual_image=posterior.residual_image(x.double().mean(0)),
     )
-
-
-def _select(share: Tensor, n: int, seed: int) -> Tensor:
-    """n indices by systematic resampling in random order, so that n < len(share) leaves out draws of all islands."""
-    generator = stream(seed, -1)
-    order = torch.randperm(len(share), generator=generator)
-    return order[systematic(share[order], n, generator)].sort().values
 
 
 def _curve(rows: list[list[float]], length: int) -> Tensor:

@@ -38,11 +38,14 @@ from torch import Tensor
 
 from scoreinv.gaussian import Covariance, dot
 from scoreinv.kernels import bridge, noise_levels
+from scoreinv.operators.information import white
 from scoreinv.posterior import Posterior
+from scoreinv.priors.base import stream
 from scoreinv.samplers.guided import Guided
 from scoreinv.samplers.path import Descent, Island, Request, banded, check_counts
 
-FINER = 4  # steps with weights from one level to the next
+FINER = 4  # steps from one level to the next where the network brings news
+QUIET = 0.01  # news between two levels, of the denoised images or in their weights, that one step may carry [nat]
 DIFFERENCE = 0.1  # length over the noise of the difference that measures the slope of D
 LOST = 5.0  # loss of effective particles over an e-fold of the noise level that weights do not survive [nat]
 
@@ -52,8 +55,9 @@ class SMC:
     """Weighted particles.
 
     Args:
-        levels: Noise levels; weighted particles take four steps from one to the next, at a cost of five evaluations at
-            most. Where weights collapse a draw costs somewhat more than twice as many evaluations as levels.
+        levels: Noise levels; weighted particles take one to four steps from one to the next, at a cost of two to five
+            evaluations each. Where weights collapse a draw costs somewhat more than twice as many evaluations as levels.
+        spare: Weighted particles for each draw; weights cost about half of them.
         resample_below: Resample when ESS / n falls below this.
         drop_above: Weights have collapsed where the variance of d log w / d log sigma over the particles, mean over an
             e-fold of the noise level, exceeds this and few particles carry the weights; all draws take guided steps then,
@@ -61,15 +65,25 @@ class SMC:
     """
 
     levels: int = 40
+    spare: int = 2
     resample_below: float = 0.5
     drop_above: float = 20.0
 
     def __post_init__(self) -> None:
         check_counts(self.levels)
+        if self.spare < 1:
+            raise ValueError(
+                f"spare is {self.spare}, expected at least one particle for each draw"
+            )
 
     @property
     def label(self) -> str:
         return "used throughout"
+
+    @property
+    def particles(self) -> int:
+        """Particles for each draw."""
+        return self.spare
 
     @property
     def fallback(self) -> Guided:
@@ -116,36 +130,44 @@ class Weighted(Island):
         drop_above: float = math.inf,
     ) -> None:
         super().__init__(posterior, levels, n, generator, stride)
+        self.news = 0.0  # since the last reported level [nat]
         self.resample_below, self.drop_above = resample_below, drop_above
         self.log_w, self.log_z = torch.zeros(n, dtype=torch.float64), 0.0
+        self._passed = [self.levels[0]]
         self._spreads: list[float] = []
         self._losses: list[float] = []
 
     def _begin(self) -> Descent:
         yield from self._weigh(self.level.expected(self.x), measure=True)
 
-    def _step(self, i: int) -> Descent:
-        x, denoised = self.x, self.denoised
-        (sigma, s), prior = self.levels[i : i + 2], self.level.prior
+    def _step(self, i: int) -> Generator[Request, Tensor, int]:
+        reported = i % self.stride == 0
+        end = i + self.stride if reported and self.news < QUIET else i + 1
+        self.news = 0.0 if reported else self.news
+        x, denoised, sigma, prior = self.x, self.denoised, self.level.s, self.level.prior
+        s = self.levels[end]
         self.x = self._proposed(s)
         yield from self._arrive(s, prior)
-        news = self.x - bridge(x, denoised, sigma, s)
-        foreseen = denoised + self.level.slope.apply(news)
-        log_w = yield from self._weigh(foreseen, measure=(i + 1) % self.stride == 0)
+        foreseen = denoised + self.level.slope.apply(self.x - bridge(x, denoised, sigma, s))
+        log_w = yield from self._weigh(foreseen, measure=end % self.stride == 0)
+        self._passed.append(s)
         self._spreads.append(spread(log_w))
         self._losses.append(-math.log(effective(log_w)))
-        self.trace.collapsed_at = s if self._collapsed(self.levels[: i + 2]) else 0.0
+        self.news += self._losses[-1]
+        self.trace.collapsed_at = s if self._collapsed() else 0.0
         self._lowest.append(effective(self.log_w))
         if self._lowest[-1] < self.resample_below:
             self._resample()
+        return end
 
     def _weigh(self, foreseen: Tensor, measure: bool) -> Generator[Request, Tensor, Tensor]:
         """Weigh the denoised images against those foreseen, and measure the prior's covariance anew.
 
         Returns the logarithms of the factors, with shape (n,).
         """
-        shift = self.level.conditioned.shift
-        beyond = self.level.precision.apply(self.denoised - foreseen)
+        shift, delta = self.level.conditioned.shift, self.denoised - foreseen
+        beyond = self.level.precision.apply(delta)
+        self.news += 0.5 * float(dot(beyond, delta).mean())
         log_w = 0.5 * dot(beyond, shift(self.denoised) + shift(foreseen))
         if measure and self.posterior.conditioner.determinants:
             log_w = log_w + (yield from self._localise())
@@ -166,16 +188,17 @@ class Weighted(Island):
         growth = self.level.conditioned.log_growth() - before.conditioned.log_growth()
         return -0.5 * dot(v, narrower) - 0.5 * growth
 
-    def _collapsed(self, levels: Sequence[float]) -> bool:
+    def _collapsed(self) -> bool:
         """Weights collapse where they vary among most particles, and where few particles carry them all.
 
         The first alone would be the choice of a mode, the second alone a few stray particles.
         """
-        varied = variance_rate(self._spreads, levels) > self.drop_above
-        return varied and per_e_fold(self._losses, levels) > LOST
+        varied = variance_rate(self._spreads, self._passed) > self.drop_above
+        return varied and per_e_fold(self._losses, self._passed) > LOST
 
     def _resample(self) -> None:
-        keep = systematic(torch.softmax(self.log_w, 0), self.n, self.generator)
+        order = in_order(self.denoised, self.posterior.moments.covariance)
+        keep = order[systematic(torch.softmax(self.log_w[order], 0), self.n, self.generator)]
         self.log_z += float(torch.logsumexp(self.log_w, 0)) - math.log(self.n)
         self.log_w.zero_()
         self.x, self.denoised = self.x[keep], self.denoised[keep]
@@ -232,6 +255,16 @@ def effective(log_w: Tensor) -> float:
     """Effective sample size over n of these log-weights (Kong 1992)."""
     w = torch.softmax(log_w, 0)
     return float(1 / (w * w).sum() / len(w))
+
+
+def in_order(x: Tensor, C: Covariance) -> Tensor:
+    """Indices of images, with shape (B,), along a random direction in which the prior is wide.
+
+    Systematic resampling in this order keeps the shares of modes that lie apart. Gerber, Chopin & Whiteley, Negative
+    Association, Ordering and Convergence of Resampling Methods (2019).
+    """
+    direction = white(tuple(x.shape[1:]), 1, stream(0), torch.float64)
+    return dot(C.apply(x.double()), direction).argsort()
 
 
 def systematic(w: Tensor, n: int, generator: torch.Generator) -> Tensor:
