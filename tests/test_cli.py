@@ -108,7 +108,7 @@ def failure(capsys, *arguments):
         (["--n"], "argument --n: expected one argument"),
         ([], "missing: prior, output"),
         (["--visibilities.path", "a"], "visibilities: missing: pixel_scale"),
-        (["--smc", "7"], "smc is 7, expected the keys levels, resample_below"),
+        (["--smc", "7"], "smc is 7, expected the keys levels, particles"),
     ],
 )
 def test_mistakes_in_keys(capsys, given, expected):
@@ -372,8 +372,8 @@ def test_interrupted_run_goes_on(config, tmp_path):
     run.send_signal(signal.SIGINT)
     _, said = run.communicate(timeout=60)
     assert run.returncode == 130
-    finished = int(re.search(r"(\d) of 6 islands are finished", said)[1])
-    assert 1 <= finished < 6 and "the same command goes on" in said and "Traceback" not in said
+    finished = int(re.search(r"(\d+) islands are finished", said)[1])
+    assert 1 <= finished < 12 and "the same command goes on" in said and "Traceback" not in said
     assert first.exists() and not output.exists()
 
     times = {f: f.stat().st_mtime_ns for f in first.parent.iterdir()}

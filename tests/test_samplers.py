@@ -11,7 +11,14 @@ from scoreinv.bench.problems import four_fields, grid_mixture, power_law_mixture
 from scoreinv.gaussian import Dense, Diagonal, Fourier
 from scoreinv.priors.base import Prior, stream
 from scoreinv.samplers.path import Island, descend_together, path_integral
-from scoreinv.samplers.smc import effective, per_e_fold, spread, systematic, variance_rate
+from scoreinv.samplers.smc import (
+    effective,
+    in_order,
+    per_e_fold,
+    spread,
+    systematic,
+    variance_rate,
+)
 from tests import analytic
 from tests.analytic import dense
 
@@ -362,6 +369,32 @@ def test_four_fields_at_64x64():
     result = score(four_fields(5), si.SMC(25), n=96, seed=0)
     assert result.mahalanobis == pytest.approx(1.0, abs=0.03)
     assert abs(result.evidence_error) < 0.3 + 4 * result.evidence_std
+
+
+def test_spare_particles_make_draws_distinct():
+    problem = grid_mixture(8, 2, seed=3)
+    distinct = [
+        len(si.sample(problem.posterior, 128, si.SMC(20, particles=k), seed=1).x.unique(dim=0))
+        for k in (1, 3)
+    ]
+    assert distinct[0] < 110 and distinct[1] > 120
+
+
+def test_resampling_in_order_keeps_the_shares_of_modes():
+    """Two far modes of 300 and 200 particles in any order: each gets its share of 50 draws to within one, every time.
+
+    Systematic resampling of shuffled particles would be off by more, half of the time.
+    """
+    g = stream(0)
+    x = torch.randn(500, 1, 1, 8, generator=g, dtype=torch.float64)
+    upper = torch.randperm(500, generator=g) < 200
+    x[upper] += 100
+    C, w = si.GaussianPrior(torch.zeros(1, 1, 8), 1.0).moments.covariance, torch.full((500,), 2e-3)
+    order = in_order(x, C)
+    kept = [upper[order[systematic(w, 50, stream(1, i))]].sum() for i in range(40)]
+    assert all(abs(int(k) - 20) <= 1 for k in kept)
+    kept = [upper[systematic(w, 50, stream(1, i))].sum() for i in range(40)]
+    assert sum(abs(int(k) - 20) > 1 for k in kept) > 10
 
 
 def test_systematic_resampling_is_unbiased():

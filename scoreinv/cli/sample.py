@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -152,9 +151,8 @@ def _draw(config: SampleConfig, posterior: si.Posterior, seen: Observation) -> s
         )
     except KeyboardInterrupt:
         finished = len(list(config.islands.glob("*.safetensors")))
-        wanted = math.ceil(config.n / config.island)
         raise KeyboardInterrupt(
-            f"{finished} of {wanted} islands are finished and kept in {config.islands}; "
+            f"{finished} islands are finished and kept in {config.islands}; "
             f"the same command {'without --overwrite ' if config.overwrite else ''}goes on from there"
         ) from None
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,16 +40,11 @@ class Anneal:
     levels: int = 50
     moves: int = 3
 
+    particles: ClassVar[int] = 1
+    label: ClassVar[str] = "not used (moves only); evidence from the path integral"
+
     def __post_init__(self) -> None:
         check_counts(self.levels, self.moves)
-
-    @property
-    def label(self) -> str:
-        return "not used (moves only); evidence from the path integral"
-
-    @property
-    def particles(self) -> int:
-        return 1
 
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels of a posterior's path, falling."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,16 +37,11 @@ class Guided:
 
     levels: int = 40
 
+    particles: ClassVar[int] = 1
+    label: ClassVar[str] = "not used (one pass, approximate); evidence from the path integral"
+
     def __post_init__(self) -> None:
         check_counts(self.levels)
-
-    @property
-    def label(self) -> str:
-        return "not used (one pass, approximate); evidence from the path integral"
-
-    @property
-    def particles(self) -> int:
-        return 1
 
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels of a posterior's path, falling."""

@@ -34,17 +34,18 @@ Descent = Generator[Request, Tensor, None]
 
 
 class Sampler(Protocol):
-    """A frozen dataclass of options that sends islands down."""
+    """A frozen dataclass of options that sends islands down.
+
+    Attributes:
+        particles: For each draw.
+        label: What the result says of weights and evidence.
+    """
 
     @property
-    def label(self) -> str:
-        """What the result says of weights and evidence."""
-        ...
+    def particles(self) -> int: ...
 
     @property
-    def particles(self) -> int:
-        """Particles for each draw."""
-        ...
+    def label(self) -> str: ...
 
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels that a result reports, falling."""

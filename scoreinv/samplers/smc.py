@@ -32,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class SMC:
     Args:
         levels: Noise levels; weighted particles take one to four steps from one to the next, at a cost of two to five
             evaluations each. Where weights collapse a draw costs somewhat more than twice as many evaluations as levels.
-        spare: Weighted particles for each draw; weights cost about half of them.
+        particles: Weighted ones for each draw; weights cost about half of them.
         resample_below: Resample when ESS / n falls below this.
         drop_above: Weights have collapsed where the variance of d log w / d log sigma over the particles, mean over an
             e-fold of the noise level, exceeds this and few particles carry the weights; all draws take guided steps then,
@@ -65,25 +66,16 @@ class SMC:
     """
 
     levels: int = 40
-    spare: int = 2
+    particles: int = 2
     resample_below: float = 0.5
     drop_above: float = 20.0
 
+    label: ClassVar[str] = "used throughout"
+
     def __post_init__(self) -> None:
         check_counts(self.levels)
-        if self.spare < 1:
-            raise ValueError(
-                f"spare is {self.spare}, expected at least one particle for each draw"
-            )
-
-    @property
-    def label(self) -> str:
-        return "used throughout"
-
-    @property
-    def particles(self) -> int:
-        """Particles for each draw."""
-        return self.spare
+        if self.particles < 1:
+            raise ValueError(f"particles is {self.particles}, expected at least one for each draw")
 
     @property
     def fallback(self) -> Guided:
