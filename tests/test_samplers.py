@@ -371,6 +371,21 @@ def test_four_fields_at_64x64():
     assert abs(result.evidence_error) < 0.3 + 4 * result.evidence_std
 
 
+def test_steps_are_fine_only_where_there_is_news():
+    """A Gaussian prior brings none: a step and a measurement from each of 10 levels to the next; far modes bring some."""
+    prior = gaussian_prior((1, 8, 8))
+    likelihood = si.Likelihood(si.Identity(prior.shape), si.GaussianNoise(std=0.3))
+    y = likelihood.simulate(prior.sample(1, 0), 1)[0]
+    plain, far = si.Posterior(prior, likelihood, y), grid_mixture(8, 2, seed=3).posterior
+    costs = []
+    for posterior in (plain, far):
+        island = si.SMC(10).island(posterior, 32, stream(0))
+        for _ in descend_together(posterior, [island]):
+            pass
+        costs.append(island.trace.evaluations)
+    assert costs[0] == 2 * 10 and 2 * 10 < costs[1] < 5 * 10
+
+
 def test_spare_particles_make_draws_distinct():
     problem = grid_mixture(8, 2, seed=3)
     distinct = [

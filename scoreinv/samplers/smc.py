@@ -13,8 +13,8 @@ D' = D(x', s)
 
 With D in the place of the linear m_s(x), likelihoods know of modes as soon as the network does. The error C_s should know
 of them too: between far modes the global C is too wide. As cov(x_0 | x_s) = s^2 dD/dx, one difference of D along white z
-gives its mean over the particles, in bands of directions of similar prior variance, and with it the C of a prior that looks
-like this one around the particles. Where C becomes C' at a level, g_s changes by the factor
+gives its mean over the particles, in bands of directions of similar prior variance, and with it the C of a Gaussian prior
+that looks like this one around the particles. Where C becomes C' at a level, g_s changes by the factor
 
     log w = -1/2 <u'(D), (C'^-1 - C^-1) u(D)> - 1/2 log det(I + H C'_s) + 1/2 log det(I + H C_s)
 
@@ -202,7 +202,9 @@ class Weighted(Island):
 
 
 def local_covariance(C: Covariance, z: Tensor, response: Tensor, s: float) -> Covariance:
-    """Covariance of the Gaussian prior that denoises like the prior around the particles, in bands of directions.
+    """Covariance of the Gaussian prior that denoises like the prior around the particles.
+
+    In bands of directions of similar variance the mean slope of D is a share of the one under C, at most all of it.
 
     Args:
         C: Covariance of the prior; the result is no wider.
@@ -214,8 +216,9 @@ def local_covariance(C: Covariance, z: Tensor, response: Tensor, s: float) -> Co
 
     def local(v: Tensor) -> Tensor:
         prior = v / (v + s**2)
-        slope = (banded(cross, v) / banded(norm, v)).clamp(1e-3 * prior, prior)
-        return torch.where(slope < prior, s**2 * slope / (1 - slope), v)
+        share = (banded(cross, v) / banded(norm * prior, v)).clamp(1e-3, 1.0)
+        slope = share * prior
+        return torch.where(share < 1, s**2 * slope / (1 - slope), v)
 
     return C.map(local)
 
