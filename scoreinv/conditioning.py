@@ -132,9 +132,8 @@ class CommutingConditioner(Conditioner):
 
     def log_evidence(self, prior: Gaussian) -> float:
         mean, e = _expansion(self, prior, self.H.apply)
-        u = joint(lambda h, k: k / (1 + h * k), self.H, prior.covariance).apply(e)
-        growth = self.given(prior.covariance).log_growth()
-        return mean + 0.5 * float(dot(e, u)) - 0.5 * growth
+        given = _Commuting(self, prior.covariance)
+        return mean + 0.5 * float(dot(e, given.gain.apply(e))) - 0.5 * given.log_growth()
 
 
 class _Commuting(Conditioned):

@@ -386,6 +386,14 @@ def test_steps_are_fine_only_where_there_is_news():
     assert costs[0] == 2 * 10 and 2 * 10 < costs[1] < 5 * 10
 
 
+def test_evaluations_are_those_of_all_particles():
+    """Ten draws need an island of sixteen, all of which cost."""
+    prior = gaussian_prior((1, 4, 4), "dense")
+    likelihood = si.Likelihood(si.Identity(prior.shape), si.GaussianNoise(std=0.3))
+    posterior = si.Posterior(prior, likelihood, likelihood.simulate(prior.sample(1, 0), 1)[0])
+    assert si.sample(posterior, 10, si.Guided(4), seed=0).evaluations == pytest.approx(7 * 1.6)
+
+
 def test_spare_particles_make_draws_distinct():
     problem = grid_mixture(8, 2, seed=3)
     distinct = [

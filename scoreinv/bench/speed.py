@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -80,7 +79,7 @@ def overhead(
                     )
                 )
                 bare += [timed(forward) for _ in range(20)]
-                floor = statistics.median(bare) * result[0].evaluations * math.ceil(n / island)
+                floor = statistics.median(bare) * result[0].evaluations * n / island
                 walls.append(wall)
                 ratios.append(wall / floor)
         rows.append(

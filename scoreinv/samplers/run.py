@@ -105,9 +105,7 @@ def sample(
                 if store:
                     store.put(j, *finished)
     islands = [done[j] if j in done else store.get(j) for j in range(count)]
-    return _pool(
-        posterior, sampler, method.particles, islands, n, seed, grid, meta or {}, evidence, began
-    )
+    return _pool(posterior, sampler, islands, n, seed, grid, meta or {}, evidence, began)
 
 
 def _scout(posterior: Posterior, sampler: SMC, seed: int) -> Trace:
@@ -151,7 +149,6 @@ def _failure(name: str, error: FloatingPointError) -> FloatingPointError:
 def _pool(
     posterior: Posterior,
     sampler: Sampler,
-    particles: int,
     islands: list[Finished],
     n: int,
     seed: int,
@@ -183,7 +180,7 @@ def _pool(
         ess=_curve([t.ess for t in traces], len(levels)),
         acceptance=_curve([t.acceptance for t in traces], len(levels)),
         island_log_evidence=evidence,
-        evaluations=particles * sum(t.evaluations for t in traces) / len(traces),
+        evaluations=sum(len(x) * trace.evaluations for x, trace, _ in islands) / n,
         seconds=max(sum(s for _, _, s in islands), time.monotonic() - began),
         meta={**provenance(posterior, sampler, seed), **meta},
         grid=grid,

@@ -44,7 +44,7 @@ class Samples:
             next; nan without weights.
         acceptance: Acceptance of the moves, mean over islands, on the way from each level to the next; nan without moves.
         island_log_evidence: log p(y) by each island.
-        evaluations: Network evaluations per draw, mean over islands.
+        evaluations: Network evaluations of all particles, scouts included, per draw.
         seconds: Wall time, over all runs that made the draws.
         meta: Provenance: seed, sampler, prior and hash of its weights, versions, configuration.
         grid: Sky coordinates, if known.
