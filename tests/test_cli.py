@@ -358,6 +358,8 @@ def test_interrupted_run_goes_on(config, tmp_path):
     command = ["sample", "--config", str(path), *slow]
     threads = str(torch.get_num_threads())
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    # a shell that runs the tests in the background has them, and their children, ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run = subprocess.Popen(
         [sys.executable, "-m", "scoreinv", *command],
         cwd=ROOT,

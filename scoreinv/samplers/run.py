@@ -282,11 +282,12 @@ class _Store:
             save_file({"x": x.contiguous()}, partial, metadata=record)
             os.replace(partial, self.path(j))
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise OSError(
                 f"could not keep island {j} in {self.folder}: {error}. The islands finished before stay there; "
                 "free some space and run again to go on"
             ) from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     def get(self, j: int) -> Finished:
         with safe_open(self.path(j), "pt") as f:
