@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from scoreinv import conditioning
 from scoreinv.conditioning import (
     CommutingConditioner,
     DataSpaceConditioner,
     IterativeConditioner,
+    choice,
     conditioner,
     lanczos_logdet,
 )
@@ -106,7 +106,7 @@ class Problem:
         self.y = likelihood.simulate(self.prior.sample(1, rng(4)), seed=5)[0]
         with pytest.MonkeyPatch.context() as patch:
             if kind is IterativeConditioner:
-                patch.setattr(conditioning, "FEW_DATA", 0)
+                patch.setattr(choice, "FEW_DATA", 0)
             self.solver = conditioner(likelihood, self.y, C, torch.float64, tolerance=1e-10)
         assert type(self.solver) is kind
         parts = torch.eye(2 if A.complex else 1, dtype=torch.float64)
@@ -201,7 +201,7 @@ def test_draws_of_the_mobility(problem):
 # Which one is chosen
 
 
-def choice(C, A, noise):
+def chosen(C, A, noise):
     y = torch.zeros(A.data_shape, dtype=torch.complex128 if A.complex else torch.float64)
     return type(conditioner(Likelihood(A, noise), y, C, torch.float32))
 
@@ -209,10 +209,10 @@ def choice(C, A, noise):
 def test_choice():
     shape, noise = (1, 24, 24), GaussianNoise(std=1.0)
     white, few, many = Scalar(1.0), baselines(200), baselines(300)
-    assert choice(white, Identity(shape), noise) is CommutingConditioner
-    assert choice(white, NUFFT(few, shape, PIXEL), noise) is DataSpaceConditioner
-    assert choice(white, NUFFT(many, shape, PIXEL), noise) is IterativeConditioner
-    assert choice(white, DenseOperator(normal(600, 576), shape), noise) is DataSpaceConditioner
+    assert chosen(white, Identity(shape), noise) is CommutingConditioner
+    assert chosen(white, NUFFT(few, shape, PIXEL), noise) is DataSpaceConditioner
+    assert chosen(white, NUFFT(many, shape, PIXEL), noise) is IterativeConditioner
+    assert chosen(white, DenseOperator(normal(600, 576), shape), noise) is DataSpaceConditioner
 
 
 def test_few_data_of_a_large_image():
@@ -297,7 +297,7 @@ def test_a_particle_does_not_depend_on_its_neighbours(image, dtype, s):
 def iterations(A, noise, C):
     y = torch.zeros(A.data_shape, dtype=torch.complex128 if A.complex else torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conditioning, "FEW_DATA", 0)
+        patch.setattr(choice, "FEW_DATA", 0)
         solver = conditioner(Likelihood(A, noise), y, C, torch.float64, tolerance=1e-4)
     near = solver.given(C).iterations
     solver.information = replace(solver.information, nearby=None)
