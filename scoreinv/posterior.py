@@ -83,14 +83,15 @@ class Posterior:
         prior: The prior, in sky units.
         likelihood: p(y | x).
         y: Data, with shape (*data).
-        tolerance: Relative residual of the iterative solves, where those are needed.
+        tolerance: Error of the iterative solves, where those are needed, in standard deviations of the posterior
+            and summed over its directions in squares.
 
     Raises:
         ValueError: Shapes of prior, operator and data that do not fit; data that are not finite.
     """
 
     def __init__(
-        self, prior: Prior, likelihood: Likelihood, y: Tensor, tolerance: float = 1e-3
+        self, prior: Prior, likelihood: Likelihood, y: Tensor, tolerance: float = 0.05
     ) -> None:
         _check(prior, likelihood, y)
         self.prior, self.likelihood, self.y = prior, likelihood, y

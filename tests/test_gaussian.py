@@ -171,7 +171,7 @@ def test_conjugate_gradients(preconditioned):
     H = lambda x: (x.flatten(1) @ A).reshape(x.shape)
     jacobi = lambda r: ((r.flatten(1) / A.diagonal()).reshape(r.shape), torch.zeros_like(r))
     extra = {"preconditioner": jacobi} if preconditioned else {}
-    x, used = conjugate_gradients(H, b, tolerance=1e-12, **extra)
+    x, used = conjugate_gradients(H, b, error=1e-10, **extra)
     torch.testing.assert_close(x.flatten(1), torch.linalg.solve(A, b.flatten(1).T).T)
     assert used < (20 if preconditioned else 200)
 
@@ -181,7 +181,7 @@ def test_conjugate_gradients_add_the_inverse_behind_the_preconditioner():
     k, H = torch.logspace(-3, 3, D, dtype=torch.float64), spd(D)
     k[0] = 0.0
     b = normal(3, D, seed=1)
-    x, _ = conjugate_gradients(lambda x: x @ H, b, lambda r: (k * r, (k > 0) * r), tolerance=1e-10)
+    x, _ = conjugate_gradients(lambda x: x @ H, b, lambda r: (k * r, (k > 0) * r), error=1e-8)
     expected = torch.linalg.solve(k[1:].reciprocal().diag() + H[1:, 1:], b[:, 1:].T).T
     torch.testing.assert_close(x[:, 1:], expected)
     assert not x[:, 0].any()
@@ -192,10 +192,23 @@ def test_conjugate_gradients_of_zero_is_zero():
     assert used == 0 and not x.any()
 
 
+@pytest.mark.parametrize("error", [1.0, 1e-2, 1e-4])
+def test_conjugate_gradients_know_their_error(error):
+    """So many iterations are within the error of the solution, one less is not; the condition number is 10^4."""
+    A = torch.logspace(0, 4, D, dtype=torch.float64)
+    b = 100 * normal(1, D, seed=1)
+    H, noise = lambda x: A * x, lambda x: float((A * (x - b / A).square()).sum().sqrt())
+    _, needed = conjugate_gradients(H, b, error=error)
+    at, before = (
+        conjugate_gradients(H, b, error=0.0, iterations=k)[0] for k in (needed, needed - 1)
+    )
+    assert noise(at) < error <= noise(before)
+
+
 def test_conjugate_gradients_goes_on_past_convergence():
     # a fixed number of iterations: those that have converged must stay where they are
     A, b = spd(D), normal(2, D)
-    x, used = conjugate_gradients(lambda x: x @ A, b, tolerance=0.0, iterations=3 * D)
+    x, used = conjugate_gradients(lambda x: x @ A, b, error=0.0, iterations=3 * D)
     assert used == 3 * D
     torch.testing.assert_close(x, torch.linalg.solve(A, b.T).T)
 

@@ -22,7 +22,7 @@ def conditioner(
     y: Tensor,
     C: Covariance,
     dtype: torch.dtype,
-    tolerance: float = 1e-3,
+    tolerance: float = 0.05,
 ) -> Conditioner:
     """The cheapest exact conditioner for Gaussians whose covariance shares a basis with C.
 
@@ -31,7 +31,7 @@ def conditioner(
         y: Data, with shape (*data).
         C: Covariance of the prior.
         dtype: Precision of the particles.
-        tolerance: Of the iterative solves, where those are needed.
+        tolerance: Error of the iterative solves, where those are needed, in standard deviations of the posterior.
     """
     operator, noise = likelihood.operator, likelihood.noise
     constant = float(noise.log_prob(torch.zeros_like(y)[None]))
@@ -50,7 +50,7 @@ def conditioner(
         B = _whitened_matrix(likelihood)
         flat = (torch.view_as_real(whitened) if operator.complex else whitened).reshape(-1)
         return DataSpaceConditioner(B, flat.double(), operator.shape, constant, dtype)
-    return IterativeConditioner(information, D, constant + misfit, dtype, tolerance)
+    return IterativeConditioner(information, D, C, constant + misfit, dtype, tolerance)
 
 
 def _whitened_matrix(likelihood: Likelihood) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,16 +27,19 @@ from scoreinv.gaussian import (
     filtered,
     joint,
 )
-from scoreinv.operators.information import Information
+from scoreinv.operators.information import Information, white
 
 
 class IterativeConditioner(Conditioner):
     """Conjugate gradients on K^-1 + H, preconditioned by the circulants nearest to both.
 
+    The circulants also give the first guess, of what is left to explain once an image near the data is taken away.
+
     Args:
-        tolerance: Relative residual at which a solve stops. The number of iterations of each level
-            is found once, on a probe, and then kept, so that a particle's solve never depends on
-            its neighbours in the batch.
+        C: Covariance of the prior.
+        tolerance: Error of a solve, in standard deviations of the posterior, summed over its directions in squares. The
+            number of iterations of each level is found once, on a probe, and then kept, so that a particle's solve never
+            depends on its neighbours in the batch.
     """
 
     determinants = False
@@ -44,18 +48,38 @@ class IterativeConditioner(Conditioner):
         self,
         information: Information,
         D: Tensor,
+        C: Covariance,
         constant: float,
         dtype: torch.dtype,
         tolerance: float,
     ) -> None:
-        self.information, self.D, self.constant, self.dtype = information, D, constant, dtype
-        self.tolerance = tolerance
+        self.information, self.D, self.C, self.constant = information, D, C, constant
+        self.dtype, self.tolerance = dtype, tolerance
 
     def given(self, K: Covariance, slack: float = 1.0) -> Conditioned:
         return _Iterative(self, K, slack * self.tolerance)
 
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         return self.information.draw(n, generator).to(self.dtype)
+
+    @cached_property
+    def known(self) -> Known:
+        """The data of the observation."""
+        return self._known(self.D.double()[None])
+
+    @cached_property
+    def probe(self) -> tuple[Known, Tensor]:
+        """Data of a draw of N(0, C), to count iterations with, and that draw."""
+        generator = torch.Generator().manual_seed(0)
+        x = self.C.sqrt(white(self.information.shape, 1, generator, self.dtype))
+        return self._known((self.information.apply(x) + self.noise(1, generator)).double()), x
+
+    def _known(self, D: Tensor) -> Known:
+        H = self.information.apply
+        near, _ = conjugate_gradients(
+            H, D, self.preconditioner(self.C), error=0.1, iterations=2000
+        )
+        return Known(near.to(self.dtype), (D - H(near)).to(self.dtype))
 
     def preconditioner(self, K: Covariance) -> Preconditioner:
         """With H replaced by its nearest circulant; by nothing where that does not share a basis with K."""
@@ -73,7 +97,7 @@ class IterativeConditioner(Conditioner):
         H = self.information.apply
         mean, e = expansion(self, prior, H)
         u, _ = conjugate_gradients(
-            H, e, self.preconditioner(prior.covariance), tolerance=1e-8, iterations=2000
+            H, e, self.preconditioner(prior.covariance), error=1e-3, iterations=2000
         )
         return mean + 0.5 * float(dot(e, u)) - 0.5 * self.log_growth(prior.covariance)
 
@@ -95,6 +119,19 @@ class IterativeConditioner(Conditioner):
         ratio = lambda v: half.apply(half.apply(v) + root(half.apply(v)))
         estimated, _ = lanczos_logdet(ratio, self.information.shape)
         return circulant.logdet(self.information.shape) + estimated
+
+
+@dataclass(frozen=True)
+class Known:
+    """Data as an image near them and the rest.
+
+    Attributes:
+        near: (C^-1 + H)^-1 D, with shape (1, C, H, W).
+        rest: D - H near, with the same shape.
+    """
+
+    near: Tensor
+    rest: Tensor
 
 
 @dataclass(frozen=True)
@@ -122,36 +159,38 @@ class _Iterative(Conditioned):
     def __init__(self, parent: IterativeConditioner, K: Covariance, tolerance: float) -> None:
         self.parent, self.K, self.H = parent, K, parent.information.apply
         self.preconditioner = parent.preconditioner(K)
-        self.known = self._known(parent.D.to(parent.dtype)[None])
-        probe = parent.noise(1, torch.Generator().manual_seed(0))
-        left = self._circulant(torch.zeros_like(probe), self._known(probe))[1]
-        # the tolerance is relative to the probe, of which the circulant has left little
-        norm = lambda r: dot(r, self.preconditioner(r)[0]).sqrt()
-        share = float(norm(left) / norm(probe))
-        self.iterations = conjugate_gradients(
-            self.H, left, self.preconditioner, tolerance / max(share, 1e-12)
-        )[1]
+        self.rest = self._filtered(parent.known.rest)
+        # an image that is as far from the truth as K allows
+        generator, (known, truth) = torch.Generator().manual_seed(1), parent.probe
+        m = truth + K.sqrt(white(parent.information.shape, 1, generator, parent.dtype))
+        _, left = self._circulant(m - known.near, self._filtered(known.rest))
+        _, self.iterations = conjugate_gradients(self.H, left, self.preconditioner, tolerance)
 
     def shift(self, m: Tensor, noise: Tensor | None = None) -> Tensor:
-        known = self.known
+        rest = self.rest
         if noise is not None:
-            known = [a + b for a, b in zip(known, self._known(noise), strict=True)]
-        u, left = self._circulant(m, known)
-        rest, _ = conjugate_gradients(self.H, left, self.preconditioner, 0.0, self.iterations)
-        return u + rest
+            rest = [a + b for a, b in zip(rest, self._filtered(noise), strict=True)]
+        u, left = self._circulant(m - self.parent.known.near, rest)
+        more, _ = conjugate_gradients(self.H, left, self.preconditioner, 0.0, self.iterations)
+        return u + more
 
     def log_growth(self) -> float:
         return self.parent.log_growth(self.K)
 
-    def _known(self, D: Tensor) -> list[Tensor]:
+    def _filtered(self, D: Tensor) -> list[Tensor]:
         """M D and H_c M D."""
         return filtered(D, self.preconditioner.M, self.preconditioner.pulled)
 
-    def _circulant(self, m: Tensor, known: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The shift if H were its circulant, u = M (D - H_c m), and what is left: (H_c - H)(m + u)."""
+    def _circulant(self, m: Tensor, D: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The shift if H were its circulant, u = M (D - H_c m), and what is left: (H_c - H)(m + u).
+
+        Args:
+            m: Means, with shape (B, C, H, W).
+            D: From `_filtered`.
+        """
         pulled, near = filtered(m, self.preconditioner.pulled, self.preconditioner.near)
-        u = known[0] - pulled
-        return u, near + known[1] - self.H(m + u)
+        u = D[0] - pulled
+        return u, near + D[1] - self.H(m + u)
 
     def mobility(self, prior_precision: Covariance, slope: Covariance) -> Mobility:
         # any fixed M leaves the target invariant; the circulant one is a filter

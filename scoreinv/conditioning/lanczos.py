@@ -18,7 +18,7 @@ def lanczos_logdet(
     operator: Callable[[Tensor], Tensor],
     shape: tuple[int, ...],
     error: float = 0.5,
-    most: int = 16,
+    most: int = 64,
 ) -> tuple[float, float]:
     """log det of a symmetric positive definite operator by Lanczos quadrature, and its standard error [nat].
 
@@ -26,11 +26,11 @@ def lanczos_logdet(
         operator: Acts on (B, *shape).
         shape: Shape of one image.
         error: Standard error at which no more probes are drawn [nat].
-        most: Batches of 64 probes at most.
+        most: Batches of 16 probes at most.
     """
     generator, values = torch.Generator().manual_seed(0), torch.zeros(0, dtype=torch.float64)
     for _ in range(most):
-        z = 2.0 * torch.randint(0, 2, (64, *shape), generator=generator).double() - 1
+        z = 2.0 * torch.randint(0, 2, (16, *shape), generator=generator).double() - 1
         values = torch.cat([values, lanczos(operator, z)])
         reached = float(values.std()) / len(values) ** 0.5
         if reached < error:
