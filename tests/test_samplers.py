@@ -10,7 +10,7 @@ from scoreinv.bench.exact import score
 from scoreinv.bench.problems import four_fields, grid_mixture, power_law_mixture
 from scoreinv.gaussian import Dense, Diagonal, Fourier
 from scoreinv.priors.base import Prior, stream
-from scoreinv.samplers.path import Island, descend_together, path_integral
+from scoreinv.samplers.path import Twisted, descend_together, path_integral
 from scoreinv.samplers.smc import (
     effective,
     in_order,
@@ -142,7 +142,7 @@ def test_a_kernel_without_covariance_is_caught(monkeypatch):
     exact, _ = exact_posterior(prior, likelihood, y)
     right = si.sample(posterior, 256, si.Anneal(3, 0), seed=3, island=256)
     assert float(whitened(right, exact).square().mean().sqrt()) == pytest.approx(1.0, abs=0.03)
-    monkeypatch.setattr(Island, "_informed", informed_mean)
+    monkeypatch.setattr(Twisted, "_informed", informed_mean)
     wrong = si.sample(posterior, 256, si.Anneal(3, 0), seed=3, island=256)
     assert abs(float(whitened(wrong, exact).square().mean().sqrt()) - 1) > 0.1
 

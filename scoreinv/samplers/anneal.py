@@ -23,7 +23,7 @@ from torch import Tensor
 from scoreinv.gaussian import Covariance, dot
 from scoreinv.kernels import noise_levels
 from scoreinv.posterior import Posterior
-from scoreinv.samplers.path import Descent, Island, Request, banded, check_counts
+from scoreinv.samplers.path import Descent, Island, Request, Twisted, banded, check_counts
 
 ACCEPTANCE = 0.6  # what the step size is steered to
 
@@ -55,7 +55,7 @@ class Anneal:
         return Annealed(posterior, self.noise_levels(posterior), n, generator, self.moves)
 
 
-class Annealed(Island):
+class Annealed(Twisted):
     """Particles that are moved at each level."""
 
     def __init__(

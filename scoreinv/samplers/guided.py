@@ -22,7 +22,7 @@ from torch import Tensor
 
 from scoreinv.kernels import noise_levels
 from scoreinv.posterior import Posterior
-from scoreinv.samplers.path import Island, Request, check_counts
+from scoreinv.samplers.path import Island, Request, Twisted, check_counts
 
 SPARSE = 4  # levels from one that is counted in the path integral to the next
 
@@ -52,7 +52,7 @@ class Guided:
         return Pulled(posterior, self.noise_levels(posterior), n, generator)
 
 
-class Pulled(Island):
+class Pulled(Twisted):
     """Particles that follow the conditioned denoiser."""
 
     def _step(self, i: int) -> Generator[Request, Tensor, int]:

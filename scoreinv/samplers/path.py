@@ -68,6 +68,7 @@ class Trace:
         log_evidence: Over that of the moments' Gaussian [nat]; without weights from the path integral.
         log_weights: Of the draws, whose mean weight is the evidence [nat]; None without weights.
         evaluations: Network evaluations per particle; the first island pays for the scouts.
+        vjps: Vector-Jacobian products of the network per particle.
     """
 
     ess: list[float] = field(default_factory=list)
@@ -76,10 +77,11 @@ class Trace:
     log_evidence: float = 0.0
     log_weights: list[float] | None = None
     evaluations: float = 0
+    vjps: float = 0
 
 
 class Island(abc.ABC):
-    """Particles that share resampling and step sizes; everything random comes from one generator.
+    """Particles that go down together; everything random comes from one generator.
 
     Args:
         posterior: The target.
@@ -90,8 +92,6 @@ class Island(abc.ABC):
 
     Attributes:
         x: Noisy images at the present level, with shape (n, C, H, W); the draws in the end.
-        denoised: What the network makes of them.
-        level: The twist there.
         passed: Reported levels left behind.
         error: Why the island failed, if it did.
     """
@@ -109,9 +109,6 @@ class Island(abc.ABC):
         self.trace, self.passed = Trace(), 0
         self.error: FloatingPointError | None = None
         self.x: Tensor
-        self.denoised: Tensor
-        self.level: Level
-        self._slopes: dict[float, float] = {}
         self._lowest: list[float] = []
         self._accepted: list[float] = []
 
@@ -120,10 +117,6 @@ class Island(abc.ABC):
 
         Where the weights collapse it stops, and `trace.collapsed_at` says where.
         """
-        # at the widest level the target is N(posterior mean, posterior covariance + sigma^2)
-        self.x = self.posterior.gaussian_draw(self.n, self.generator)
-        self.x = self.x + self.levels[0] * self._white()
-        yield from self._arrive(self.levels[0])
         yield from self._begin()
         i = 0
         while i < len(self.levels) - 1:
@@ -132,29 +125,22 @@ class Island(abc.ABC):
                 return
             if i % self.stride == 0:
                 self._record()
-        self._end()
-        self.x = self._informed()
+        yield from self._end()
         self._record()
         if not bool(torch.isfinite(self.x).all()):
             raise FloatingPointError("the draws are not finite")
 
+    @abc.abstractmethod
     def _begin(self) -> Descent:
-        """At the widest level, before the first step."""
-        yield from ()
+        """Draw the particles at the widest level."""
 
     @abc.abstractmethod
     def _step(self, i: int) -> Generator[Request, Tensor, int]:
         """From level i to a lower one; returns which."""
 
-    def _end(self) -> None:
-        """At the lowest level, before the draws: settle the evidence."""
-        self._integrate()
-        self.trace.log_evidence = path_integral(list(self._slopes), list(self._slopes.values()))
-
-    def _arrive(self, s: float, prior: Covariance | None = None) -> Descent:
-        """The twist and the network at a new level."""
-        self.level = self.posterior.level(s, prior)
-        self.denoised = yield from self._denoise(self.x, s)
+    @abc.abstractmethod
+    def _end(self) -> Descent:
+        """From the lowest level to the draws, with their evidence."""
 
     def _denoise(self, x: Tensor, s: float) -> Generator[Request, Tensor, Tensor]:
         self.trace.evaluations += 1
@@ -163,6 +149,54 @@ class Island(abc.ABC):
 
     def _white(self) -> Tensor:
         return white(self.posterior.shape, self.n, self.generator, self.posterior.dtype)
+
+    def _record(self) -> None:
+        """Close the account of the steps from one reported level to the next."""
+        self.passed += 1
+        if self._lowest:
+            self.trace.ess.append(min(self._lowest))
+        accepted = self._accepted
+        self.trace.acceptance.append(sum(accepted) / len(accepted) if accepted else math.nan)
+        self._lowest, self._accepted = [], []
+
+
+class Twisted(Island):
+    """Particles under the twist of `scoreinv.posterior`, drawn to the data at every level.
+
+    Attributes:
+        denoised: What the network makes of the particles.
+        level: The twist at the present level.
+    """
+
+    denoised: Tensor
+    level: Level
+
+    def _begin(self) -> Descent:
+        # at the widest level the target is N(posterior mean, posterior covariance + sigma^2)
+        self._slopes: dict[float, float] = {}
+        self.x = self.posterior.gaussian_draw(self.n, self.generator)
+        self.x = self.x + self.levels[0] * self._white()
+        yield from self._arrive(self.levels[0])
+        yield from self._started()
+
+    def _started(self) -> Descent:
+        """At the widest level, before the first step."""
+        yield from ()
+
+    def _end(self) -> Descent:
+        self._settle()
+        self.x = self._informed()
+        yield from ()
+
+    def _settle(self) -> None:
+        """At the lowest level, before the draws: settle the evidence."""
+        self._integrate()
+        self.trace.log_evidence = path_integral(list(self._slopes), list(self._slopes.values()))
+
+    def _arrive(self, s: float, prior: Covariance | None = None) -> Descent:
+        """The twist and the network at a new level."""
+        self.level = self.posterior.level(s, prior)
+        self.denoised = yield from self._denoise(self.x, s)
 
     def _informed(self) -> Tensor:
         """Draws of N(D, C_sigma) conditioned on the data, by perturbing both (Matheron)."""
@@ -179,15 +213,6 @@ class Island(abc.ABC):
         delta = self.denoised - self.level.expected(self.x)
         slope = 2 * float(dot(delta, self.level.shift(self.x)).mean()) / self.level.s**2
         self._slopes[self.level.s] = slope
-
-    def _record(self) -> None:
-        """Close the account of the steps from one reported level to the next."""
-        self.passed += 1
-        if self._lowest:
-            self.trace.ess.append(min(self._lowest))
-        accepted = self._accepted
-        self.trace.acceptance.append(sum(accepted) / len(accepted) if accepted else math.nan)
-        self._lowest, self._accepted = [], []
 
 
 @torch.no_grad()

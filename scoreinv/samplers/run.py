@@ -181,6 +181,7 @@ def _pool(
         acceptance=_curve([t.acceptance for t in traces], len(levels)),
         island_log_evidence=evidence,
         evaluations=sum(len(x) * trace.evaluations for x, trace, _ in islands) / n,
+        vjps=sum(len(x) * trace.vjps for x, trace, _ in islands) / n,
         seconds=max(sum(s for _, _, s in islands), time.monotonic() - began),
         meta={**provenance(posterior, sampler, seed), **meta},
         grid=grid,

@@ -23,7 +23,7 @@ from scoreinv.data.grid import Grid
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCALARS = ("log_evidence", "log_evidence_std", "evaluations", "seconds", "weights")
+SCALARS = ("log_evidence", "log_evidence_std", "evaluations", "vjps", "seconds", "weights")
 CURVES = ("levels", "ess", "acceptance", "island_log_evidence")
 IMAGES = ("data_image", "residual_image", "truth")
 
@@ -46,6 +46,7 @@ class Samples:
         island_log_evidence: log p(y) by each island.
         evaluations: Network evaluations of all particles, scouts included, per draw.
         seconds: Wall time, over all runs that made the draws.
+        vjps: Vector-Jacobian products of the network per draw, which only baselines take.
         meta: Provenance: seed, sampler, prior and hash of its weights, versions, configuration.
         grid: Sky coordinates, if known.
         data_image: The data as an image, with shape (C, H, W).
@@ -63,6 +64,7 @@ class Samples:
     island_log_evidence: Tensor
     evaluations: float
     seconds: float
+    vjps: float = 0.0
     meta: dict[str, Any] = field(default_factory=dict)
     grid: Grid | None = None
     data_image: Tensor | None = None

@@ -43,7 +43,7 @@ from scoreinv.operators.information import white
 from scoreinv.posterior import Posterior
 from scoreinv.priors.base import stream
 from scoreinv.samplers.guided import Guided
-from scoreinv.samplers.path import Descent, Island, Request, banded, check_counts
+from scoreinv.samplers.path import Descent, Island, Request, Twisted, banded, check_counts
 
 FINER = 4  # steps from one level to the next where the network brings news
 QUIET = 0.01  # news between two levels, of the denoised images or in their weights, that one step may carry [nat]
@@ -108,7 +108,7 @@ class SMC:
         return noise_levels(FINER * (self.levels - 1) + 1, *posterior.sigma_range)
 
 
-class Weighted(Island):
+class Weighted(Twisted):
     """Particles with weights."""
 
     def __init__(
@@ -129,7 +129,7 @@ class Weighted(Island):
         self._spreads: list[float] = []
         self._losses: list[float] = []
 
-    def _begin(self) -> Descent:
+    def _started(self) -> Descent:
         yield from self._weigh(self.level.expected(self.x), measure=True)
 
     def _step(self, i: int) -> Generator[Request, Tensor, int]:
@@ -195,7 +195,7 @@ class Weighted(Island):
         self.log_w.zero_()
         self.x, self.denoised = self.x[keep], self.denoised[keep]
 
-    def _end(self) -> None:
+    def _settle(self) -> None:
         weights = self.log_z + self.log_w
         self.trace.log_weights = weights.tolist()
         self.trace.log_evidence = float(torch.logsumexp(weights, 0)) - math.log(self.n)
