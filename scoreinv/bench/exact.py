@@ -1,115 +1,235 @@
 """The samplers against posteriors that are known in closed form.
 
-Scores: sliced Wasserstein distance over its noise floor (the mean distance of sets of as many exact draws; 1 is exact, and a
-single set of exact draws scatters around it by up to a half where modes are far apart), total variation of the mode
-weights, Mahalanobis radius inside the modes (1 is exact, < 1 too narrow), error of the evidence.
+Sliced Wasserstein distances are stated over their noise floor: the mean distance of sets of as many exact draws. 1 is exact,
+and a single set of exact draws scatters around it by up to a half where modes are far apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
-from scoreinv.bench.problems import MixtureProblem, four_fields, grid_mixture, power_law_mixture
-from scoreinv.priors.base import stream
-from scoreinv.samplers import sample
+from scoreinv.bench.problems import (
+    MixtureProblem,
+    four_fields,
+    gaussian_field,
+    grid_mixture,
+    power_law_mixture,
+)
+from scoreinv.bench.records import Records
+from scoreinv.bench.scores import c2st, mean_error, sliced_wasserstein, variance_ratio
+from scoreinv.samplers import SMC, Anneal, Guided, sample
+from scoreinv.samplers.baselines import (
+    DAPS,
+    DPS,
+    MMPS,
+    TDS,
+    ConvolvedLikelihood,
+    DiffPIR,
+    PiGDM,
+    PnPDM,
+)
 from scoreinv.samplers.path import Sampler
 
+LARGE = 512  # pixels from which a fifth of the draws are made
 FLOOR = 10  # sets of exact draws for the noise floor
+METHODS: dict[str, Sampler] = {
+    "SMC": SMC(),
+    "Anneal": Anneal(),
+    "Guided": Guided(),
+    "TDS": TDS(),
+    "MMPS": MMPS(),
+    "PiGDM": PiGDM(),
+    "DPS": DPS(),
+    "DiffPIR": DiffPIR(),
+    "DAPS": DAPS(),
+    "PnP-DM": PnPDM(),
+    "convolved": ConvolvedLikelihood(),
+}
 
 
 @dataclass(frozen=True)
 class Score:
-    """How far draws are from an exact posterior."""
+    """How far a sampler's draws are from an exact posterior.
 
+    Attributes:
+        key: Of the record: problem, method, seed, number of draws, island.
+        problem: Its name.
+        method: The sampler's.
+        seed: Of the problem and of the draws.
+        n: Draws.
+        wasserstein: Sliced Wasserstein distance over its floor; 1 is exact.
+        total_variation: Between the shares of the modes and their exact weights.
+        mean: Error of the mean in posterior standard deviations, over that of as many exact draws; 1 is exact.
+        seen: Variance of what the data see of an image, K H x under the prior's moments, over the exact one.
+        unseen: The same of the rest.
+        mahalanobis: Squared radius inside the modes per dimension; 1 is exact, < 1 too narrow.
+        chi: Misfit to the data over that of exact draws.
+        c2st: Accuracy of a classifier against exact draws; 0.5 is exact.
+        c2st_p: How often chance does as well.
+        distinct: Share of the draws that are not repeated.
+        evidence_error: Of log_evidence [nat].
+        evidence_std: What the sampler says of it [nat].
+        evaluations: Of the network per draw.
+        vjps: Vector-Jacobian products per draw.
+        seconds: Wall time of all draws.
+        weighted: Whether importance weights were used.
+    """
+
+    key: str
     problem: str
+    method: str
     seed: int
+    n: int
     wasserstein: float
     total_variation: float
+    mean: float
+    seen: float
+    unseen: float
     mahalanobis: float
+    chi: float
+    c2st: float
+    c2st_p: float
+    distinct: float
     evidence_error: float
     evidence_std: float
     evaluations: float
+    vjps: float
     seconds: float
     weighted: bool
 
 
-def sliced_wasserstein(x: Tensor, reference: Tensor, directions: int = 400) -> float:
-    """Root mean square of the 2-Wasserstein distances of random one-dimensional projections.
-
-    Args:
-        x: Draws, with shape (n, d).
-        reference: Exact draws, with shape (k n, d).
-    """
-    theta = torch.randn((x.shape[1], directions), generator=stream(0), dtype=torch.float64)
-    theta = theta / theta.norm(dim=0)
-    a, b = (x @ theta).sort(0).values, (reference @ theta).sort(0).values
-    b = b.reshape(len(x), -1, directions)
-    return float((a[:, None] - b).square().mean().sqrt())
-
-
-def score(problem: MixtureProblem, sampler: Sampler, n: int, seed: int) -> Score:
+def score(
+    problem: MixtureProblem, sampler: Sampler, n: int, seed: int, island: int = 16, key: str = ""
+) -> Score:
     """Run a sampler on a problem and score it."""
-    draws = sample(problem.posterior, n, sampler, seed=seed)
-    x = draws.x.flatten(1).double()
-    reference = problem.draws(4 * n, seed + 1)
+    posterior = problem.posterior
+    began = time.perf_counter()
+    draws = sample(posterior, n, sampler, seed=seed, island=island)
+    seconds = time.perf_counter() - began
+    x, reference = draws.x.flatten(1).double(), problem.draws(4 * n, seed + 1)
     floor = [sliced_wasserstein(problem.draws(n, seed + 2 + i), reference) for i in range(FLOOR)]
     radius, density = problem.radius(x)
     mode = density.argmax(1)
     share = torch.bincount(mode, minlength=len(problem.weights)) / n
+    images = lambda x: x.reshape(-1, *posterior.shape).to(posterior.dtype)
+    told = lambda x: posterior.gaussian.shift(images(0 * x)) - posterior.gaussian.shift(images(x))
+    seen, seen_exactly = told(x).flatten(1), told(reference).flatten(1)
+    chi2 = lambda x: float(posterior.likelihood.chi2(posterior.y, images(x)).mean())
+    accuracy, p = c2st(x, reference, seed)
     return Score(
-        problem.name,
-        seed,
-        sliced_wasserstein(x, reference) * FLOOR / sum(floor),
-        0.5 * float((share - problem.weights).abs().sum()),
-        float(radius.gather(1, mode[:, None]).mean()),
-        draws.log_evidence - problem.log_evidence,
-        draws.log_evidence_std,
-        draws.evaluations,
-        draws.seconds,
-        draws.weights == "used throughout",
+        key=key,
+        problem=problem.name,
+        method=type(sampler).__name__,
+        seed=seed,
+        n=n,
+        wasserstein=sliced_wasserstein(x, reference) * FLOOR / sum(floor),
+        total_variation=0.5 * float((share - problem.weights).abs().sum()),
+        mean=mean_error(x, reference) / math.sqrt(1 / n + 1 / len(reference)),
+        seen=variance_ratio(seen, seen_exactly),
+        unseen=variance_ratio(x - seen, reference - seen_exactly),
+        mahalanobis=float(radius.gather(1, mode[:, None]).mean()),
+        chi=chi2(x) / chi2(reference),
+        c2st=accuracy,
+        c2st_p=p,
+        distinct=len(x.unique(dim=0)) / n,
+        evidence_error=draws.log_evidence - problem.log_evidence,
+        evidence_std=draws.log_evidence_std,
+        evaluations=draws.evaluations,
+        vjps=draws.vjps,
+        seconds=seconds,
+        weighted=draws.weights.startswith("used throughout"),
     )
 
 
-def mixture_problems(seed: int, quick: bool = False) -> list[MixtureProblem]:
-    """The suite of one seed."""
-    grids = [(8, 1), (8, 2), (8, 4), (80, 1), (80, 2), (80, 4)]
-    fields = [(64, 4), (64, 16), (256, 128)]
+def problems(quick: bool = False) -> dict[str, Callable[[int], MixtureProblem]]:
+    """The suite: what makes each problem from a seed."""
+    grids = [(d, m) for d in (8, 80, 800) for m in (1, 2, 4)]
+    fields = [(64, 4), (64, 16), (64, 64), (256, 128)]
     if quick:
         grids, fields = [(8, 1), (80, 4)], [(64, 16)]
-    return [
-        *(grid_mixture(d, m, seed) for d, m in grids),
-        *(power_law_mixture(d, m, seed) for d, m in fields),
-        *([] if quick else [four_fields(seed)]),
-    ]
+    suite: dict[str, Callable[[int], MixtureProblem]] = {}
+    for d, m in grids:
+        suite[f"grid {d} {m}"] = partial(grid_mixture, d, m)
+    for d, m in fields:
+        suite[f"power law {d} {m}"] = partial(power_law_mixture, d, m)
+    if not quick:
+        for kind, size in (("blur", 32), ("Fourier", 32), ("mask", 32), ("blur", 64)):
+            suite[f"fields {size} {kind}"] = partial(four_fields, kind=kind, size=size)
+        for kind in ("PSF", "uv"):
+            suite[f"field 64 {kind}"] = partial(gaussian_field, kind=kind)
+    return suite
 
 
-def mixture_table(
-    sampler: Sampler, n: int, seeds: Iterable[int], quick: bool = False
-) -> list[dict]:
-    """Scores of every problem, averaged over the seeds, as rows."""
-    scores: dict[str, list[Score]] = {}
-    for seed in seeds:
-        for problem in mixture_problems(seed, quick):
-            scores.setdefault(problem.name, []).append(score(problem, sampler, n, seed))
-    return [_row(name, group) for name, group in scores.items()]
+def scores(
+    samplers: Mapping[str, Sampler],
+    n: int,
+    seeds: range,
+    island: int,
+    quick: bool = False,
+    store: Path | None = None,
+    progress: bool = False,
+) -> Iterator[list[Score]]:
+    """Scores of every sampler on every problem, one list of all seeds at a time; those in `store` are found again.
+
+    Args:
+        samplers: By what the table calls them.
+        n: Draws of small problems; a fifth of them from 512 pixels on.
+        seeds: Problems of each kind.
+        island: Particles in an island of `SMC`; all others run as one.
+        quick: A smaller suite.
+        store: File of the scores so far.
+        progress: Show a progress bar.
+    """
+    records, suite = Records(store, Score), problems(quick)
+    bar = tqdm(total=len(suite) * len(samplers) * len(seeds), disable=not progress, desc="runs")
+    with bar:
+        for name, make in suite.items():
+            made: dict[int, MixtureProblem] = {}
+            for title, sampler in samplers.items():
+                group = []
+                for seed in seeds:
+                    bar.set_postfix_str(f"{name}, {title}")
+                    key = f"{name}; {sampler}; {n}; {island}; {seed}"
+                    if key not in records:
+                        made[seed] = made.get(seed) or make(seed)
+                        count = n if math.prod(made[seed].posterior.shape) < LARGE else n // 5
+                        size = island if isinstance(sampler, SMC) else count
+                        records.add(score(made[seed], sampler, count, seed, size, key))
+                    group.append(records[key])
+                    bar.update()
+                yield group
 
 
-def _row(name: str, scores: list[Score]) -> dict[str, float | str]:
+def row(title: str, scores: list[Score]) -> dict[str, float | str]:
+    """The table's row: means over the seeds, the worst of them where it says so."""
     mean = lambda key: sum(getattr(s, key) for s in scores) / len(scores)
     return {
-        "problem": name,
-        "seeds": len(scores),
+        "problem": scores[0].problem,
+        "method": title,
         "SW / floor": mean("wasserstein"),
         "worst": max(s.wasserstein for s in scores),
         "mode TV": mean("total_variation"),
+        "mean / floor": mean("mean"),
+        "var seen": mean("seen"),
+        "unseen": mean("unseen"),
         "Mahalanobis": mean("mahalanobis"),
+        "chi": mean("chi"),
+        "C2ST": mean("c2st"),
+        "least p": min(s.c2st_p for s in scores),
+        "distinct": mean("distinct"),
         "log Z rms error": (sum(s.evidence_error**2 for s in scores) / len(scores)) ** 0.5,
         "log Z std": mean("evidence_std"),
         "evaluations": max(s.evaluations for s in scores),
+        "VJPs": max(s.vjps for s in scores),
         "seconds": mean("seconds"),
-        "weighted": mean("weighted"),
+        "seeds": len(scores),
+        "n": scores[0].n,
     }

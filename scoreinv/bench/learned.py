@@ -7,9 +7,8 @@ bands of spatial frequency, and as normal scores of the total flux.
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scoreinv.bench.problems import gaussian_psf
+from scoreinv.bench.records import Records
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise
 from scoreinv.operators import NUFFT, PSFConvolution
@@ -131,32 +131,14 @@ def calibrate(
     progress: bool = False,
 ) -> list[Outcome]:
     """Outcomes of all truths, with shape (N, C, H, W); those already in the file `store` are not run again."""
-    known = {} if store is None else _known(store)
-    outcomes = []
+    records, outcomes = Records(store, Outcome), []
     for i, truth in enumerate(tqdm(truths, disable=not progress, desc="truths")):
         y = likelihood.simulate(truth[None], 1000 * seed + i)[0]
         key = fingerprint(Posterior(prior, likelihood, y), sampler, 1000 * seed + i, n)
-        if key not in known:
-            known[key] = outcome(prior, likelihood, truth, sampler, n, 1000 * seed + i)
-            if store is not None:
-                store.parent.mkdir(parents=True, exist_ok=True)
-                with store.open("a") as f:
-                    f.write(json.dumps(asdict(known[key])) + "\n")
-        outcomes.append(known[key])
+        if key not in records:
+            records.add(outcome(prior, likelihood, truth, sampler, n, 1000 * seed + i))
+        outcomes.append(records[key])
     return outcomes
-
-
-def _known(store: Path) -> dict[str, Outcome]:
-    """Outcomes in a file, by their key; a last line that was cut off is left out."""
-    known = {}
-    for line in store.read_text().splitlines() if store.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-        known[record["key"]] = Outcome(**fields)
-    return known
 
 
 def summary(outcomes: list[Outcome], n: int) -> dict[str, float | list[float]]:

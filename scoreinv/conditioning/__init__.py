@@ -5,7 +5,7 @@ and preconditioned conjugate gradients otherwise.
 """
 
 from scoreinv.conditioning.base import Conditioned, Conditioner, Mobility
-from scoreinv.conditioning.choice import conditioner
+from scoreinv.conditioning.choice import conditioner, whitened_matrix
 from scoreinv.conditioning.commuting import CommutingConditioner
 from scoreinv.conditioning.data_space import DataSpaceConditioner
 from scoreinv.conditioning.iterative import IterativeConditioner
@@ -20,4 +20,5 @@ __all__ = [
     "Mobility",
     "conditioner",
     "lanczos_logdet",
+    "whitened_matrix",
 ]

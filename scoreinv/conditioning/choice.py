@@ -47,13 +47,13 @@ def conditioner(
     rows = math.prod(operator.data_shape) * (2 if operator.complex else 1)
     d = math.prod(operator.shape)
     if min(rows, d) <= FEW_DATA or information.nearby is None or isinstance(C, Dense):
-        B = _whitened_matrix(likelihood)
+        B = whitened_matrix(likelihood)
         flat = (torch.view_as_real(whitened) if operator.complex else whitened).reshape(-1)
         return DataSpaceConditioner(B, flat.double(), operator.shape, constant, dtype)
     return IterativeConditioner(information, D, C, constant + misfit, dtype, tolerance)
 
 
-def _whitened_matrix(likelihood: Likelihood) -> Tensor:
+def whitened_matrix(likelihood: Likelihood) -> Tensor:
     """S^-1/2 A, with shape (m, d); real and imaginary parts are rows of their own."""
     operator, whiten = likelihood.operator, likelihood.noise.whiten
     d, parts = math.prod(operator.shape), (2,) if operator.complex else ()

@@ -2,8 +2,8 @@
 
     m = D + sigma^2 J^T A^T (S + r^2 A A^T)^-1 (y - A D)
 
-with v the mean variance of the prior's pixels. Song et al., Pseudoinverse-Guided Diffusion Models for Inverse Problems
-(2023), eq. 7 with noise.
+with v the mean variance of the prior's pixels; directions that vary far more than that make it unstable. Song et al.,
+Pseudoinverse-Guided Diffusion Models for Inverse Problems (2023), eq. 7 with noise.
 """
 
 from __future__ import annotations

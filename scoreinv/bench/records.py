@@ -1,0 +1,50 @@
+"""Outcomes of long runs, kept line by line and found again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+
+class Record(Protocol):
+    """A dataclass with the key by which it is found again."""
+
+    key: str
+
+
+T = TypeVar("T", bound=Record)
+
+
+class Records(Generic[T]):
+    """Records by their key, and in a file of one JSON object a line.
+
+    Args:
+        path: The file; a last line that was cut off is left out. None keeps nothing.
+        kind: Class of the records.
+    """
+
+    def __init__(self, path: Path | None, kind: type[T]) -> None:
+        self.path, self._known = path, {}
+        for line in path.read_text().splitlines() if path is not None and path.exists() else []:
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            self._known[fields["key"]] = kind(**values)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: str) -> T:
+        return self._known[key]
+
+    def add(self, record: T) -> None:
+        """Keep a record."""
+        self._known[record.key] = record
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as f:
+                f.write(json.dumps(asdict(record)) + "\n")
