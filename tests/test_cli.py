@@ -1,6 +1,7 @@
 """The command line: what a user types, what comes back, and what a mistake ends in."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -407,6 +408,18 @@ def test_inspect(capsys, tmp_path):
     assert "visibilities (text)" in capsys.readouterr().out
     (tmp_path / "empty").write_bytes(b"")
     assert "is empty" in failure(capsys, "inspect", tmp_path / "empty")
+
+
+@pytest.mark.parametrize("methods", [["--methods", "Guided,TDS"], ["--methods=[Guided, TDS]"]])
+def test_bench(capsys, tmp_path, methods):
+    output = tmp_path / "exact.json"
+    words = ["--quick", "--n", "20", "--seeds", "1", "--smc.levels", "4", "--output", str(output)]
+    assert main(["bench", "exact", *methods, *words]) == 0
+    rows = json.loads(output.read_text())
+    assert [row["method"] for row in rows] == ["Guided", "TDS"] * 3
+    assert capsys.readouterr().out.count("SW / floor") == 3
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "methods are DPSS" in failure(capsys, "bench", "exact", "--methods", "DPSS")
 
 
 def test_priors(capsys, prior, monkeypatch):

@@ -39,6 +39,11 @@ class Key:
         """Whether the bare name on the command line means true."""
         return self.type == "bool"
 
+    @property
+    def several(self) -> bool:
+        """Whether the value is a list of any length, which the command line may join by commas."""
+        return self.type.endswith(", ...]")
+
 
 def keys(config: type, prefix: str = "") -> Iterator[Key]:
     """All keys of a configuration, each section followed by its own keys."""

@@ -50,7 +50,7 @@ def parse(config: type, arguments: Sequence[str], command: str) -> Any:
 
 
 def _spelt_out(config: type, arguments: Sequence[str]) -> list[str]:
-    """Arguments with _ for - in names, `=true` behind bare flags, and a name for a bare FILE."""
+    """Arguments with _ for - in names, `=true` behind bare flags, brackets around lists, and a name for a bare FILE."""
     known = {key.name: key for key in keys(config)}
     out = list(arguments)
     for i, word in enumerate(out):
@@ -60,11 +60,20 @@ def _spelt_out(config: type, arguments: Sequence[str]) -> list[str]:
         name = name.replace("-", "_")
         alone = not equals and (i + 1 == len(out) or out[i + 1].startswith("--"))
         flag = alone and name in known and known[name].flag
+        several = name in known and known[name].several
+        if several and equals:
+            value = _bracketed(value)
+        elif several and not alone:
+            out[i + 1] = _bracketed(out[i + 1])
         out[i] = f"--{name}=true" if flag else f"--{name}{equals}{value}"
     if out and not out[0].startswith("-"):
         first = next((name for name in ("path", "what") if name in known), "config")
         out.insert(0, f"--{first}")
     return out
+
+
+def _bracketed(value: str) -> str:
+    return value if value.startswith("[") else f"[{value}]"
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
