@@ -42,6 +42,8 @@ LARGE = 512  # pixels from which a fifth of the draws are made
 FLOOR = 10  # sets of exact draws for the noise floor
 METHODS: dict[str, Sampler] = {
     "SMC": SMC(),
+    "SMC20": SMC(20),
+    "SMC8": SMC(8),
     "Anneal": Anneal(),
     "Guided": Guided(),
     "TDS": TDS(),

@@ -1,4 +1,4 @@
-"""Error against cost: one panel a problem, one point a sampler."""
+"""Error against cost: one panel a problem, one point a sampler, a line where one ran at several numbers of levels."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from scoreinv.samplers.figure import FAINT, INK, TRUE
 
-OURS = {"SMC", "Anneal", "Guided"}
+OURS = ("SMC", "Anneal", "Guided")
 COLUMNS = 4
 BACKWARD = 2  # forward passes that a vector-Jacobian product costs
 
@@ -37,20 +38,23 @@ def error_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         _panel(ax, group)
     for ax in axes[len(groups) :]:
         ax.set_axis_off()
-    figure.supxlabel(f"network passes per draw (a vector-Jacobian product counts {BACKWARD})")
-    figure.supylabel("sliced Wasserstein distance over its floor")
+    cost = f"network passes per draw (a vector-Jacobian product counts {BACKWARD})"
+    figure.supxlabel(cost, fontsize=9, color=INK)
+    figure.supylabel("Wasserstein distance / floor", fontsize=9, color=INK)
     return figure
 
 
 def _panel(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
     ax.axhline(1.0, color=FAINT, linewidth=0.8, linestyle="--")
-    for row in rows:
-        ours = row["method"] in OURS
-        cost = row["evaluations"] + BACKWARD * row["VJPs"]
-        ax.plot(cost, row["SW / floor"], "o", color=TRUE if ours else FAINT, markersize=5)
+    by_name = lambda row: row["method"].rstrip("0123456789")
+    for name, group in itertools.groupby(rows, key=by_name):
+        points = [(r["evaluations"] + BACKWARD * r["VJPs"], r["SW / floor"]) for r in group]
+        ours = name in OURS
+        colour = TRUE if ours else FAINT
+        ax.plot(*zip(*points, strict=True), "o-", color=colour, markersize=5, linewidth=1)
         ax.annotate(
-            row["method"],
-            (cost, row["SW / floor"]),
+            name,
+            points[0],
             xytext=(4, 3),
             textcoords="offset points",
             fontsize=7,
@@ -58,5 +62,10 @@ def _panel(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
         )
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.margins(x=0.22, y=0.12)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if axis is ax.yaxis else (1,)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     ax.set_title(f"{rows[0]['problem']}, {rows[0]['n']} draws", fontsize=9, color=INK)
     ax.tick_params(labelsize=7)

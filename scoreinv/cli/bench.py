@@ -22,8 +22,8 @@ class BenchConfig:
 
     Args:
         what: "exact" (posteriors in closed form), "learned" (calibration with a trained prior) or "speed".
-        methods: Samplers of "exact": SMC, Anneal, Guided, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM,
-            convolved.
+        methods: Samplers of "exact": SMC (as in the section), SMC20 and SMC8 (of so many levels), Anneal, Guided, and the
+            baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved.
         prior: Trained prior of "learned" and "speed".
         kinds: Problems of "learned": psf, uv.
         noises: Noise of "learned", over the peak.

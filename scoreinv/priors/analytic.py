@@ -12,6 +12,8 @@ from scoreinv.gaussian import Covariance, Dense, Diagonal, Fourier, Gaussian, Sc
 from scoreinv.kernels import expectation
 from scoreinv.priors.base import Prior, stream
 
+LARGE = 1024  # pixels up to which the moments of a mixture are a full matrix; half as many for stationary components
+
 
 def _covariance(C: Covariance | float) -> Covariance:
     return C if isinstance(C, Covariance) else Scalar(float(C))
@@ -164,10 +166,10 @@ def _mixture_moments(w: Tensor, means: Tensor, covariances: Sequence[Covariance]
     d, column = math.prod(shape), w.reshape(-1, *[1] * len(shape))
     mean = (column * means).sum(0)
     together = blocks(covariances, shape)
-    if d > 1024 and isinstance(together, Diagonal):
+    if d > LARGE and isinstance(together, Diagonal):
         variance = together.variance + (means - mean).square()
         return Gaussian(mean, Diagonal((column * variance).sum(0)))
-    if d > 1024 and isinstance(together, Fourier):
+    if d > LARGE // 2 and isinstance(together, Fourier):
         spectrum = together.spectrum + torch.fft.fft2(means - mean, norm="ortho").abs().square()
         return Gaussian(mean, Fourier((column * spectrum).sum(0)))
     eye = torch.eye(d, dtype=torch.float64).reshape(d, *shape)
