@@ -419,6 +419,9 @@ def test_bench(capsys, tmp_path, methods):
     assert [row["method"] for row in rows] == ["Guided", "TDS"] * 3
     assert capsys.readouterr().out.count("SW / floor") == 3
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    page = output.with_suffix(".md").read_text()
+    assert "--methods Guided,TDS --n 20 --seeds 1 --quick true --smc.levels 4" in page
+    assert page.count("| Guided |") == page.count("| TDS |") == 3
     assert "methods are DPSS" in failure(capsys, "bench", "exact", "--methods", "DPSS")
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import scoreinv as si
 from scoreinv.bench import exact, learned, speed
+from scoreinv.bench.document import cell, document
 from scoreinv.bench.figure import error_figure
 
 TABLES = ("exact", "learned", "speed")
@@ -35,8 +36,8 @@ class BenchConfig:
         seed: First random seed.
         quick: A smaller set.
         smc: The sampler.
-        output: JSON file of the rows; the outcomes of "exact" and "learned" are kept beside it and found again. The
-            figure of "exact", error against cost, has the same name.
+        output: JSON file of the rows; the outcomes of "exact" and "learned" are kept beside it and found again. "exact"
+            also writes a figure and a page of the same name.
     """
 
     what: str
@@ -99,8 +100,25 @@ def _exact(config: BenchConfig) -> list[dict[str, Any]]:
         if len(rows) % len(samplers) == 0:
             print(table(rows[-len(samplers) :]), end="\n\n", flush=True)
     if config.output:
-        error_figure(rows).savefig(Path(config.output).with_suffix(".png"), dpi=150)
+        page, picture = (Path(config.output).with_suffix(end) for end in (".md", ".png"))
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        error_figure(rows).savefig(picture, dpi=100)
+        page.write_text(document(rows, f"scoreinv bench exact {_changed(config)}", picture.name))
     return rows
+
+
+def _changed(config: BenchConfig) -> str:
+    """What of the configuration is not its default, as words of a command."""
+    changed = {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if f.name not in ("what", "smc", "output") and getattr(config, f.name) != f.default
+    }
+    for f in fields(config.smc):
+        if getattr(config.smc, f.name) != f.default:
+            changed[f"smc.{f.name}"] = getattr(config.smc, f.name)
+    joined = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v).lower()
+    return " ".join(f"--{name} {joined(value)}" for name, value in changed.items())
 
 
 def _speed(config: BenchConfig) -> list[dict[str, Any]]:
@@ -157,18 +175,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _aligned(rows: list[dict[str, Any]]) -> str:
     heads = list(rows[0])
-    cells = [heads, *([_cell(row[h]) for h in heads] for row in rows)]
+    cells = [heads, *([cell(row[h]) for h in heads] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
     )
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(f"{v:.2f}" for v in value)
-    if not isinstance(value, float):
-        return str(value)
-    if abs(value) >= 100:
-        return f"{value:.0f}"
-    return "<1e-4" if 0 < abs(value) < 1e-4 else f"{value:.3g}"
