@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import scoreinv as si
-from scoreinv.bench.exact import Score, problems, row, score, scores
+from scoreinv.bench import exact as bench
+from scoreinv.bench.exact import Score, coverage, problems, row, score, scores
 from scoreinv.bench.figure import error_figure
 from scoreinv.bench.learned import (
     Outcome,
@@ -134,6 +135,29 @@ def test_scores_are_kept_and_found_again(tmp_path, monkeypatch):
     for one, two in zip(once, again, strict=True):
         assert row("t", one) == pytest.approx(row("t", two), nan_ok=True)
     assert "cut" not in Records(store, Score)
+
+
+def test_ranks_of_truths_and_their_negative_control(monkeypatch):
+    """100 problems: the spread of exact scores lies within 4 standard errors of 1, p above 1e-4 (false alarms: 1 in 5,000).
+
+    Draws at half their distance from the mean are found out.
+    """
+    monkeypatch.setattr(
+        bench, "problems", lambda quick: {"a": lambda seed: power_law_mixture(16, 4, seed)}
+    )
+    ranked = lambda: next(coverage({"SMC": si.SMC(6)}, 100, seed=0))[0]
+    right = ranked()
+    assert right["uniform p"] > 1e-4
+    assert abs(right["rank score sd"] - 1) < 4 * right["error"]
+    sample = bench.sample
+
+    def narrow(*arguments, **options):
+        draws = sample(*arguments, **options)
+        return draws.with_(x=draws.mean + 0.5 * (draws.x - draws.mean))
+
+    monkeypatch.setattr(bench, "sample", narrow)
+    wrong = ranked()
+    assert wrong["uniform p"] < 1e-4 and wrong["rank score sd"] > 1 + 4 * wrong["error"]
 
 
 def test_figure_of_errors_has_a_panel_for_each_problem():

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from scipy import stats
 from tqdm import tqdm
 
 from scoreinv.bench.problems import (
@@ -25,6 +26,7 @@ from scoreinv.bench.problems import (
 )
 from scoreinv.bench.records import Records
 from scoreinv.bench.scores import c2st, mean_error, sliced_wasserstein, variance_ratio
+from scoreinv.priors.base import stream
 from scoreinv.samplers import SMC, Anneal, Guided, sample
 from scoreinv.samplers.baselines import (
     DAPS,
@@ -208,6 +210,82 @@ def scores(
                     group.append(records[key])
                     bar.update()
                 yield group
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Where the truth of one problem stands among its draws.
+
+    Attributes:
+        key: Of the record.
+        rank: Share of the draws below the truth along a random direction, ties broken at random; uniform on (0, 1) for
+            exact draws.
+    """
+
+    key: str
+    rank: float
+
+
+def rank(problem: MixtureProblem, sampler: Sampler, n: int, seed: int, key: str = "") -> Rank:
+    """Sample one problem and rank its truth."""
+    draws = sample(problem.posterior, n, sampler, seed=seed, island=max(2, n), evidence=False)
+    generator = stream(seed, -4)
+    direction = torch.randn(len(problem.truth), generator=generator, dtype=torch.float64)
+    # along directions in which the prior is wide, so that small images and large ones are ranked by what shows
+    wide = problem.posterior.moments.covariance.sqrt(
+        direction.reshape(1, *problem.posterior.shape)
+    ).flatten()
+    below, at = draws.x.flatten(1).double() @ wide, problem.truth @ wide
+    ties = 1 + int((below == at).sum())
+    u = float(torch.rand(1, generator=generator, dtype=torch.float64))
+    return Rank(key, (float((below < at).sum()) + ties * u) / (n + 1))
+
+
+def coverage(
+    samplers: Mapping[str, Sampler],
+    count: int,
+    seed: int,
+    n: int = 31,
+    quick: bool = False,
+    store: Path | None = None,
+    progress: bool = False,
+) -> Iterator[list[dict[str, float | str]]]:
+    """Ranks of fresh truths among draws of their posteriors, rows of one problem at a time.
+
+    A row states the Kolmogorov-Smirnov p-value of their uniformity and the standard deviation of their normal scores, 1 for
+    exact draws, with its error: more is too narrow.
+
+    Args:
+        samplers: By what the table calls them.
+        count: Problems of each kind.
+        seed: Of the first problem.
+        n: Draws of each.
+        quick: A smaller suite.
+        store: File of the ranks so far.
+        progress: Show a progress bar.
+    """
+    records, suite = Records(store, Rank), problems(quick)
+    for name, make in suite.items():
+        ranks: dict[str, list[float]] = {title: [] for title in samplers}
+        for i in tqdm(range(seed, seed + count), disable=not progress, desc=name):
+            problem = None
+            for title, sampler in samplers.items():
+                key = f"{name}; {sampler}; {n}; {i}"
+                if key not in records:
+                    problem = problem or make(i)
+                    records.add(rank(problem, sampler, n, i, key))
+                ranks[title].append(records[key].rank)
+        yield [
+            {
+                "problem": name,
+                "method": title,
+                "truths": count,
+                "uniform p": float(stats.kstest(r, "uniform").pvalue),
+                "rank score sd": float(stats.norm.ppf(r).std(ddof=1)),
+                "error": (2 * count) ** -0.5,
+            }
+            for title, r in ranks.items()
+        ]
 
 
 def row(title: str, scores: list[Score]) -> dict[str, float | str]:

@@ -61,6 +61,7 @@ class MixtureProblem:
     Attributes:
         name: What it is.
         posterior: For the samplers.
+        truth: What the data are of, with shape (d,).
         weights: Exact posterior weights of the components, with shape (K,).
         components: What they are.
         log_evidence: Exact [nat].
@@ -68,6 +69,7 @@ class MixtureProblem:
 
     name: str
     posterior: Posterior
+    truth: Tensor
     weights: Tensor
     components: Sequence[Component]
     log_evidence: float
@@ -216,7 +218,8 @@ def _drawn(
 ) -> MixtureProblem:
     """The problem of a truth drawn from the prior, with its answer."""
     one, two = torch.randint(2**31, (2,), generator=generator).tolist()
-    y = likelihood.simulate(prior.sample(1, one), two)[0]
+    truth = prior.sample(1, one)
+    y = likelihood.simulate(truth, two)[0]
     parts = prior.components if isinstance(prior, MixturePrior) else (prior,)
     log_w = prior.log_weights if isinstance(prior, MixturePrior) else torch.zeros(1).double()
     gain = likelihood.operator.gain() if likelihood.operator.stationary else None
@@ -226,6 +229,7 @@ def _drawn(
     return MixtureProblem(
         name,
         Posterior(prior, likelihood, y),
+        truth.flatten(),
         torch.softmax(evidence, 0),
         components,
         float(torch.logsumexp(evidence, 0)),

@@ -13,8 +13,9 @@ import scoreinv as si
 from scoreinv.bench import exact, learned, speed
 from scoreinv.bench.document import cell, document
 from scoreinv.bench.figure import error_figure
+from scoreinv.samplers.path import Sampler
 
-TABLES = ("exact", "learned", "speed")
+TABLES = ("exact", "coverage", "learned", "speed")
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,14 @@ class BenchConfig:
     """What to measure; `what` decides which of the keys count.
 
     Args:
-        what: "exact" (posteriors in closed form), "learned" (calibration with a trained prior) or "speed".
-        methods: Samplers of "exact": SMC (as in the section), SMC20 and SMC8 (of so many levels), Anneal, Guided, and the
-            baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved.
+        what: "exact" (posteriors in closed form), "coverage" (truths ranked among 31 draws, on the same problems), "learned"
+            (calibration with a trained prior) or "speed".
+        methods: Samplers of "exact" and "coverage": SMC (as in the section), SMC20 and SMC8 (of so many levels), Anneal,
+            Guided, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved.
         prior: Trained prior of "learned" and "speed".
         kinds: Problems of "learned": psf, uv.
         noises: Noise of "learned", over the peak.
-        truths: Of "learned": from the prior, and as many held-out images.
+        truths: Of "learned": from the prior, and as many held-out images; of "coverage": problems of each kind.
         n: Draws of each posterior; if left out 1000 in "exact" (a fifth from 512 pixels on), 16 in "learned", 64 in "speed".
         island: Weighted particles that share resampling, in "exact".
         seeds: Problems drawn of each kind, in "exact".
@@ -36,8 +38,8 @@ class BenchConfig:
         seed: First random seed.
         quick: A smaller set.
         smc: The sampler.
-        output: JSON file of the rows; the outcomes of "exact" and "learned" are kept beside it and found again. "exact"
-            also writes a figure and a page of the same name.
+        output: JSON file of the rows; all outcomes but those of "speed" are kept beside it and found again. "exact" also
+            writes a figure and a page of the same name.
     """
 
     what: str
@@ -75,16 +77,15 @@ class BenchConfig:
 
 def bench(config: BenchConfig) -> None:
     """Measure samplers: accuracy on exact posteriors, calibration with a trained prior, speed."""
-    rows = {"exact": _exact, "learned": _learned, "speed": _speed}[config.what](config)
+    tables = {"exact": _exact, "coverage": _coverage, "learned": _learned, "speed": _speed}
+    rows = tables[config.what](config)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         Path(config.output).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def _exact(config: BenchConfig) -> list[dict[str, Any]]:
-    samplers = {name: exact.METHODS[name] for name in config.methods}
-    if "SMC" in samplers:
-        samplers["SMC"] = config.smc
+    samplers = _samplers(config)
     titles = itertools.cycle(samplers)
     rows: list[dict[str, Any]] = []
     for group in exact.scores(
@@ -93,7 +94,7 @@ def _exact(config: BenchConfig) -> list[dict[str, Any]]:
         range(config.seed, config.seed + config.seeds),
         config.island,
         config.quick,
-        Path(config.output).with_suffix(".jsonl") if config.output else None,
+        _store(config),
         sys.stderr.isatty(),
     ):
         rows.append(exact.row(next(titles), group))
@@ -105,6 +106,29 @@ def _exact(config: BenchConfig) -> list[dict[str, Any]]:
         error_figure(rows).savefig(picture, dpi=100)
         page.write_text(document(rows, f"scoreinv bench exact {_changed(config)}", picture.name))
     return rows
+
+
+def _coverage(config: BenchConfig) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for group in exact.coverage(
+        _samplers(config),
+        config.truths,
+        config.seed,
+        quick=config.quick,
+        store=_store(config),
+        progress=sys.stderr.isatty(),
+    ):
+        rows += group
+        print(table(group), end="\n\n", flush=True)
+    return rows
+
+
+def _samplers(config: BenchConfig) -> dict[str, Sampler]:
+    return {name: config.smc if name == "SMC" else exact.METHODS[name] for name in config.methods}
+
+
+def _store(config: BenchConfig) -> Path | None:
+    return Path(config.output).with_suffix(".jsonl") if config.output else None
 
 
 def _changed(config: BenchConfig) -> str:
