@@ -6,6 +6,7 @@ and a single set of exact draws scatters around it by up to a half where modes a
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
+from scoreinv.bench.peers import Azula
 from scoreinv.bench.problems import (
     MixtureProblem,
     four_fields,
@@ -41,6 +43,7 @@ from scoreinv.samplers.baselines import (
 from scoreinv.samplers.path import Sampler
 
 LARGE = 512  # pixels from which a fifth of the draws are made
+PEERS = "azula-"  # how samplers of that package are called
 FLOOR = 10  # sets of exact draws for the noise floor
 METHODS: dict[str, Sampler] = {
     "SMC": SMC(),
@@ -56,6 +59,9 @@ METHODS: dict[str, Sampler] = {
     "DAPS": DAPS(),
     "PnP-DM": PnPDM(),
     "convolved": ConvolvedLikelihood(),
+    f"{PEERS}MMPS": Azula(method="MMPS"),
+    f"{PEERS}DPS": Azula(1000, "DPS"),
+    f"{PEERS}DiffPIR": Azula(method="DiffPIR"),
 }
 
 
@@ -180,8 +186,10 @@ def scores(
     quick: bool = False,
     store: Path | None = None,
     progress: bool = False,
-) -> Iterator[list[Score]]:
-    """Scores of every sampler on every problem, one list of all seeds at a time; those in `store` are found again.
+) -> Iterator[dict[str, list[Score]]]:
+    """Scores of every sampler on one problem after another, of all seeds; those in `store` are found again.
+
+    A sampler that does not take the data of a problem is left out there.
 
     Args:
         samplers: By what the table calls them.
@@ -197,19 +205,21 @@ def scores(
     with bar:
         for name, make in suite.items():
             made: dict[int, MixtureProblem] = {}
-            for title, sampler in samplers.items():
-                group = []
-                for seed in seeds:
-                    bar.set_postfix_str(f"{name}, {title}")
-                    key = f"{name}; {sampler}; {n}; {island}; {seed}"
-                    if key not in records:
-                        made[seed] = made.get(seed) or make(seed)
-                        count = n if math.prod(made[seed].posterior.shape) < LARGE else n // 5
-                        size = island if isinstance(sampler, SMC) else count
-                        records.add(score(made[seed], sampler, count, seed, size, key))
-                    group.append(records[key])
-                    bar.update()
-                yield group
+            groups: dict[str, list[Score]] = {title: [] for title in samplers}
+            for (title, sampler), seed in itertools.product(samplers.items(), seeds):
+                bar.set_postfix_str(f"{name}, {title}")
+                key = f"{name}; {sampler}; {n}; {island}; {seed}"
+                if key not in records:
+                    made[seed] = made.get(seed) or make(seed)
+                    if isinstance(sampler, Azula) and not sampler.takes(made[seed].posterior):
+                        bar.update()
+                        continue
+                    count = n if math.prod(made[seed].posterior.shape) < LARGE else n // 5
+                    size = island if isinstance(sampler, SMC) else count
+                    records.add(score(made[seed], sampler, count, seed, size, key))
+                groups[title].append(records[key])
+                bar.update()
+            yield {title: group for title, group in groups.items() if group}
 
 
 @dataclass(frozen=True)
@@ -273,6 +283,8 @@ def coverage(
                 key = f"{name}; {sampler}; {n}; {i}"
                 if key not in records:
                     problem = problem or make(i)
+                    if isinstance(sampler, Azula) and not sampler.takes(problem.posterior):
+                        continue
                     records.add(rank(problem, sampler, n, i, key))
                 ranks[title].append(records[key].rank)
         yield [
@@ -285,6 +297,7 @@ def coverage(
                 "error": (2 * count) ** -0.5,
             }
             for title, r in ranks.items()
+            if r
         ]
 
 

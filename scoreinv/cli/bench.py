@@ -26,7 +26,8 @@ class BenchConfig:
         what: "exact" (posteriors in closed form), "coverage" (truths ranked among 31 draws, on the same problems), "learned"
             (calibration with a trained prior) or "speed".
         methods: Samplers of "exact" and "coverage": SMC (as in the section), SMC20 and SMC8 (of so many levels), Anneal,
-            Guided, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved.
+            Guided, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved; with the extra `bench`
+            azula-MMPS, azula-DPS, azula-DiffPIR, by that package's own code.
         prior: Trained prior of "learned" and "speed".
         kinds: Problems of "learned": psf, uv.
         noises: Noise of "learned", over the peak.
@@ -43,7 +44,7 @@ class BenchConfig:
     """
 
     what: str
-    methods: tuple[str, ...] = tuple(exact.METHODS)
+    methods: tuple[str, ...] = tuple(m for m in exact.METHODS if not m.startswith(exact.PEERS))
     prior: str = "galaxy64"
     kinds: tuple[str, ...] = ("psf", "uv")
     noises: tuple[float, ...] = (0.1, 0.033, 0.01)
@@ -85,11 +86,9 @@ def bench(config: BenchConfig) -> None:
 
 
 def _exact(config: BenchConfig) -> list[dict[str, Any]]:
-    samplers = _samplers(config)
-    titles = itertools.cycle(samplers)
     rows: list[dict[str, Any]] = []
     for group in exact.scores(
-        samplers,
+        _samplers(config),
         config.n or 1000,
         range(config.seed, config.seed + config.seeds),
         config.island,
@@ -97,9 +96,9 @@ def _exact(config: BenchConfig) -> list[dict[str, Any]]:
         _store(config),
         sys.stderr.isatty(),
     ):
-        rows.append(exact.row(next(titles), group))
-        if len(rows) % len(samplers) == 0:
-            print(table(rows[-len(samplers) :]), end="\n\n", flush=True)
+        new = [exact.row(title, scores) for title, scores in group.items()]
+        rows += new
+        print(table(new), end="\n\n", flush=True)
     if config.output:
         page, picture = (Path(config.output).with_suffix(end) for end in (".md", ".png"))
         picture.parent.mkdir(parents=True, exist_ok=True)
