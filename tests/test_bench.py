@@ -29,7 +29,7 @@ from scoreinv.bench.problems import (
 from scoreinv.bench.records import Records
 from scoreinv.bench.scores import c2st, mean_error, sliced_wasserstein, variance_ratio
 from scoreinv.priors.base import stream
-from scoreinv.samplers.baselines import MMPS, PiGDM
+from scoreinv.samplers.baselines import PiGDM
 
 
 @pytest.mark.parametrize("make", [grid_mixture, power_law_mixture])
@@ -141,18 +141,18 @@ def test_scores_are_kept_and_found_again(tmp_path, monkeypatch):
     assert "cut" not in Records(store, Score)
 
 
-def test_azula_agrees_with_the_same_algorithm_in_our_words():
-    """MMPS with as many iterations as data is exact for a Gaussian prior at every level, in both codes.
+def test_azula_runs_by_its_own_code():
+    """MMPS with enough iterations knows E[x_0 | x, y] of a Gaussian prior, in azula's code as in ours.
 
-    Their ancestral steps lose the same width: 256 draws of 16 pixels leave it uncertain by 1.1 %.
+    What is left is the width that ancestral steps lose (20 % here, on levels even in sigma^(1 / 7); 3 % on azula's, even in
+    log sigma) and the noise of its last level, which azula keeps. 256 draws leave a radius uncertain by 0.4 %.
     """
-    exact = power_law_mixture(16, 4, 5)
-    ours = score(exact, MMPS(60, 4), n=256, seed=0, island=256)
-    options = (("solver", "cg"), ("iterations", 4))
+    exact = gaussian_field(1, "PSF", 20)
+    options = (("solver", "cg"), ("iterations", 10))
     theirs = score(exact, Azula(60, "MMPS", options), n=256, seed=0, island=256)
-    assert theirs.mahalanobis == pytest.approx(ours.mahalanobis, abs=0.1)
-    assert theirs.evaluations == 60 and theirs.vjps == 60 * 5
-    assert theirs.wasserstein < 2 and ours.wasserstein < 2
+    assert theirs.mahalanobis == pytest.approx(1.0, abs=0.1)
+    assert theirs.chi == pytest.approx(1.0, abs=0.05)
+    assert theirs.evaluations == 60 and theirs.vjps == 60 * 11
     state = torch.random.get_rng_state()
     score(exact, Azula(5, "DPS"), n=4, seed=0, island=4)
     assert torch.equal(state, torch.random.get_rng_state())

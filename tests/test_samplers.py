@@ -97,7 +97,7 @@ def test_linear_gaussian_suite(shape, name, ratio, sampler):
     exact, evidence = exact_posterior(prior, likelihood, y)
     d = math.prod(shape)
     n = max(64, math.ceil(10_000 / d))
-    posterior = si.Posterior(prior, likelihood, y, tolerance=1e-6)
+    posterior = si.Posterior(prior, likelihood, y)
     draws = si.sample(posterior, n, sampler, seed=3, island=min(n, 512))
     w = whitened(draws, exact)
     assert float(w.square().mean().sqrt()) == pytest.approx(1.0, abs=0.03)
@@ -121,7 +121,7 @@ def test_linear_gaussian_suite_at_64x64(name, ratio):
     likelihood = si.Likelihood(A, si.GaussianNoise(std=float((ratio * power).sqrt())))
     y = likelihood.simulate(x, seed=2)[0]
     exact, _ = exact_posterior(prior, likelihood, y)
-    posterior = si.Posterior(prior, likelihood, y, tolerance=1e-5)
+    posterior = si.Posterior(prior, likelihood, y)
     draws = si.sample(posterior, 64, si.SMC(levels=2), seed=3, island=64)
     w = whitened(draws, exact)
     assert float(w.square().mean().sqrt()) == pytest.approx(1.0, abs=0.01)
