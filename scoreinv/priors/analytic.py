@@ -19,6 +19,11 @@ def _covariance(C: Covariance | float) -> Covariance:
     return C if isinstance(C, Covariance) else Scalar(float(C))
 
 
+def _levels(narrowest: float, widest: float) -> tuple[float, float]:
+    """Smallest and largest noise level: the one hides nothing, the other everything of such a prior."""
+    return max(0.1 * narrowest, 1e-6 * widest), 100 * widest
+
+
 class GaussianPrior(Prior):
     """N(mean, C): D(x, sigma) = mean + C (C + sigma^2)^-1 (x - mean).
 
@@ -47,9 +52,8 @@ class GaussianPrior(Prior):
                 f"{float(mean.min()):g} and {float(mean.max()):g} and eigenvalues between "
                 f"{float(values.min()):g} and {float(values.max()):g}"
             )
-        self.sigma_max = 100 * float(values.max()) ** 0.5
-        # exact at any level, zero included: one small level before the last step
-        self.sigma_min = 0.01 * self.sigma_max / 100
+        widest, narrowest = float(values.max()) ** 0.5, float(values.min()) ** 0.5
+        self.sigma_min, self.sigma_max = _levels(narrowest, widest)
         self.identity = {"prior": "GaussianPrior"}
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -104,7 +108,7 @@ class MixturePrior(Prior):
         self.moments = _mixture_moments(w / w.sum(), self._means, covariances)
         narrowest = float(self._covariance.eigenvalues(tuple(self._means.shape)).min()) ** 0.5
         widest = float(self.moments.covariance.eigenvalues(self.shape).max()) ** 0.5
-        self.sigma_min, self.sigma_max = max(0.1 * narrowest, 1e-6 * widest), 100 * widest
+        self.sigma_min, self.sigma_max = _levels(narrowest, widest)
         self.identity = {"prior": f"MixturePrior of {len(w)}"}
 
     def log_components(self, x: Tensor, sigma: float) -> Tensor:
