@@ -9,6 +9,7 @@ import scoreinv as si
 from scoreinv.bench import exact as bench
 from scoreinv.bench.exact import Score, coverage, problems, row, score, scores
 from scoreinv.bench.figure import error_figure
+from scoreinv.bench.increments import increments
 from scoreinv.bench.learned import (
     Outcome,
     band_power,
@@ -86,6 +87,44 @@ def test_the_two_ways_to_an_answer_agree():
         assert a.logdet == pytest.approx(b.logdet)
 
 
+@pytest.mark.parametrize("kind", ["Laplace", "Student"])
+def test_gibbs_draws_of_heavy_tails(kind):
+    """Two increments, one value seen: moments against a sum over the 24 x 24 pairs of variances.
+
+    Of 20,000 independent chains the mean is uncertain by 0.7 % of a standard deviation, the variance of heavy tails by 3 %.
+    """
+    exact = increments(kind, 2, 1, seed=3)
+    prior, B, y = exact.posterior.prior, exact.B, exact.data
+    v = torch.cartesian_prod(prior.variances, prior.variances)
+    w = torch.cartesian_prod(prior.weights, prior.weights).prod(1)
+    total = 1 + (v * B[0] ** 2).sum(1)
+    share = w * torch.exp(-0.5 * y**2 / total) / total.sqrt()
+    share = share / share.sum()
+    gain = v * B[0] / total[:, None]
+    mean = share @ (gain * y)
+    second = share @ (v - gain * v * B[0] + (gain * y) ** 2)
+    std = (second - mean**2).sqrt()
+    x = exact.draws(20_000, seed=1)
+    assert float(((x.mean(0) - mean) / std).abs().max()) < 0.04
+    torch.testing.assert_close(x.std(0), std, rtol=0.06, atol=0.0)
+
+
+def test_denoiser_of_heavy_tails_is_tweedies():
+    """D = x + s^2 d log p_s / dx, by central differences of the density."""
+    prior = increments("Student", 4, 1, seed=0).posterior.prior
+    x = torch.linspace(-3, 3, 4, dtype=torch.float64).reshape(1, 1, 1, 4)
+
+    def log_p(x):
+        total = prior.variances + 0.25
+        return (prior.weights.log() - 0.5 * (x[..., None] ** 2 / total + total.log())).logsumexp(
+            -1
+        )
+
+    slope = (log_p(x + 1e-5) - log_p(x - 1e-5)) / 2e-5
+    denoised = prior.denoise(x, torch.tensor([0.5], dtype=torch.float64))
+    torch.testing.assert_close(denoised, x + 0.25 * slope, rtol=1e-6, atol=1e-8)
+
+
 def test_two_sample_test_by_neighbours():
     """Level: 20 sets of exact draws, whose p-values are uniform, give six or more below 0.05 in 3 of 10,000 suites. Power: a
     shift by half a standard deviation in 10 of 40 dimensions is found, repeated draws do not count twice."""
@@ -144,13 +183,13 @@ def test_scores_are_kept_and_found_again(tmp_path, monkeypatch):
 def test_azula_runs_by_its_own_code():
     """MMPS with enough iterations knows E[x_0 | x, y] of a Gaussian prior, in azula's code as in ours.
 
-    What is left is the width that ancestral steps lose (20 % here, on levels even in sigma^(1 / 7); 3 % on azula's, even in
-    log sigma) and the noise of its last level, which azula keeps. 256 draws leave a radius uncertain by 0.4 %.
+    What is left is the width that ancestral steps lose, a tenth of the squared radius with 60 of them. 256 draws leave it
+    uncertain by 0.4 %.
     """
     exact = gaussian_field(1, "PSF", 20)
     options = (("solver", "cg"), ("iterations", 10))
     theirs = score(exact, Azula(60, "MMPS", options), n=256, seed=0, island=256)
-    assert theirs.mahalanobis == pytest.approx(1.0, abs=0.1)
+    assert theirs.mahalanobis == pytest.approx(0.9, abs=0.05)
     assert theirs.chi == pytest.approx(1.0, abs=0.05)
     assert theirs.evaluations == 60 and theirs.vjps == 60 * 11
     state = torch.random.get_rng_state()
@@ -201,7 +240,7 @@ def test_figure_of_errors_has_a_panel_for_each_problem():
 
 
 def test_every_problem_of_the_suite_has_a_name_of_its_own():
-    assert len(problems()) == 19 and set(problems(quick=True)) < set(problems())
+    assert len(problems()) == 21 and set(problems(quick=True)) < set(problems())
 
 
 def test_sliced_wasserstein_of_a_shift():

@@ -18,9 +18,10 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
+from scoreinv.bench.increments import increments
 from scoreinv.bench.peers import Azula
 from scoreinv.bench.problems import (
-    MixtureProblem,
+    Problem,
     four_fields,
     gaussian_field,
     grid_mixture,
@@ -117,7 +118,7 @@ class Score:
 
 
 def score(
-    problem: MixtureProblem, sampler: Sampler, n: int, seed: int, island: int = 16, key: str = ""
+    problem: Problem, sampler: Sampler, n: int, seed: int, island: int = 16, key: str = ""
 ) -> Score:
     """Run a sampler on a problem and score it."""
     posterior = problem.posterior
@@ -126,9 +127,7 @@ def score(
     seconds = time.perf_counter() - began
     x, reference = draws.x.flatten(1).double(), problem.draws(4 * n, seed + 1)
     floor = [sliced_wasserstein(problem.draws(n, seed + 2 + i), reference) for i in range(FLOOR)]
-    radius, density = problem.radius(x)
-    mode = density.argmax(1)
-    share = torch.bincount(mode, minlength=len(problem.weights)) / n
+    variation, radius = problem.inside(x)
     images = lambda x: x.reshape(-1, *posterior.shape).to(posterior.dtype)
     told = lambda x: posterior.gaussian.shift(images(0 * x)) - posterior.gaussian.shift(images(x))
     seen, seen_exactly = told(x).flatten(1), told(reference).flatten(1)
@@ -141,11 +140,11 @@ def score(
         seed=seed,
         n=n,
         wasserstein=sliced_wasserstein(x, reference) * FLOOR / sum(floor),
-        total_variation=0.5 * float((share - problem.weights).abs().sum()),
+        total_variation=variation,
         mean=mean_error(x, reference) / math.sqrt(1 / n + 1 / len(reference)),
         seen=variance_ratio(seen, seen_exactly),
         unseen=variance_ratio(x - seen, reference - seen_exactly),
-        mahalanobis=float(radius.gather(1, mode[:, None]).mean()),
+        mahalanobis=radius,
         chi=chi2(x) / chi2(reference),
         c2st=accuracy,
         c2st_p=p,
@@ -159,18 +158,20 @@ def score(
     )
 
 
-def problems(quick: bool = False) -> dict[str, Callable[[int], MixtureProblem]]:
+def problems(quick: bool = False) -> dict[str, Callable[[int], Problem]]:
     """The suite: what makes each problem from a seed."""
     grids = [(d, m) for d in (8, 80, 800) for m in (1, 2, 4)]
     fields = [(64, 4), (64, 16), (64, 64), (256, 128)]
     if quick:
         grids, fields = [(8, 1), (80, 4)], [(64, 16)]
-    suite: dict[str, Callable[[int], MixtureProblem]] = {}
+    suite: dict[str, Callable[[int], Problem]] = {}
     for d, m in grids:
         suite[f"grid {d} {m}"] = partial(grid_mixture, d, m)
     for d, m in fields:
         suite[f"power law {d} {m}"] = partial(power_law_mixture, d, m)
     if not quick:
+        for kind in ("Laplace", "Student"):
+            suite[f"{kind} 64 16"] = partial(increments, kind, 64, 16)
         for kind, size in (("blur", 32), ("Fourier", 32), ("mask", 32), ("blur", 64)):
             suite[f"fields {size} {kind}"] = partial(four_fields, kind=kind, size=size)
         for kind in ("PSF", "uv"):
@@ -204,7 +205,7 @@ def scores(
     bar = tqdm(total=len(suite) * len(samplers) * len(seeds), disable=not progress, desc="runs")
     with bar:
         for name, make in suite.items():
-            made: dict[int, MixtureProblem] = {}
+            made: dict[int, Problem] = {}
             groups: dict[str, list[Score]] = {title: [] for title in samplers}
             for (title, sampler), seed in itertools.product(samplers.items(), seeds):
                 bar.set_postfix_str(f"{name}, {title}")
@@ -236,7 +237,7 @@ class Rank:
     rank: float
 
 
-def rank(problem: MixtureProblem, sampler: Sampler, n: int, seed: int, key: str = "") -> Rank:
+def rank(problem: Problem, sampler: Sampler, n: int, seed: int, key: str = "") -> Rank:
     """Sample one problem and rank its truth."""
     draws = sample(problem.posterior, n, sampler, seed=seed, island=max(2, n), evidence=False)
     generator = stream(seed, -4)

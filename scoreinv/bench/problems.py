@@ -11,6 +11,7 @@ modes is the one of Cardoso et al., Monte Carlo Guided Denoising Diffusion Model
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,32 @@ from scoreinv.simulators.arrays import alma_track
 
 
 @dataclass(frozen=True)
+class Problem(abc.ABC):
+    """A posterior of which exact draws are known.
+
+    Attributes:
+        name: What it is.
+        posterior: For the samplers.
+        truth: What the data are of, with shape (d,).
+        log_evidence: Exact [nat]; nan where it is not known.
+    """
+
+    name: str
+    posterior: Posterior
+    truth: Tensor
+    log_evidence: float
+
+    @abc.abstractmethod
+    def draws(self, n: int, seed: int) -> Tensor:
+        """Exact posterior draws, with shape (n, d)."""
+
+    @abc.abstractmethod
+    def inside(self, x: Tensor) -> tuple[float, float]:
+        """Total variation between shares and weights of the modes, and squared radius inside them per dimension (1: exact);
+        nan where there are none."""
+
+
+@dataclass(frozen=True)
 class Component:
     """One Gaussian of an exact posterior.
 
@@ -55,24 +82,16 @@ class Component:
 
 
 @dataclass(frozen=True)
-class MixtureProblem:
+class MixtureProblem(Problem):
     """A posterior that is a Gaussian mixture, with its exact answer.
 
     Attributes:
-        name: What it is.
-        posterior: For the samplers.
-        truth: What the data are of, with shape (d,).
         weights: Exact posterior weights of the components, with shape (K,).
         components: What they are.
-        log_evidence: Exact [nat].
     """
 
-    name: str
-    posterior: Posterior
-    truth: Tensor
     weights: Tensor
     components: Sequence[Component]
-    log_evidence: float
 
     def draws(self, n: int, seed: int) -> Tensor:
         """Exact posterior draws, with shape (n, d)."""
@@ -91,6 +110,13 @@ class MixtureProblem:
         )
         logdet = torch.tensor([c.logdet for c in self.components], dtype=torch.float64)
         return squared / x.shape[1], self.weights.log() - 0.5 * (squared + logdet)
+
+    def inside(self, x: Tensor) -> tuple[float, float]:
+        radius, density = self.radius(x)
+        mode = density.argmax(1)
+        share = torch.bincount(mode, minlength=len(self.weights)) / len(x)
+        variation = 0.5 * float((share - self.weights).abs().sum())
+        return variation, float(radius.gather(1, mode[:, None]).mean())
 
 
 # ---------------------------------------------------------------- problems
@@ -230,9 +256,9 @@ def _drawn(
         name,
         Posterior(prior, likelihood, y),
         truth.flatten(),
+        float(torch.logsumexp(evidence, 0)),
         torch.softmax(evidence, 0),
         components,
-        float(torch.logsumexp(evidence, 0)),
     )
 
 
