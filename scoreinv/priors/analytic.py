@@ -21,7 +21,7 @@ def _covariance(C: Covariance | float) -> Covariance:
 
 def _levels(narrowest: float, widest: float) -> tuple[float, float]:
     """Smallest and largest noise level: the one hides nothing, the other everything of such a prior."""
-    return max(0.1 * narrowest, 1e-6 * widest), 100 * widest
+    return max(min(0.1 * narrowest, 0.01 * widest), 1e-6 * widest), 100 * widest
 
 
 class GaussianPrior(Prior):
