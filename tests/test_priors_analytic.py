@@ -286,3 +286,11 @@ def test_wrong_shapes_are_refused(prior):
         ValueError, match=r"images have shape \(3, 2, 4, 6\), expected \(B, 2, 4, 5\)"
     ):
         prior.denoise(x, at(x, 1.0))
+
+
+def test_levels_heed_only_directions_that_vary():
+    """A prior that knows the sky's mean level has the levels of one that does not."""
+    spectrum = torch.ones(8, 8, dtype=torch.float64)
+    spectrum[0, 0] = 0.0
+    flat = GaussianPrior(torch.zeros(1, 8, 8), Fourier(spectrum))
+    assert (flat.sigma_min, flat.sigma_max) == pytest.approx((0.01, 100.0))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from scipy import stats
+from torch import Tensor
 from tqdm import tqdm
 
 from scoreinv.bench.increments import increments
@@ -117,35 +118,62 @@ class Score:
     weighted: bool
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Exact draws to compare as many samplers with as there are.
+
+    Attributes:
+        x: The draws, with shape (4 n, d).
+        floor: Mean distance of sets of n exact draws from them.
+    """
+
+    x: Tensor
+    floor: float
+
+
+def reference(problem: Problem, n: int, seed: int) -> Reference:
+    """Exact draws for n draws of a sampler."""
+    x = problem.draws(4 * n, seed + 1)
+    sets = [problem.draws(n, seed + 2 + i) for i in range(FLOOR)]
+    return Reference(x, sum(sliced_wasserstein(a, x) for a in sets) / FLOOR)
+
+
 def score(
-    problem: Problem, sampler: Sampler, n: int, seed: int, island: int = 16, key: str = ""
+    problem: Problem,
+    sampler: Sampler,
+    n: int,
+    seed: int,
+    island: int = 16,
+    key: str = "",
+    against: Reference | None = None,
 ) -> Score:
-    """Run a sampler on a problem and score it."""
+    """Run a sampler on a problem and score it against exact draws, which are made if not given."""
+    against = against or reference(problem, n, seed)
     posterior = problem.posterior
     began = time.perf_counter()
     draws = sample(posterior, n, sampler, seed=seed, island=island)
     seconds = time.perf_counter() - began
-    x, reference = draws.x.flatten(1).double(), problem.draws(4 * n, seed + 1)
-    floor = [sliced_wasserstein(problem.draws(n, seed + 2 + i), reference) for i in range(FLOOR)]
+    x, exact = draws.x.flatten(1).double(), against.x
     variation, radius = problem.inside(x)
     images = lambda x: x.reshape(-1, *posterior.shape).to(posterior.dtype)
-    told = lambda x: posterior.gaussian.shift(images(0 * x)) - posterior.gaussian.shift(images(x))
-    seen, seen_exactly = told(x).flatten(1), told(reference).flatten(1)
+    shift = posterior.gaussian.shift
+    of_data = shift(images(0 * x[:1]))
+    seen, seen_exactly = ((of_data - shift(images(a))).flatten(1) for a in (x, exact))
     chi2 = lambda x: float(posterior.likelihood.chi2(posterior.y, images(x)).mean())
-    accuracy, p = c2st(x, reference, seed)
+    accuracy, p = c2st(x, exact, seed)
     return Score(
         key=key,
         problem=problem.name,
         method=type(sampler).__name__,
         seed=seed,
         n=n,
-        wasserstein=sliced_wasserstein(x, reference) * FLOOR / sum(floor),
+        wasserstein=sliced_wasserstein(x, exact) / against.floor,
         total_variation=variation,
-        mean=mean_error(x, reference) / math.sqrt(1 / n + 1 / len(reference)),
+        mean=mean_error(x, exact) / math.sqrt(1 / n + 1 / len(exact)),
         seen=variance_ratio(seen, seen_exactly),
-        unseen=variance_ratio(x - seen, reference - seen_exactly),
+        unseen=variance_ratio(x - seen, exact - seen_exactly),
         mahalanobis=radius,
-        chi=chi2(x) / chi2(reference),
+        chi=chi2(x) / chi2(exact),
         c2st=accuracy,
         c2st_p=p,
         distinct=len(x.unique(dim=0)) / n,
@@ -205,19 +233,23 @@ def scores(
     bar = tqdm(total=len(suite) * len(samplers) * len(seeds), disable=not progress, desc="runs")
     with bar:
         for name, make in suite.items():
-            made: dict[int, Problem] = {}
+            made: dict[int, tuple[Problem, Reference]] = {}
             groups: dict[str, list[Score]] = {title: [] for title in samplers}
             for (title, sampler), seed in itertools.product(samplers.items(), seeds):
                 bar.set_postfix_str(f"{name}, {title}")
                 key = f"{name}; {sampler}; {n}; {island}; {seed}"
                 if key not in records:
-                    made[seed] = made.get(seed) or make(seed)
-                    if isinstance(sampler, Azula) and not sampler.takes(made[seed].posterior):
+                    if seed not in made:
+                        problem = make(seed)
+                        count = n if math.prod(problem.posterior.shape) < LARGE else n // 5
+                        made[seed] = problem, reference(problem, count, seed)
+                    problem, against = made[seed]
+                    if isinstance(sampler, Azula) and not sampler.takes(problem.posterior):
                         bar.update()
                         continue
-                    count = n if math.prod(made[seed].posterior.shape) < LARGE else n // 5
+                    count = len(against.x) // 4
                     size = island if isinstance(sampler, SMC) else count
-                    records.add(score(made[seed], sampler, count, seed, size, key))
+                    records.add(score(problem, sampler, count, seed, size, key, against))
                 groups[title].append(records[key])
                 bar.update()
             yield {title: group for title, group in groups.items() if group}

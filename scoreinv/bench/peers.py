@@ -80,7 +80,9 @@ class Foreign(Island):
     def _step(self, i: int) -> Generator[Request, Tensor, int]:
         posterior, operator = self.posterior, self.posterior.likelihood.operator
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=self.generator)))
+            # particles live on the CPU; torch.manual_seed would set the streams of GPUs too, which are not put back
+            seed = int(torch.randint(2**31, (1,), generator=self.generator))
+            torch.default_generator.manual_seed(seed)
             variance = posterior.likelihood.noise.covariance.eigenvalues(operator.data_shape)
             sampler = MAKERS[self.options.method](
                 _denoiser(posterior, self.trace),

@@ -19,9 +19,10 @@ def _covariance(C: Covariance | float) -> Covariance:
     return C if isinstance(C, Covariance) else Scalar(float(C))
 
 
-def _levels(narrowest: float, widest: float) -> tuple[float, float]:
-    """Smallest and largest noise level: the one hides nothing, the other everything of such a prior."""
-    return max(min(0.1 * narrowest, 0.01 * widest), 1e-6 * widest), 100 * widest
+def _levels(variances: Tensor, widest: float) -> tuple[float, float]:
+    """Smallest and largest noise level: the one hides no direction that varies, the other all of them."""
+    narrowest = float(variances[variances >= 1e-12 * variances.max()].min()) ** 0.5
+    return min(0.1 * narrowest, 0.01 * widest), 100 * widest
 
 
 class GaussianPrior(Prior):
@@ -52,8 +53,7 @@ class GaussianPrior(Prior):
                 f"{float(mean.min()):g} and {float(mean.max()):g} and eigenvalues between "
                 f"{float(values.min()):g} and {float(values.max()):g}"
             )
-        widest, narrowest = float(values.max()) ** 0.5, float(values.min()) ** 0.5
-        self.sigma_min, self.sigma_max = _levels(narrowest, widest)
+        self.sigma_min, self.sigma_max = _levels(values, float(values.max()) ** 0.5)
         self.identity = {"prior": "GaussianPrior"}
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -106,9 +106,9 @@ class MixturePrior(Prior):
         self._covariance = blocks(covariances, self.shape)
         self._levels: dict[float, tuple[Covariance, Tensor]] = {}
         self.moments = _mixture_moments(w / w.sum(), self._means, covariances)
-        narrowest = float(self._covariance.eigenvalues(tuple(self._means.shape)).min()) ** 0.5
+        variances = self._covariance.eigenvalues(tuple(self._means.shape))
         widest = float(self.moments.covariance.eigenvalues(self.shape).max()) ** 0.5
-        self.sigma_min, self.sigma_max = _levels(narrowest, widest)
+        self.sigma_min, self.sigma_max = _levels(variances, widest)
         self.identity = {"prior": f"MixturePrior of {len(w)}"}
 
     def log_components(self, x: Tensor, sigma: float) -> Tensor:
