@@ -115,6 +115,14 @@ class Diagonal(Covariance):
     def eigenvalues(self, shape: tuple[int, ...]) -> Tensor:
         return self.variance.expand(shape).reshape(-1).double()
 
+    def coordinates(self, x: Tensor) -> Tensor:
+        """Orthonormal coordinates in which the covariance is diagonal, in the order of its eigenvalues: the pixels."""
+        return x
+
+    def image(self, q: Tensor) -> Tensor:
+        """The image with these coordinates."""
+        return q
+
 
 @dataclass(frozen=True)
 class Fourier(Covariance):
@@ -167,6 +175,19 @@ class Fourier(Covariance):
 
     def eigenvalues(self, shape: tuple[int, ...]) -> Tensor:
         return self.spectrum.expand(shape).reshape(-1).double()
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """Orthonormal coordinates in which the covariance is diagonal, in the order of its eigenvalues.
+
+        The Hartley transform, which is real and its own inverse. Hartley, A More Symmetrical Fourier Analysis Applied to
+        Transmission Problems (1942).
+        """
+        f = torch.fft.fft2(x, norm="ortho")
+        return f.real - f.imag
+
+    def image(self, q: Tensor) -> Tensor:
+        """The image with these coordinates."""
+        return self.coordinates(q)
 
 
 class LowRank(Covariance):

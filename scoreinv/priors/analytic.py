@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,36 +104,16 @@ class MixturePrior(Prior):
         self.log_weights, self.components = (w / w.sum()).log(), tuple(components)
         self.shape = components[0].shape
         covariances = [c.moments.covariance for c in components]
-        self._means = torch.stack([c.moments.mean for c in components])
-        self._covariance = blocks(covariances, self.shape)
-        self._levels: dict[float, tuple[Covariance, Tensor]] = {}
-        self.moments = _mixture_moments(w / w.sum(), self._means, covariances)
-        variances = self._covariance.eigenvalues(tuple(self._means.shape))
+        means = torch.stack([c.moments.mean for c in components])
+        self._terms = terms(self.log_weights, means, blocks(covariances, self.shape))
+        self.moments = _mixture_moments(w / w.sum(), means, covariances)
         widest = float(self.moments.covariance.eigenvalues(self.shape).max()) ** 0.5
-        self.sigma_min, self.sigma_max = _levels(variances, widest)
+        self.sigma_min, self.sigma_max = _levels(self._terms.variances, widest)
         self.identity = {"prior": f"MixturePrior of {len(w)}"}
 
     def log_components(self, x: Tensor, sigma: float) -> Tensor:
         """log w_k N(x; mu_k, C_k + sigma^2), with shape (B, K)."""
-        return self._components(x, sigma)[0]
-
-    def _components(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """log_components, and (C_k + sigma^2)^-1 (x - mu_k) with shape (B, K, C, H, W)."""
-        precision, peak = self._level(sigma)
-        r = x.double()[:, None] - self._means
-        z = precision.apply(r)
-        return peak - 0.5 * (r * z).flatten(2).sum(2), z
-
-    def _level(self, sigma: float) -> tuple[Covariance, Tensor]:
-        """(C_k + sigma^2)^-1 of all components, and log w_k N(0; 0, C_k + sigma^2)."""
-        if sigma not in self._levels:
-            if len(self._levels) == 256:  # samplers return to few levels, training to none
-                self._levels.clear()
-            C = self._covariance.map(lambda v: v + sigma**2)
-            values = C.eigenvalues(tuple(self._means.shape)).reshape(len(self._means), -1)
-            peak = self.log_weights - 0.5 * (2 * math.pi * values).log().sum(1)
-            self._levels[sigma] = C.map(torch.reciprocal), peak
-        return self._levels[sigma]
+        return self._terms.at(x.double(), sigma)[0]
 
     def log_prob(self, x: Tensor, sigma: float = 0.0) -> Tensor:
         """log p_sigma(x), with shape (B,)."""
@@ -142,9 +124,8 @@ class MixturePrior(Prior):
         out = torch.empty_like(x)
         for s in sigma.unique():
             at = sigma == s
-            log_components, z = self._components(x[at], float(s))
-            share = torch.softmax(log_components, dim=1)
-            score = -torch.einsum("bk,bk...->b...", share, z)
+            log_components, pull = self._terms.at(x[at].double(), float(s))
+            score = pull(torch.softmax(log_components, dim=1))
             out[at] = x[at] + (float(s) ** 2 * score).to(x.dtype)
         return out
 
@@ -158,6 +139,99 @@ class MixturePrior(Prior):
             moments, here = self.components[i].moments, k == i
             x[here] = moments.sample(int(here.sum()), stream(seed, 1, i))
         return x
+
+
+Pull = Callable[[Tensor], Tensor]
+
+
+class Terms(abc.ABC):
+    """The components of a mixture, at any noise level.
+
+    Attributes:
+        variances: Eigenvalues of all covariances.
+    """
+
+    variances: Tensor
+
+    def __init__(self) -> None:
+        self._levels: dict[float, Any] = {}
+
+    def at(self, x: Tensor, sigma: float) -> tuple[Tensor, Pull]:
+        """log w_k N(x; mu_k, C_k + sigma^2), with shape (B, K), and what makes a score of shares with shape (B, K)."""
+        if sigma not in self._levels:
+            if len(self._levels) == 256:  # samplers return to few levels, training to none
+                self._levels.clear()
+            self._levels[sigma] = self._prepare(sigma)
+        return self._evaluate(x, self._levels[sigma])
+
+    @abc.abstractmethod
+    def _prepare(self, sigma: float) -> Any:
+        """What all images at this level share."""
+
+    @abc.abstractmethod
+    def _evaluate(self, x: Tensor, level: Any) -> tuple[Tensor, Pull]:
+        """The answer of `at`."""
+
+
+class SharedBasis(Terms):
+    """Components whose covariances are diagonal in one basis: four matrix products, whatever their number.
+
+    With coordinates q of x, precisions P and b = P mu, all (K, d), the log-densities are -q^2 P / 2 + q b up to constants
+    and the score of shares w is w b - (w P) q.
+    """
+
+    def __init__(self, log_weights: Tensor, means: Tensor, C: Diagonal | Fourier) -> None:
+        super().__init__()
+        self.C, self.log_weights, self.shape = C, log_weights, tuple(means.shape[1:])
+        # about their middle, where the squares do not cancel
+        self.middle = means.mean(0)
+        self.mu = C.coordinates(means - self.middle).flatten(1)
+        self.variances = C.eigenvalues(tuple(means.shape)).reshape(len(means), -1)
+
+    def _prepare(self, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
+        total = self.variances + sigma**2
+        P, b = 1 / total, self.mu / total
+        misfit = (b * self.mu).sum(1) + (2 * math.pi * total).log().sum(1)
+        return P, b, self.log_weights - 0.5 * misfit
+
+    def _evaluate(self, x: Tensor, level: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Pull]:
+        P, b, constant = level
+        q = self.C.coordinates(x - self.middle).flatten(1)
+
+        def pull(share: Tensor) -> Tensor:
+            return self.C.image((share @ b - (share @ P) * q).reshape(x.shape))
+
+        return constant - 0.5 * (q.square() @ P.T) + q @ b.T, pull
+
+
+class SeparateBases(Terms):
+    """Components with a basis each."""
+
+    def __init__(self, log_weights: Tensor, means: Tensor, C: Covariance) -> None:
+        super().__init__()
+        self.C, self.log_weights, self.means = C, log_weights, means
+        self.variances = C.eigenvalues(tuple(means.shape)).reshape(len(means), -1)
+
+    def _prepare(self, sigma: float) -> tuple[Covariance, Tensor]:
+        peak = (2 * math.pi * (self.variances + sigma**2)).log().sum(1)
+        return self.C.map(lambda v: 1 / (v + sigma**2)), self.log_weights - 0.5 * peak
+
+    def _evaluate(self, x: Tensor, level: tuple[Covariance, Tensor]) -> tuple[Tensor, Pull]:
+        precision, peak = level
+        r = x[:, None] - self.means
+        z = precision.apply(r)
+
+        def pull(share: Tensor) -> Tensor:
+            return -torch.einsum("bk,bk...->b...", share, z)
+
+        return peak - 0.5 * (r * z).flatten(2).sum(2), pull
+
+
+def terms(log_weights: Tensor, means: Tensor, C: Covariance) -> Terms:
+    """The components N(mu_k, C_k) with weights w_k, means with shape (K, C, H, W) and covariances from `blocks`."""
+    if isinstance(C, Diagonal | Fourier):
+        return SharedBasis(log_weights, means, C)
+    return SeparateBases(log_weights, means, C)
 
 
 def _mixture_moments(w: Tensor, means: Tensor, covariances: Sequence[Covariance]) -> Gaussian:
