@@ -1,10 +1,18 @@
-"""scoreinv: posterior images that are calibrated, from score-based priors and any linear measurement."""
+"""scoreinv: posterior images that are calibrated, from score-based priors and any measurement."""
 
 from scoreinv import diagnostics, gaussian, simulators
 from scoreinv.data import Cutout, Grid, Visibilities, inspect, read_cutout, read_visibilities
 from scoreinv.likelihood import Likelihood
-from scoreinv.noise import GaussianNoise
-from scoreinv.operators import NUFFT, DenseOperator, Identity, LinearOperator, Mask, PSFConvolution
+from scoreinv.noise import GaussianNoise, PoissonNoise, StudentNoise
+from scoreinv.operators import (
+    NUFFT,
+    Amplitude,
+    DenseOperator,
+    Identity,
+    LinearOperator,
+    Mask,
+    PSFConvolution,
+)
 from scoreinv.posterior import Posterior, amplitude_by_evidence
 from scoreinv.priors import (
     GaussianPrior,
@@ -19,6 +27,7 @@ from scoreinv.samplers import SMC, Anneal, Guided, Samples, read_samples, sample
 __all__ = [
     "NUFFT",
     "SMC",
+    "Amplitude",
     "Anneal",
     "Cutout",
     "DenseOperator",
@@ -32,10 +41,12 @@ __all__ = [
     "Mask",
     "MixturePrior",
     "PSFConvolution",
+    "PoissonNoise",
     "Posterior",
     "Prior",
     "Samples",
     "ScorePrior",
+    "StudentNoise",
     "Visibilities",
     "amplitude_by_evidence",
     "diagnostics",

@@ -1,41 +1,62 @@
-"""The likelihood p(y | x) of a linear measurement, y = A x + noise.
+"""The likelihood p(y | x) of a measurement, y = A x + noise.
 
-It simulates and it evaluates, and holds no data.
+It simulates and it evaluates, and holds no data. Samplers condition Gaussians on data, which linear operators and Gaussian
+noise allow in closed form; of any other likelihood they take the nearest such one to go by, and correct for the rest with
+the true one (`scoreinv.posterior`).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from scoreinv.noise.gaussian import GaussianNoise
-from scoreinv.operators.base import LinearOperator
+from scoreinv.gaussian import Covariance
+from scoreinv.noise import GaussianNoise, Noise
+from scoreinv.operators import Amplitude, LinearOperator
+from scoreinv.operators.information import white
+
+PROBES = 256  # draws that measure how a Gaussian error of an image shows in amplitudes
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """y = A x + n.
+    """p(y | x).
 
     Args:
         operator: A.
-        noise: Distribution of n.
+        noise: What separates y from A x.
 
     Raises:
         ValueError: The noise does not fit the operator's data.
     """
 
-    operator: LinearOperator
-    noise: GaussianNoise
+    operator: LinearOperator | Amplitude
+    noise: Noise
 
     def __post_init__(self) -> None:
         self.noise.check(self.operator.data_shape, self.operator.complex)
+        if not self.linear and not isinstance(self.noise, GaussianNoise):
+            raise ValueError(
+                f"noise of amplitudes is a {type(self.noise).__name__}, expected GaussianNoise"
+            )
+
+    @property
+    def linear(self) -> bool:
+        """Whether A is a linear operator."""
+        return isinstance(self.operator, LinearOperator)
+
+    @property
+    def gaussian(self) -> bool:
+        """Whether Gaussians can be conditioned on the data in closed form."""
+        return self.linear and isinstance(self.noise, GaussianNoise)
 
     def simulate(self, x: Tensor, seed: int) -> Tensor:
         """Data of each image, with shape (B, *data), for x with shape (B, C, H, W)."""
-        clean = self.operator(x)
-        return clean + self.noise.sample(clean, torch.Generator().manual_seed(seed))
+        return self.noise.observe(self.operator(x), torch.Generator().manual_seed(seed))
 
     def log_prob(self, y: Tensor, x: Tensor) -> Tensor:
         """log p(y | x), with shape (B,), in float64.
@@ -44,29 +65,78 @@ class Likelihood:
             y: Data, with shape (*data) or (B, *data).
             x: Images, with shape (B, C, H, W).
         """
-        return self.noise.log_prob(self.residual(y, x))
+        return self.noise.log_density(*self._pair(y, x))
 
     def chi2(self, y: Tensor, x: Tensor) -> Tensor:
-        """(y - A x)^T S^-1 (y - A x), with shape (B,), in float64."""
-        return self.noise.chi2(self.residual(y, x))
+        """Squared residuals over their variance, (y - A x)^T S^-1 (y - A x), with shape (B,), in float64."""
+        return self.noise.misfit(*self._pair(y, x))
 
     def residual(self, y: Tensor, x: Tensor) -> Tensor:
         """y - A x, with shape (B, *data), in float64."""
+        y, clean = self._pair(y, x)
+        return y - clean
+
+    def projection(self, y: Tensor) -> Tensor:
+        """D = A^T S^-1 y, with shape (C, H, W), in float64, for y with shape (*data); linear and Gaussian only."""
+        wide = torch.complex128 if self.operator.complex else torch.float64
+        return self.operator.transpose(self.noise.weigh(y[None].to(wide)))[0]
+
+    def nearby(self, y: Tensor, x: Tensor) -> tuple[Likelihood, Tensor]:
+        """The linear Gaussian likelihood that looks like this one for such images, and its data.
+
+        Of amplitudes it knows nothing: any phase would be a guess.
+
+        Args:
+            y: Data, with shape (*data).
+            x: What the image may be, with shape (B, C, H, W).
+        """
+        if self.gaussian:
+            return self, y
+        if not self.linear:
+            nothing = GaussianNoise(variance=torch.full(self.operator.data_shape, math.inf))
+            inner = self.operator.inner
+            return Likelihood(inner, nothing), torch.zeros(y.shape, dtype=torch.complex128)
+        noise, data = self.noise.nearby(y, self.operator(x.double()))
+        return Likelihood(self.operator, noise), data
+
+    def log_prob_about(self, y: Tensor, x: Tensor, error: Covariance) -> Tensor:
+        """log p(y | x_0), with shape (B,), where x_0 is known to be x up to a Gaussian error.
+
+        Amplitudes are told apart only as far as the error allows; of data that are linear in x, for which others allow for
+        it, it is `log_prob`.
+
+        Args:
+            y: Data, with shape (*data).
+            x: Images, with shape (B, C, H, W).
+            error: Covariance of the error.
+        """
+        if self.linear:
+            return self.log_prob(y, x)
+        clean, variance = self.operator.blurred(x.double(), error.sqrt(self._probes))
+        total = self.noise.covariance.eigenvalues(y.shape).reshape(y.shape) + variance
+        square = (y - clean).square() / total + (2 * math.pi * total).log()
+        return -0.5 * square.flatten(1).sum(1)
+
+    @cached_property
+    def _probes(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return white(self.operator.shape, PROBES, generator, torch.float64)
+
+    def _pair(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The data and what they would be without noise, in float64."""
         clean = self.operator(x.double())
         if y.shape not in (clean.shape, clean.shape[1:]):
             raise ValueError(
                 f"data have shape {tuple(y.shape)}, expected {tuple(clean.shape[1:])}, "
                 f"or {tuple(clean.shape)} with data of its own for each image"
             )
-        return y - clean
-
-    def projection(self, y: Tensor) -> Tensor:
-        """D = A^T S^-1 y, with shape (C, H, W), in float64, for y with shape (*data)."""
-        wide = torch.complex128 if self.operator.complex else torch.float64
-        return self.operator.transpose(self.noise.weigh(y[None].to(wide)))[0]
+        return y, clean
 
     @property
     def data_size(self) -> int:
         """Number of real data that are not masked; the two parts of complex data count each."""
-        values = self.noise.covariance.eigenvalues(self.operator.data_shape)
-        return int((~values.isinf()).sum()) * (2 if self.operator.complex else 1)
+        count = math.prod(self.operator.data_shape)
+        if isinstance(self.noise, GaussianNoise):
+            values = self.noise.covariance.eigenvalues(self.operator.data_shape)
+            count = int((~values.isinf()).sum())
+        return count * (2 if self.operator.complex else 1)

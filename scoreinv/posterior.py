@@ -10,6 +10,10 @@ In terms of u_s(x) = (C_s^-1 + H)^-1 (D - H m_s(x)), by which the data would mov
 
     grad log g_s(x) = u_s(x) / s^2.
 
+A likelihood that is not linear and Gaussian has the nearest such one in its place on the path, found by conditioning the
+prior's Gaussian on the data a few times, each time around the last draws (expectation maximisation, for Student's noise).
+What the two differ by at an image is the business of samplers with weights, `correction`.
+
 Twisted targets: Wu et al., Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (2023,
 arXiv:2306.17775).
 """
@@ -30,6 +34,8 @@ from scoreinv.likelihood import Likelihood
 from scoreinv.operators.information import white
 from scoreinv.priors.base import Prior
 
+ROUNDS = 8  # of conditioning that find the Gaussian likelihood near data that are not Gaussian
+DRAWS = 64  # of the Gaussian posterior, over which each averages
 SLACK = 10.0  # on the tolerance of solves in the upper half of the path, whose errors fresh noise forgets
 
 
@@ -86,6 +92,10 @@ class Posterior:
         tolerance: Error of the iterative solves, where those are needed, in standard deviations of the posterior
             and summed over its directions in squares.
 
+    Attributes:
+        nearby: The likelihood where it is linear and Gaussian, and the nearest such one where it is not.
+        data: What the nearby likelihood takes for y.
+
     Raises:
         ValueError: Shapes of prior, operator and data that do not fit; data that are not finite.
     """
@@ -98,6 +108,11 @@ class Posterior:
         self.tolerance = tolerance
         self.shape, self.dtype = tuple(prior.shape), prior.dtype
         self._levels: dict[float, Level] = {}
+        self.nearby, self.data = likelihood.nearby(y, self.moments.mean[None])
+        for _ in range(0 if likelihood.gaussian or not likelihood.linear else ROUNDS):
+            draws = self.gaussian_draw(DRAWS, torch.Generator().manual_seed(0))
+            self.nearby, self.data = likelihood.nearby(y, draws)
+            del self.conditioner, self.gaussian
 
     @property
     def moments(self) -> Gaussian:
@@ -107,8 +122,23 @@ class Posterior:
     @cached_property
     def conditioner(self) -> Conditioner:
         return conditioner(
-            self.likelihood, self.y, self.moments.covariance, self.dtype, self.tolerance
+            self.nearby, self.data, self.moments.covariance, self.dtype, self.tolerance
         )
+
+    def correction(self, x: Tensor, error: Covariance | None = None) -> Tensor:
+        """log p(y | x) less that of the nearby likelihood, with shape (B,), in float64; 0 where they are one.
+
+        Args:
+            x: Images, with shape (B, C, H, W).
+            error: Covariance of what x is known up to; None for an image that is known.
+        """
+        if self.likelihood.gaussian:
+            return torch.zeros(len(x), dtype=torch.float64)
+        true = self.likelihood
+        log_p = (
+            true.log_prob(self.y, x) if error is None else true.log_prob_about(self.y, x, error)
+        )
+        return log_p - self.nearby.log_prob(self.data, x)
 
     def level(self, s: float, prior: Covariance | None = None) -> Level:
         """The twist at level s; under the prior's moments it is prepared once.
@@ -171,17 +201,18 @@ class Posterior:
         For visibilities this is the naturally weighted dirty image [Jy/beam], for a cutout with white noise the data
         correlated with the PSF.
         """
-        y = self.y if y is None else y
-        ones = torch.ones(1, *self.likelihood.operator.data_shape, dtype=torch.float64)
-        weight = self.likelihood.noise.weigh(ones)
-        total = float(weight.sum())
-        if not self.likelihood.operator.complex:
+        y = self.data if y is None else y
+        ones = torch.ones(1, *self.nearby.operator.data_shape, dtype=torch.float64)
+        weight = self.nearby.noise.weigh(ones)
+        # amplitudes have no linear part to show
+        total = max(float(weight.sum()), 1e-300)
+        if not self.nearby.operator.complex:
             total /= math.prod(self.shape)
-        return self.likelihood.projection(y) / total
+        return self.nearby.projection(y) / total
 
     def residual_image(self, x: Tensor) -> Tensor:
         """`data_image` of y - A x, with shape (C, H, W), for one image x with shape (C, H, W)."""
-        return self.data_image(self.likelihood.residual(self.y, x[None])[0])
+        return self.data_image(self.nearby.residual(self.data, x[None])[0])
 
 
 def amplitude_by_evidence(prior: Prior, likelihood: Likelihood, y: Tensor) -> float:
@@ -196,10 +227,14 @@ def amplitude_by_evidence(prior: Prior, likelihood: Likelihood, y: Tensor) -> fl
         y: Data, with shape (*data).
 
     Raises:
-        ValueError: The data carry no information on the image.
+        ValueError: The data carry no information on the image, or their likelihood is not linear and Gaussian.
     """
     from scipy.optimize import minimize_scalar
 
+    if not likelihood.gaussian:
+        raise ValueError(
+            "the amplitude is found by the evidence of linear data with Gaussian noise; give a number instead"
+        )
     solver = conditioner(likelihood, y, prior.moments.covariance, torch.float64)
     D = likelihood.projection(y)
     # <y, S^-1 y> - chance = a^2 <mu + sqrt(C) z, H (mu + sqrt(C) z)> on average: a first guess of the scale
@@ -244,3 +279,4 @@ def _check(prior: Prior, likelihood: Likelihood, y: Tensor) -> None:
             f"{int((~torch.isfinite(y)).sum())} of {y.numel()} data are not finite; "
             "drop them, or give them a finite value and infinite noise variance"
         )
+    likelihood.noise.check_data(y)

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: known answers in, known scores out."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from scoreinv.bench.learned import (
     problem,
     summary,
 )
+from scoreinv.bench.memory import peak_memory
 from scoreinv.bench.peers import Azula
 from scoreinv.bench.problems import (
     _dense_answer,
@@ -240,7 +242,7 @@ def test_figure_of_errors_has_a_panel_for_each_problem():
 
 
 def test_every_problem_of_the_suite_has_a_name_of_its_own():
-    assert len(problems()) == 21 and set(problems(quick=True)) < set(problems())
+    assert len(problems()) == 25 and set(problems(quick=True)) < set(problems())
 
 
 def test_sliced_wasserstein_of_a_shift():
@@ -353,3 +355,27 @@ def test_evidence_ranks_the_true_prior_over_a_shifted_one():
         assert (found[0] > found[1]) == (exact > 0) or abs(exact) < 0.3
         won += found[0] > found[1]
     assert won > 38
+
+
+def test_two_processes_give_the_scores_of_one():
+    """Seconds and memory apart."""
+    samplers = {"Guided": si.Guided(3), "PiGDM": PiGDM(3)}
+    alone, together = (
+        {
+            f"{s.problem} {title}": s.wasserstein
+            for found in scores(samplers, 10, range(1), 10, quick=True, workers=workers)
+            for title, group in found.items()
+            for s in group
+        }
+        for workers in (1, 2)
+    )
+    assert len(alone) == 6 and alone == pytest.approx(together)
+
+
+def test_peak_memory_sees_what_comes_and_goes():
+    with peak_memory() as peak:
+        held = torch.ones(2**25)  # 128 MiB
+        time.sleep(0.02)
+        del held
+    if not math.isnan(peak.megabytes):
+        assert peak.megabytes == pytest.approx(128, abs=16)

@@ -1,4 +1,4 @@
-"""Gaussian noise against dense normal distributions."""
+"""Noise against dense normal distributions, and against what is known of counts and of Student's t."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from scoreinv.gaussian import Dense, Diagonal, Fourier, LowRank, Scalar
-from scoreinv.noise import GaussianNoise
+from scoreinv.noise import GaussianNoise, PoissonNoise, StudentNoise
 from scoreinv.noise.gaussian import on_grid
 from tests.analytic import dense, gaussian, normal, p_value, power_law, spd
 
@@ -216,3 +216,80 @@ def test_refusals(arguments, message):
 def test_misfits_are_refused(covariance, shape, complex, message):
     with pytest.raises(ValueError, match=message):
         GaussianNoise(covariance=covariance).check(shape, complex)
+
+
+COUNTS = torch.tensor([0.0, 1.0, 4.0, 30.0])
+
+
+@pytest.mark.parametrize(
+    "noise, y, grid",
+    [
+        (PoissonNoise(2.0), COUNTS, None),
+        (
+            StudentNoise(torch.tensor([0.7]), 3.0),
+            None,
+            torch.linspace(-100, 100, 200_001, dtype=torch.float64),
+        ),
+    ],
+    ids=["Poisson", "Student"],
+)
+def test_densities_sum_to_one(noise, y, grid):
+    """Over all counts at a rate of 5, and over all residuals: the tails beyond hold less than 1e-5."""
+    clean = torch.full((1,), 3.0, dtype=torch.float64)
+    values = torch.arange(200).double() if grid is None else grid + 3
+    log_p = noise.log_density(values[:, None], clean.expand(len(values), 1))
+    step = 1.0 if grid is None else float(grid[1] - grid[0])
+    assert float(log_p.exp().sum()) * step == pytest.approx(1.0, abs=1e-6)
+
+
+def test_counts_have_the_rate_as_mean_and_variance():
+    """100,000 counts: within 4 standard errors, 0.5 % of the mean and 1.8 % of the variance."""
+    clean = torch.full((100_000, 1), 3.0)
+    y = PoissonNoise(2.0).observe(clean, torch.Generator().manual_seed(0))
+    assert float(y.mean()) == pytest.approx(5.0, rel=0.006)
+    assert float(y.var()) == pytest.approx(5.0, rel=0.02)
+
+
+def test_noise_with_outliers_has_the_quartiles_of_students_t():
+    """Half of t with two degrees of freedom lies within 0.8165; 100,000 draws leave 0.6 % (4 standard errors: 0.0064)."""
+    clean = torch.zeros((50_000, 1), dtype=torch.complex128)
+    y = StudentNoise(2.0, 2.0).observe(clean, torch.Generator().manual_seed(0))
+    inside = (torch.view_as_real(y).abs() < 2 * 0.8165).double().mean()
+    assert float(inside) == pytest.approx(0.5, abs=0.0064)
+    assert float(y.real.median()) == pytest.approx(0.0, abs=0.05)
+
+
+def test_the_gaussian_near_many_counts_has_their_likelihood():
+    """At 10,000 counts both have the same slope and curvature around the peak, to a few percent; at 4 counts they do not."""
+    noise = PoissonNoise(1.0)
+    for count, agree in ((10_000.0, True), (4.0, False)):
+        y = torch.tensor([count], dtype=torch.float64)
+        near, data = noise.nearby(y, (y - 1)[None])
+        clean = (y - 1 + 2 * y.sqrt() * torch.linspace(-1, 1, 9).double())[:, None]
+        true = noise.log_density(y, clean) - noise.log_density(y, (y - 1)[None])
+        gaussian = near.log_density(data, clean) - near.log_density(data, (y - 1)[None])
+        assert (float((true - gaussian).abs().max()) < 0.05) == agree
+
+
+def test_outliers_weigh_little_in_the_gaussian_near_them():
+    noise = StudentNoise(1.0, 2.0)
+    near, _ = noise.nearby(torch.tensor([0.1, 30.0]).double(), torch.zeros(3, 2).double())
+    quiet, loud = near.covariance.variance.tolist()
+    assert quiet == pytest.approx((2 + 0.01) / 3) and loud == pytest.approx((2 + 900) / 3)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: PoissonNoise(0.0), "background has 1 of 1 values that are not positive"),
+        (lambda: StudentNoise(1.0, -1.0), "dof has 1 of 1 values that are not positive"),
+        (lambda: PoissonNoise(torch.ones(3)).check((4,), False), r"background has shape \(3,\)"),
+        (lambda: PoissonNoise(1.0).check((4,), True), "counts are real"),
+        (lambda: StudentNoise(torch.ones(3), 2).check((4,), True), r"scale has shape \(3,\)"),
+        (lambda: PoissonNoise(1.0).check_data(torch.tensor([0.5, 1.0])), "1 of 2 are not whole"),
+        (lambda: PoissonNoise(1.0).check_data(torch.tensor([-1.0])), "counts go from -1 to -1"),
+    ],
+)
+def test_mistakes_in_noise_that_is_not_gaussian(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

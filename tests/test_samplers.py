@@ -212,7 +212,7 @@ def misleading():
 
 
 def test_collapsed_weights_are_dropped_and_the_result_says_so():
-    draws = si.sample(misleading(), 8, si.SMC(20), seed=0, island=4)
+    draws = si.sample(misleading(), 8, si.SMC(10), seed=0, island=4)
     assert "dropped: at sigma" in draws.weights and "rose above 20" in draws.weights
     assert "path integral" in draws.weights and not draws.ess.isfinite().any()
     # 2 * 20 - 1 evaluations of the guided path, and two scouts of 32 particles over 10 levels at most, shared by 8 draws
@@ -222,10 +222,10 @@ def test_collapsed_weights_are_dropped_and_the_result_says_so():
 def test_islands_whose_weights_collapse_follow_the_guided_path(tmp_path):
     """The draws are those of `Guided`, on a second run too, which finds the scouts' verdict in the first island."""
     posterior, settings = misleading(), {"seed": 0, "island": 4, "folder": tmp_path}
-    whole = si.sample(posterior, 12, si.SMC(20), **settings)
+    whole = si.sample(posterior, 12, si.SMC(10), **settings)
     for name in ("island-00001", "island-00002"):
         (tmp_path / f"{name}.safetensors").unlink()
-    again = si.sample(posterior, 12, si.SMC(20), batch=2, **settings)
+    again = si.sample(posterior, 12, si.SMC(10), batch=2, **settings)
     torch.testing.assert_close(again.x, whole.x, rtol=0.0, atol=1e-5)
     assert again.evaluations == whole.evaluations and again.weights == whole.weights
     guided = si.sample(posterior, 12, si.Guided(20), seed=0, island=4)

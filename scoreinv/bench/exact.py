@@ -6,10 +6,12 @@ and a single set of exact draws scatters around it by up to a half where modes a
 
 from __future__ import annotations
 
-import itertools
 import math
+import multiprocessing
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scoreinv.bench.increments import increments
+from scoreinv.bench.memory import peak_memory
 from scoreinv.bench.peers import Azula
 from scoreinv.bench.problems import (
     Problem,
@@ -30,6 +33,7 @@ from scoreinv.bench.problems import (
 )
 from scoreinv.bench.records import Records
 from scoreinv.bench.scores import c2st, mean_error, sliced_wasserstein, variance_ratio
+from scoreinv.bench.tempered import amplitudes, counts, outliers
 from scoreinv.priors.base import stream
 from scoreinv.samplers import SMC, Anneal, Guided, sample
 from scoreinv.samplers.baselines import (
@@ -49,8 +53,8 @@ PEERS = "azula-"  # how samplers of that package are called
 FLOOR = 10  # sets of exact draws for the noise floor
 METHODS: dict[str, Sampler] = {
     "SMC": SMC(),
-    "SMC20": SMC(20),
-    "SMC8": SMC(8),
+    "SMC40": SMC(40),
+    "SMC7": SMC(7),
     "Anneal": Anneal(),
     "Guided": Guided(),
     "TDS": TDS(),
@@ -92,6 +96,8 @@ class Score:
         evaluations: Of the network per draw.
         vjps: Vector-Jacobian products per draw.
         seconds: Wall time of all draws.
+        memory: Largest resident set while they were made, over that before [MB].
+        ess: Smallest effective sample size over n, where weights are used.
         weighted: Whether importance weights were used.
     """
 
@@ -115,6 +121,8 @@ class Score:
     evaluations: float
     vjps: float
     seconds: float
+    memory: float
+    ess: float
     weighted: bool
 
 
@@ -133,8 +141,7 @@ class Reference:
 
 def reference(problem: Problem, n: int, seed: int) -> Reference:
     """Exact draws for n draws of a sampler."""
-    x = problem.draws(4 * n, seed + 1)
-    sets = [problem.draws(n, seed + 2 + i) for i in range(FLOOR)]
+    x, *sets = problem.draws((4 + FLOOR) * n, seed + 1).split([4 * n] + FLOOR * [n])
     return Reference(x, sum(sliced_wasserstein(a, x) for a in sets) / FLOOR)
 
 
@@ -150,9 +157,10 @@ def score(
     """Run a sampler on a problem and score it against exact draws, which are made if not given."""
     against = against or reference(problem, n, seed)
     posterior = problem.posterior
-    began = time.perf_counter()
-    draws = sample(posterior, n, sampler, seed=seed, island=island)
-    seconds = time.perf_counter() - began
+    with peak_memory() as peak:
+        began = time.perf_counter()
+        draws = sample(posterior, n, sampler, seed=seed, island=island)
+        seconds = time.perf_counter() - began
     x, exact = draws.x.flatten(1).double(), against.x
     variation, radius = problem.inside(x)
     images = lambda x: x.reshape(-1, *posterior.shape).to(posterior.dtype)
@@ -182,6 +190,10 @@ def score(
         evaluations=draws.evaluations,
         vjps=draws.vjps,
         seconds=seconds,
+        memory=peak.megabytes,
+        ess=float(draws.ess.nan_to_num(math.inf).min())
+        if draws.ess.isfinite().any()
+        else math.nan,
         weighted=draws.weights.startswith("used throughout"),
     )
 
@@ -200,11 +212,64 @@ def problems(quick: bool = False) -> dict[str, Callable[[int], Problem]]:
     if not quick:
         for kind in ("Laplace", "Student"):
             suite[f"{kind} 64 16"] = partial(increments, kind, 64, 16)
+        suite["counts 64 32"] = partial(counts, 64, 32)
+        suite["outliers 64 16"] = partial(outliers, 64, 16)
+        for d in (2, 8):
+            suite[f"amplitudes {d}"] = partial(amplitudes, d)
         for kind, size in (("blur", 32), ("Fourier", 32), ("mask", 32), ("blur", 64)):
             suite[f"fields {size} {kind}"] = partial(four_fields, kind=kind, size=size)
         for kind in ("PSF", "uv"):
             suite[f"field 64 {kind}"] = partial(gaussian_field, kind=kind)
     return suite
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sampler on one problem.
+
+    Attributes:
+        key: Of its score.
+        name: The problem's, in `problems`.
+        title: The sampler's, in the table.
+        sampler: What runs.
+        seed: Of the problem and of the draws.
+        n: Draws; a fifth of them from 512 pixels on.
+        island: Particles in an island of `SMC`; all others run as one.
+    """
+
+    key: str
+    name: str
+    title: str
+    sampler: Sampler
+    seed: int
+    n: int
+    island: int
+
+
+class Bench:
+    """Runs samplers on problems, and keeps the last problem with its exact draws for the next sampler."""
+
+    def __init__(self, quick: bool) -> None:
+        self.suite = problems(quick)
+        self.last: tuple[str, int, int] | None = None
+        self.made: tuple[Problem, Reference]
+
+    def __call__(self, run: Run) -> Score | None:
+        """The score; None if the sampler does not take the problem."""
+        problem, against = self._made(run.name, run.seed, run.n)
+        if run.sampler.refuses(problem.posterior):
+            return None
+        count = len(against.x) // 4
+        size = run.island if isinstance(run.sampler, SMC) else count
+        return score(problem, run.sampler, count, run.seed, size, run.key, against)
+
+    def _made(self, name: str, seed: int, n: int) -> tuple[Problem, Reference]:
+        if self.last != (name, seed, n):
+            problem = self.suite[name](seed)
+            count = n if math.prod(problem.posterior.shape) < LARGE else n // 5
+            self.made = problem, reference(problem, count, seed)
+            self.last = name, seed, n
+        return self.made
 
 
 def scores(
@@ -215,6 +280,7 @@ def scores(
     quick: bool = False,
     store: Path | None = None,
     progress: bool = False,
+    workers: int = 1,
 ) -> Iterator[dict[str, list[Score]]]:
     """Scores of every sampler on one problem after another, of all seeds; those in `store` are found again.
 
@@ -228,31 +294,68 @@ def scores(
         quick: A smaller suite.
         store: File of the scores so far.
         progress: Show a progress bar.
+        workers: Processes, of one thread each; with 1 all runs in this one.
     """
-    records, suite = Records(store, Score), problems(quick)
-    bar = tqdm(total=len(suite) * len(samplers) * len(seeds), disable=not progress, desc="runs")
-    with bar:
-        for name, make in suite.items():
-            made: dict[int, tuple[Problem, Reference]] = {}
-            groups: dict[str, list[Score]] = {title: [] for title in samplers}
-            for (title, sampler), seed in itertools.product(samplers.items(), seeds):
-                bar.set_postfix_str(f"{name}, {title}")
-                key = f"{name}; {sampler}; {n}; {island}; {seed}"
-                if key not in records:
-                    if seed not in made:
-                        problem = make(seed)
-                        count = n if math.prod(problem.posterior.shape) < LARGE else n // 5
-                        made[seed] = problem, reference(problem, count, seed)
-                    problem, against = made[seed]
-                    if isinstance(sampler, Azula) and not sampler.takes(problem.posterior):
-                        bar.update()
-                        continue
-                    count = len(against.x) // 4
-                    size = island if isinstance(sampler, SMC) else count
-                    records.add(score(problem, sampler, count, seed, size, key, against))
-                groups[title].append(records[key])
-                bar.update()
+    records = Records(store, Score)
+    runs = [
+        Run(f"{name}; {sampler}; {n}; {island}; {seed}", name, title, sampler, seed, n, island)
+        for name in problems(quick)
+        for seed in seeds
+        for title, sampler in samplers.items()
+    ]
+    todo = [run for run in runs if run.key not in records]
+    left = Counter(run.name for run in todo)
+    waiting = list(dict.fromkeys(run.name for run in runs))
+
+    def finished() -> Iterator[dict[str, list[Score]]]:
+        """Problems of which nothing is left to do."""
+        while waiting and not left[waiting[0]]:
+            name, groups = waiting.pop(0), {title: [] for title in samplers}
+            for run in runs:
+                if run.name == name and run.key in records:
+                    groups[run.title].append(records[run.key])
             yield {title: group for title, group in groups.items() if group}
+
+    yield from finished()
+    with tqdm(total=len(todo), disable=not progress, desc="runs") as bar:
+        for run, found in _answers(todo, quick, workers):
+            if found is not None:
+                records.add(found)
+            left[run.name] -= 1
+            bar.set_postfix_str(f"{run.name}, {run.title}")
+            bar.update()
+            yield from finished()
+
+
+def _answers(runs: list[Run], quick: bool, workers: int) -> Iterator[tuple[Run, Score | None]]:
+    """Each run with its score, as they are done."""
+    if workers == 1 or len(runs) < 2:
+        bench = Bench(quick)
+        for run in runs:
+            yield run, bench(run)
+        return
+    # a fork would inherit threads that it cannot use
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, _begin, (quick,)) as pool:
+        answers = {pool.submit(_answer, run): run for run in runs}
+        try:
+            for answer in as_completed(answers):
+                yield answers[answer], answer.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_bench: Bench  # of a worker process
+
+
+def _begin(quick: bool) -> None:
+    global _bench
+    torch.set_num_threads(1)
+    _bench = Bench(quick)
+
+
+def _answer(run: Run) -> Score | None:
+    return _bench(run)
 
 
 @dataclass(frozen=True)
@@ -316,7 +419,7 @@ def coverage(
                 key = f"{name}; {sampler}; {n}; {i}"
                 if key not in records:
                     problem = problem or make(i)
-                    if isinstance(sampler, Azula) and not sampler.takes(problem.posterior):
+                    if sampler.refuses(problem.posterior):
                         continue
                     records.add(rank(problem, sampler, n, i, key))
                 ranks[title].append(records[key].rank)
@@ -356,6 +459,8 @@ def row(title: str, scores: list[Score]) -> dict[str, float | str]:
         "evaluations": max(s.evaluations for s in scores),
         "VJPs": max(s.vjps for s in scores),
         "seconds": mean("seconds"),
+        "MB": max(s.memory for s in scores),
+        "least ESS / n": min(s.ess for s in scores),
         "seeds": len(scores),
         "n": scores[0].n,
     }

@@ -50,17 +50,18 @@ class Azula(Baseline):
         """The widest level and the narrowest."""
         return list(posterior.sigma_range)
 
-    def takes(self, posterior: Posterior) -> bool:
-        """Whether these are real data with white noise."""
-        noise = posterior.likelihood.noise.covariance
-        return isinstance(noise, Scalar) and not posterior.likelihood.operator.complex
+    def refuses(self, posterior: Posterior) -> str:
+        """Why this posterior is not for it; empty if it is."""
+        likelihood = posterior.likelihood
+        white = likelihood.gaussian and isinstance(likelihood.noise.covariance, Scalar)
+        if not white or likelihood.operator.complex:
+            return "azula takes real data with white noise, these are of another kind"
+        if importlib.util.find_spec("azula") is None:
+            return "azula is not installed; pip install 'scoreinv[bench]'"
+        return ""
 
     def island(self, posterior: Posterior, n: int, generator: torch.Generator) -> Island:
         """n particles at the start, with their stream."""
-        if not self.takes(posterior):
-            raise ValueError("azula takes real data with white noise, these are of another kind")
-        if importlib.util.find_spec("azula") is None:
-            raise ValueError("azula is not installed; pip install 'scoreinv[bench]'")
         return Foreign(posterior, self, n, generator)
 
 

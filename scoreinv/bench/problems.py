@@ -134,7 +134,7 @@ def grid_mixture(d: int, m: int, seed: int, noise: float = 0.05) -> MixtureProbl
     V = torch.linalg.qr(torch.randn(d, m, generator=g, dtype=torch.float64))[0]
     S = 0.2 + 0.8 * torch.rand(m, generator=g, dtype=torch.float64)
     one = Diagonal(torch.ones(1, 1, d, dtype=torch.float64))
-    prior = _mixture(weights, means.reshape(25, 1, 1, d), [one] * 25)
+    prior = mixture(weights, means.reshape(25, 1, 1, d), [one] * 25)
     A = DenseOperator((U * S) @ V.T, (1, 1, d))
     return _drawn(f"grid, d = {d}, m = {m}", prior, Likelihood(A, GaussianNoise(std=noise)), g)
 
@@ -149,7 +149,7 @@ def power_law_mixture(d: int, m: int, seed: int, noise: float = 0.05) -> Mixture
     Q = torch.linalg.qr(torch.eye(d, dtype=torch.float64) + 0.3 * mix / math.sqrt(d))[0]
     A = torch.exp(-torch.arange(m, dtype=torch.float64) / (0.35 * m))[:, None] * Q[:m]
     means = (3 * spectrum.sqrt() * offsets).reshape(4, 1, 1, d)
-    prior = _mixture(weights, means, [Diagonal(spectrum.reshape(1, 1, d))] * 4)
+    prior = mixture(weights, means, [Diagonal(spectrum.reshape(1, 1, d))] * 4)
     likelihood = Likelihood(DenseOperator(A, (1, 1, d)), GaussianNoise(std=noise))
     return _drawn(f"power law, d = {d}, m = {m}", prior, likelihood, g)
 
@@ -174,7 +174,7 @@ def four_fields(
         spectra.append(Fourier(P / P.mean() * (0.03 + 0.01 * j) ** 2))
         z = torch.randn(1, size, size, generator=g, dtype=torch.float64)
         means.append(0.2 * torch.fft.ifft2(torch.fft.fft2(z) * torch.exp(-(radius**2) / 8)).real)
-    prior = _mixture(torch.ones(4), torch.stack(means), spectra)
+    prior = mixture(torch.ones(4), torch.stack(means), spectra)
     A = FIELD_OPERATORS[kind](size, g)
     likelihood = Likelihood(A, GaussianNoise(std=noise * (size if A.complex else 1)))
     return _drawn(f"four fields, {size} x {size}, {kind}", prior, likelihood, g)
@@ -228,7 +228,8 @@ def _frequency(size: int) -> Tensor:
     return (k[:, None] ** 2 + k**2).sqrt()
 
 
-def _mixture(weights: Tensor, means: Tensor, covariances: Sequence[Covariance]) -> MixturePrior:
+def mixture(weights: Tensor, means: Tensor, covariances: Sequence[Covariance]) -> MixturePrior:
+    """sum_k w_k N(mu_k, C_k), for means with shape (K, C, H, W)."""
     pairs = zip(means, covariances, strict=True)
     return MixturePrior(weights, [GaussianPrior(mu, C) for mu, C in pairs])
 
@@ -245,7 +246,25 @@ def _drawn(
     """The problem of a truth drawn from the prior, with its answer."""
     one, two = torch.randint(2**31, (2,), generator=generator).tolist()
     truth = prior.sample(1, one)
-    y = likelihood.simulate(truth, two)[0]
+    return answered(name, prior, likelihood, likelihood.simulate(truth, two)[0], truth)
+
+
+def answered(
+    name: str,
+    prior: GaussianPrior | MixturePrior,
+    likelihood: Likelihood,
+    y: Tensor,
+    truth: Tensor,
+) -> MixtureProblem:
+    """The problem of these data, with its answer.
+
+    Args:
+        name: What it is.
+        prior: Gaussian, or a mixture of such.
+        likelihood: Linear and Gaussian.
+        y: Data, with shape (*data).
+        truth: What they are of, with shape (1, C, H, W).
+    """
     parts = prior.components if isinstance(prior, MixturePrior) else (prior,)
     log_w = prior.log_weights if isinstance(prior, MixturePrior) else torch.zeros(1).double()
     gain = likelihood.operator.gain() if likelihood.operator.stationary else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,17 +26,18 @@ class BenchConfig:
     Args:
         what: "exact" (posteriors in closed form), "coverage" (truths ranked among 31 draws, on the same problems), "learned"
             (calibration with a trained prior) or "speed".
-        methods: Samplers of "exact" and "coverage": SMC (as in the section), SMC20 and SMC8 (of so many levels), Anneal,
+        methods: Samplers of "exact" and "coverage": SMC (as in the section), SMC40 and SMC7 (of so many levels), Anneal,
             Guided, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved; with the extra `bench`
             azula-MMPS, azula-DPS, azula-DiffPIR, by that package's own code.
         prior: Trained prior of "learned" and "speed".
         kinds: Problems of "learned": psf, uv.
         noises: Noise of "learned", over the peak.
         truths: Of "learned": from the prior, and as many held-out images; of "coverage": problems of each kind.
-        n: Draws of each posterior; if left out 1000 in "exact" (a fifth from 512 pixels on), 16 in "learned", 64 in "speed".
+        n: Draws of each posterior; if left out 400 in "exact" (a fifth from 512 pixels on), 16 in "learned", 64 in "speed".
         island: Weighted particles that share resampling, in "exact".
         seeds: Problems drawn of each kind, in "exact".
         repeats: Runs of each problem, in "speed"; the median counts.
+        workers: Processes of "exact", of one thread each; as many as there are cores if left out.
         seed: First random seed.
         quick: A smaller set.
         smc: The sampler.
@@ -53,6 +55,7 @@ class BenchConfig:
     island: int = 100
     seeds: int = 5
     repeats: int = 3
+    workers: int | None = None
     seed: int = 0
     quick: bool = False
     smc: si.SMC = field(default_factory=si.SMC)
@@ -69,11 +72,11 @@ class BenchConfig:
             raise ValueError(
                 f"kinds are {', '.join(unknown)}, expected some of {', '.join(learned.PROBLEMS)}"
             )
-        if self.truths < 2 or self.seeds < 1 or self.repeats < 1 or (self.n or 2) < 2:
-            raise ValueError(
-                f"truths is {self.truths}, seeds {self.seeds}, repeats {self.repeats} and n {self.n}; "
-                "expected at least 2, 1, 1 and 2"
-            )
+        least = {"truths": 2, "seeds": 1, "repeats": 1, "workers": 1, "n": 2}
+        for key, value in least.items():
+            given = getattr(self, key)
+            if given is not None and given < value:
+                raise ValueError(f"{key} is {given}, expected at least {value}")
 
 
 def bench(config: BenchConfig) -> None:
@@ -89,12 +92,13 @@ def _exact(config: BenchConfig) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for group in exact.scores(
         _samplers(config),
-        config.n or 1000,
+        config.n or 400,
         range(config.seed, config.seed + config.seeds),
         config.island,
         config.quick,
         _store(config),
         sys.stderr.isatty(),
+        config.workers or os.cpu_count() or 1,
     ):
         new = [exact.row(title, scores) for title, scores in group.items()]
         rows += new
@@ -135,7 +139,8 @@ def _changed(config: BenchConfig) -> str:
     changed = {
         f.name: getattr(config, f.name)
         for f in fields(config)
-        if f.name not in ("what", "smc", "output") and getattr(config, f.name) != f.default
+        if f.name not in ("what", "smc", "output", "workers")
+        and getattr(config, f.name) != f.default
     }
     for f in fields(config.smc):
         if getattr(config.smc, f.name) != f.default:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from scoreinv.gaussian import Covariance, Dense, Diagonal, Fourier, Scalar
+from scoreinv.noise.base import Noise
 
 
-class GaussianNoise:
+class GaussianNoise(Noise):
     """N(0, S); give exactly one of the arguments.
 
     Args:
@@ -50,18 +51,18 @@ class GaussianNoise:
                 f"got {sorted(given) or 'none'}"
             )
         if std is not None:
-            variance = _positive(std, "std") ** 2
+            variance = positive(std, "std") ** 2
         if variance is not None:
-            variance = _positive(variance, "variance", infinite=True)
+            variance = positive(variance, "variance", infinite=True)
             self.covariance: Covariance = (
                 Scalar(float(variance)) if variance.ndim == 0 else Diagonal(variance)
             )
         elif spectrum is not None:
-            self.covariance = Fourier(_positive(spectrum, "spectrum"))
+            self.covariance = Fourier(positive(spectrum, "spectrum"))
         else:
             if not isinstance(covariance, Covariance):
                 covariance = Dense(torch.as_tensor(covariance, dtype=torch.float64))
-            self.covariance = covariance.map(lambda v: _positive(v, "covariance", infinite=True))
+            self.covariance = covariance.map(lambda v: positive(v, "covariance", infinite=True))
         self._precision = self.covariance.map(torch.reciprocal)
         self._whitener = self.covariance.map(torch.rsqrt)
         self._root = self.covariance.map(lambda v: torch.where(v.isinf(), 0.0, v).sqrt())
@@ -80,6 +81,18 @@ class GaussianNoise:
         z = torch.randn(real.shape, generator=generator, dtype=real.dtype)
         return _parts(self._root, torch.view_as_complex(z) if like.is_complex() else z)
 
+    def observe(self, clean: Tensor, generator: torch.Generator) -> Tensor:
+        return clean + self.sample(clean, generator)
+
+    def log_density(self, y: Tensor, clean: Tensor) -> Tensor:
+        return self.log_prob(y - clean)
+
+    def misfit(self, y: Tensor, clean: Tensor) -> Tensor:
+        return self.chi2(y - clean)
+
+    def nearby(self, y: Tensor, clean: Tensor) -> tuple[GaussianNoise, Tensor]:
+        return self, y
+
     def log_prob(self, r: Tensor) -> Tensor:
         """log N(r; 0, S), with shape (B,), in float64; masked data do not count."""
         r = r.to(torch.complex128 if r.is_complex() else torch.float64)
@@ -95,7 +108,6 @@ class GaussianNoise:
         return w.abs().square().flatten(1).sum(1)
 
     def check(self, shape: tuple[int, ...], complex: bool) -> None:
-        """Raise if this noise does not fit data of this shape."""
         if not self.covariance.fits(shape):
             raise ValueError(
                 f"noise has shape {self.covariance.shape}, the data have shape {tuple(shape)}"
@@ -159,7 +171,8 @@ def _parts(C: Covariance, r: Tensor) -> Tensor:
     return torch.complex(C.apply(r.real.contiguous()), C.apply(r.imag.contiguous()))
 
 
-def _positive(value: float | Tensor, name: str, infinite: bool = False) -> Tensor:
+def positive(value: float | Tensor, name: str, infinite: bool = False) -> Tensor:
+    """The value in float64; raises if it is not positive and finite, or positive where it may be infinite."""
     value = torch.as_tensor(value, dtype=torch.float64)
     bad = ~(value > 0) if infinite else ~(value > 0) | value.isinf()
     if bool(bad.any()):

@@ -1,8 +1,17 @@
-"""Linear measurement operators, from the sky to noiseless data."""
+"""Measurement operators, from the sky to noiseless data."""
 
+from scoreinv.operators.amplitude import Amplitude
 from scoreinv.operators.base import LinearOperator
 from scoreinv.operators.convolution import PSFConvolution
 from scoreinv.operators.fourier import NUFFT
 from scoreinv.operators.pixels import DenseOperator, Identity, Mask
 
-__all__ = ["DenseOperator", "Identity", "LinearOperator", "Mask", "NUFFT", "PSFConvolution"]
+__all__ = [
+    "Amplitude",
+    "DenseOperator",
+    "Identity",
+    "LinearOperator",
+    "Mask",
+    "NUFFT",
+    "PSFConvolution",
+]

@@ -40,12 +40,16 @@ class LinearOperator(abc.ABC):
 
     def __call__(self, x: Tensor) -> Tensor:
         """A x, with shape (B, *data_shape), for x with shape (B, *shape)."""
-        _check("image", x, self.shape)
+        check_shape("image", x, self.shape)
         return self.forward(x)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """A^T y, with shape (B, *shape), for y with shape (B, *data_shape)."""
-        _check("data", y, self.data_shape)
+        check_shape("data", y, self.data_shape)
+        return self.transpose(y)
+
+    def pull(self, x: Tensor, y: Tensor) -> Tensor:
+        """The slope of A at x transposed, times y: A^T y, wherever x is; shapes as those of `transpose`."""
         return self.transpose(y)
 
     def __matmul__(self, other: LinearOperator) -> LinearOperator:
@@ -132,7 +136,8 @@ class Composition(LinearOperator):
         )
 
 
-def _check(kind: str, x: Tensor, shape: tuple[int, ...]) -> None:
+def check_shape(kind: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise if x is not a batch of this shape."""
     if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != tuple(shape):
         expected = ", ".join(map(str, shape))
         batch = (

@@ -23,7 +23,15 @@ from torch import Tensor
 from scoreinv.gaussian import Covariance, dot
 from scoreinv.kernels import noise_levels
 from scoreinv.posterior import Posterior
-from scoreinv.samplers.path import Descent, Island, Request, Twisted, banded, check_counts
+from scoreinv.samplers.path import (
+    Descent,
+    Island,
+    Request,
+    Twisted,
+    banded,
+    check_counts,
+    not_linear,
+)
 
 ACCEPTANCE = 0.6  # what the step size is steered to
 
@@ -45,6 +53,10 @@ class Anneal:
 
     def __post_init__(self) -> None:
         check_counts(self.levels, self.moves)
+
+    def refuses(self, posterior: Posterior) -> str:
+        """Why this posterior is not for it; empty if it is."""
+        return not_linear(posterior)
 
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels of a posterior's path, falling."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from scoreinv.kernels import noise_levels
 from scoreinv.posterior import Posterior
-from scoreinv.samplers.path import Island, Request, Twisted, check_counts
+from scoreinv.samplers.path import Island, Request, Twisted, check_counts, not_linear
 
 SPARSE = 4  # levels from one that is counted in the path integral to the next
 
@@ -42,6 +42,10 @@ class Guided:
 
     def __post_init__(self) -> None:
         check_counts(self.levels)
+
+    def refuses(self, posterior: Posterior) -> str:
+        """Why this posterior is not for it; empty if it is."""
+        return not_linear(posterior)
 
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels of a posterior's path, falling."""

@@ -47,6 +47,10 @@ class Sampler(Protocol):
     @property
     def label(self) -> str: ...
 
+    def refuses(self, posterior: Posterior) -> str:
+        """Why this posterior is not for it; empty if it is."""
+        ...
+
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels that a result reports, falling."""
         ...
@@ -260,6 +264,14 @@ def path_integral(levels: list[float], slopes: list[float]) -> float:
     for i in range(len(levels) - 1):
         total += 0.5 * (slopes[i] + slopes[i + 1]) * math.log(levels[i] / levels[i + 1])
     return total
+
+
+def not_linear(posterior: Posterior) -> str:
+    """Why samplers that go by the Gaussian near the data refuse a posterior; empty if they do not."""
+    if posterior.likelihood.linear:
+        return ""
+    kind = type(posterior.likelihood.operator).__name__
+    return f"{kind} is not linear, and the Gaussian near its data knows nothing; take SMC"
 
 
 def check_counts(levels: int, moves: int = 0) -> None:

@@ -71,7 +71,7 @@ def sample(
         can repeat; without weights all count equally.
 
     Raises:
-        ValueError: n < 1, or a folder with islands of another problem.
+        ValueError: n < 1, a folder with islands of another problem, or a posterior that the sampler does not take.
         FloatingPointError: An island's draws are not finite; the finished islands stay in the folder.
     """
     sampler = SMC() if sampler is None else sampler
@@ -81,12 +81,16 @@ def sample(
         raise ValueError(
             f"batch is {batch}, expected at least one island in a call of the network"
         )
+    if reason := sampler.refuses(posterior):
+        raise ValueError(reason)
     began = time.monotonic()
     store = _Store(folder, fingerprint(posterior, sampler, seed, island)) if folder else None
     done: dict[int, Finished] = {}
     method, scouted = sampler, Trace()
     with tqdm(disable=not progress, unit="level", desc="sampling") as bar:
-        if isinstance(sampler, SMC):
+        if (
+            isinstance(sampler, SMC) and posterior.likelihood.linear
+        ):  # else nothing could follow a collapse
             bar.set_postfix_str("scouting")
             known = store is not None and store.has(0)
             scouted = store.get(0)[1] if known else _scout(posterior, sampler, seed)
@@ -216,7 +220,9 @@ def fingerprint(posterior: Posterior, sampler: Sampler, seed: int, island: int) 
     h.update(posterior.y.contiguous().numpy().tobytes())
     probe = torch.linspace(-1, 1, math.prod(posterior.shape), dtype=torch.float64)
     probe = probe.reshape(1, *posterior.shape)
-    seen = posterior.likelihood.noise.whiten(posterior.likelihood.operator(probe))
+    seen = posterior.likelihood.operator(probe)
+    if posterior.likelihood.linear:
+        seen = posterior.nearby.noise.whiten(seen)
     moments = posterior.moments
     for values in (seen, moments.mean, moments.covariance.apply(probe)):
         h.update(_rounded(values).encode())

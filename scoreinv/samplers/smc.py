@@ -20,6 +20,9 @@ that looks like this one around the particles. Where C becomes C' at a level, g_
 
 and only where these determinants are cheap is C measured.
 
+A likelihood that is not linear and Gaussian enters as a factor of the twist, what it is over its Gaussian neighbour
+(`scoreinv.posterior`) at the denoised image conditioned on the data; the draws meet it in full, and their weights with it.
+
 With trained priors at image size the weights collapse. Scouts, a few particles on a coarse path, find out; all islands then
 take the steps of `Guided`, which is calibrated (`scoreinv bench learned`) but no longer exact, and the result says so.
 
@@ -57,7 +60,7 @@ class SMC:
 
     Args:
         levels: Noise levels; weighted particles take one to four steps from one to the next, at a cost of two to five
-            evaluations each. Where weights collapse a draw costs somewhat more than twice as many evaluations as levels.
+            evaluations each. Where weights collapse, guided steps take twice as many levels at two evaluations each.
         particles: Weighted ones for each draw; weights cost about half of them.
         resample_below: Resample when ESS / n falls below this.
         drop_above: Weights have collapsed where the variance of d log w / d log sigma over the particles, mean over an
@@ -65,7 +68,7 @@ class SMC:
             and the result says so.
     """
 
-    levels: int = 40
+    levels: int = 20
     particles: int = 2
     resample_below: float = 0.5
     drop_above: float = 20.0
@@ -77,10 +80,14 @@ class SMC:
         if self.particles < 1:
             raise ValueError(f"particles is {self.particles}, expected at least one for each draw")
 
+    def refuses(self, posterior: Posterior) -> str:
+        """It takes every posterior."""
+        return ""
+
     @property
     def fallback(self) -> Guided:
         """What samples where the weights collapse."""
-        return Guided(self.levels)
+        return Guided(2 * self.levels)
 
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels of a posterior's path, falling, without those of the finer steps."""
@@ -92,8 +99,8 @@ class SMC:
         return Weighted(posterior, path, n, generator, FINER, self.resample_below)
 
     def scout(self, posterior: Posterior, n: int, generator: torch.Generator) -> Island:
-        """The same on a coarse path, stopping where the weights collapse: half the levels, no finer steps."""
-        path = noise_levels(max(2, self.levels // 2), *posterior.sigma_range)
+        """The same without finer steps, stopping where the weights collapse."""
+        path = noise_levels(self.levels, *posterior.sigma_range)
         return Weighted(posterior, path, n, generator, 1, self.resample_below, self.drop_above)
 
     def dropped(self, collapsed_at: float) -> str:
@@ -125,6 +132,7 @@ class Weighted(Twisted):
         self.news = 0.0  # since the last reported level [nat]
         self.resample_below, self.drop_above = resample_below, drop_above
         self.log_w, self.log_z = torch.zeros(n, dtype=torch.float64), 0.0
+        self.correction = torch.zeros(n, dtype=torch.float64)  # part of the twist
         self._passed = [self.levels[0]]
         self._spreads: list[float] = []
         self._losses: list[float] = []
@@ -163,10 +171,18 @@ class Weighted(Twisted):
         log_w = 0.5 * dot(beyond, shift(self.denoised) + shift(foreseen))
         if measure and self.posterior.conditioner.determinants:
             log_w = log_w + (yield from self._localise())
+        if not self.posterior.likelihood.gaussian:
+            x0 = self.denoised + shift(self.denoised)
+            log_w = log_w + self._corrected(self.posterior.correction(x0, self.level.covariance))
         if not bool(torch.isfinite(log_w).all()):
             raise FloatingPointError("the importance weights are not finite")
         self.log_w += log_w
         return log_w
+
+    def _corrected(self, correction: Tensor) -> Tensor:
+        """Take a new correction into the twist; returns what that adds to the log-weights."""
+        change, self.correction = correction - self.correction, correction
+        return change
 
     def _localise(self) -> Generator[Request, Tensor, Tensor]:
         """Measure the covariance of the prior around the particles; returns what that adds to their log-weights."""
@@ -194,9 +210,15 @@ class Weighted(Twisted):
         self.log_z += float(torch.logsumexp(self.log_w, 0)) - math.log(self.n)
         self.log_w.zero_()
         self.x, self.denoised = self.x[keep], self.denoised[keep]
+        self.correction = self.correction[keep]
 
-    def _settle(self) -> None:
+    def _end(self) -> Descent:
+        self.x = self._informed()
+        self.log_w += self._corrected(self.posterior.correction(self.x))
+        self._settle()
+        yield from ()
         weights = self.log_z + self.log_w
+        self._lowest.append(effective(self.log_w))
         self.trace.log_weights = weights.tolist()
         self.trace.log_evidence = float(torch.logsumexp(weights, 0)) - math.log(self.n)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from scoreinv.gaussian import Scalar
 from scoreinv.kernels import bridge, noise_levels
 from scoreinv.posterior import Posterior
-from scoreinv.samplers.path import Descent, Island, Request, Trace, check_counts
+from scoreinv.samplers.path import Descent, Island, Request, Trace, check_counts, not_linear
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class Baseline(abc.ABC):
 
     def __post_init__(self) -> None:
         check_counts(self.levels)
+
+    def refuses(self, posterior: Posterior) -> str:
+        """Why this posterior is not for it; empty if it is."""
+        return not_linear(posterior)
 
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels of a posterior's path, falling."""

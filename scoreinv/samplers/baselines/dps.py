@@ -32,6 +32,10 @@ class DPS(Baseline):
     levels: int = 1000
     zeta: float = 1.0
 
+    def refuses(self, posterior: Posterior) -> str:
+        """It takes every posterior."""
+        return ""
+
     def island(self, posterior: Posterior, n: int, generator: torch.Generator) -> Misfit:
         """n particles at the start, with their stream."""
         return Misfit(posterior, self, n, generator)
@@ -49,4 +53,4 @@ class Misfit(Chain):
         length = e.abs().square().flatten(1).sum(1).sqrt().clamp_min(1e-300)
         e = e / length.reshape(-1, *[1] * (e.ndim - 1))
         x = bridge(self.x, at.denoised, sigma, s, self._white())
-        return x + self.options.zeta * at.transpose(A.transpose(e))
+        return x + self.options.zeta * at.transpose(A.pull(at.denoised, e))

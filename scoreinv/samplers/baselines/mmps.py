@@ -42,7 +42,7 @@ class Matched(Guide):
     options: MMPS
 
     def _estimate(self, sigma: float) -> Generator[Request, Tensor, Tensor]:
-        A, noise = self.posterior.likelihood.operator, self.posterior.likelihood.noise
+        A, noise = self.posterior.nearby.operator, self.posterior.nearby.noise
         at = yield from self._linearised(sigma)
 
         def forward(x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Matched(Guide):
         def backward(w: Tensor) -> Tensor:
             return A.transpose(noise.whiten(torch.view_as_complex(w) if A.complex else w))
 
-        r = noise.whiten(self.posterior.likelihood.residual(self.posterior.y, at.denoised))
+        r = noise.whiten(self.posterior.nearby.residual(self.posterior.data, at.denoised))
         r = torch.view_as_real(r) if A.complex else r
         # (I + sigma^2 B J B^T) w = S^-1/2 (y - A D)
         spread = lambda w: w + sigma**2 * forward(at.transpose(backward(w)))

@@ -84,8 +84,8 @@ class TwistedDiffusion(Chain):
         r2 = s**2 * v / (s**2 + v)
         at = yield from self._linearised(s)
         conditioned = posterior.conditioner.given(Scalar(r2))
-        u, likelihood = conditioned.shift(at.denoised), posterior.likelihood
-        e = likelihood.residual(posterior.y, at.denoised)
+        u, likelihood = conditioned.shift(at.denoised), posterior.nearby
+        e = likelihood.residual(posterior.data, at.denoised)
         rest = likelihood.operator.transpose(likelihood.noise.weigh(e))
         self.denoised, self.gradient = at.denoised, at.transpose(u / r2)
         self.log_g = likelihood.noise.log_prob(e) + 0.5 * dot(rest, u)
