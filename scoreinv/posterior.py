@@ -27,7 +27,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from scoreinv.conditioning import Conditioned, Conditioner, Mobility, conditioner
+from scoreinv.conditioning import (
+    Conditioned,
+    Conditioner,
+    LocalConditioned,
+    Mobility,
+    conditioner,
+)
 from scoreinv.gaussian import Covariance, Gaussian
 from scoreinv.kernels import conditional, expectation, inverse
 from scoreinv.likelihood import Likelihood
@@ -152,6 +158,16 @@ class Posterior:
                 self._levels[s] = self._prepare(s, self.moments.covariance)
             return self._levels[s]
         return self._prepare(s, prior)
+
+    def around(self, s: float, error: Tensor) -> LocalConditioned:
+        """Gaussians around denoised images, with errors that the prior knows, conditioned on the data.
+
+        Args:
+            s: Noise level.
+            error: Standard deviations of x_0 from `Prior.denoise_with_error`, with shape (B, C, H, W).
+        """
+        rho = self.prior.correlation(s)
+        return LocalConditioned(self.conditioner, error, rho, SLACK * self.tolerance)
 
     def _prepare(self, s: float, prior: Covariance) -> Level:
         covariance = conditional(prior, s)

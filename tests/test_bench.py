@@ -166,7 +166,7 @@ def test_scores_of_a_sampler_that_is_exact_and_of_one_that_is_not():
 
 def test_scores_are_kept_and_found_again(tmp_path, monkeypatch):
     store, samplers = tmp_path / "exact.jsonl", {"SMC": si.SMC(4), "guide": PiGDM(4)}
-    small = lambda quick: {"a": lambda seed: grid_mixture(8, 1, seed)}
+    small = lambda: {"a": lambda seed: grid_mixture(8, 1, seed)}
     monkeypatch.setattr("scoreinv.bench.exact.problems", small)
     (once,) = scores(samplers, 20, range(2), 20, store=store)
     assert [len(group) for group in once.values()] == [2, 2] and len(
@@ -200,7 +200,7 @@ def test_azula_runs_by_its_own_code():
 
 
 def test_azula_is_left_out_where_it_does_not_take_the_data(monkeypatch):
-    monkeypatch.setattr(bench, "problems", lambda quick: {"a": lambda seed: FIELDS["Fourier"]})
+    monkeypatch.setattr(bench, "problems", lambda: {"a": lambda seed: FIELDS["Fourier"]})
     samplers = {"Guided": si.Guided(4), "azula": Azula(4)}
     (found,) = scores(samplers, 10, range(1), 10)
     assert list(found) == ["Guided"]
@@ -214,7 +214,7 @@ def test_ranks_of_truths_and_their_negative_control(monkeypatch):
     Draws at half their distance from the mean are found out.
     """
     monkeypatch.setattr(
-        bench, "problems", lambda quick: {"a": lambda seed: power_law_mixture(16, 4, seed)}
+        bench, "problems", lambda: {"a": lambda seed: power_law_mixture(16, 4, seed)}
     )
     ranked = lambda: next(coverage({"SMC": si.SMC(6)}, 100, seed=0))[0]
     right = ranked()
@@ -242,7 +242,7 @@ def test_figure_of_errors_has_a_panel_for_each_problem():
 
 
 def test_every_problem_of_the_suite_has_a_name_of_its_own():
-    assert len(problems()) == 25 and set(problems(quick=True)) < set(problems())
+    assert len(problems()) == 25 and set(bench.QUICK) < set(problems())
 
 
 def test_sliced_wasserstein_of_a_shift():
@@ -363,13 +363,15 @@ def test_two_processes_give_the_scores_of_one():
     alone, together = (
         {
             f"{s.problem} {title}": s.wasserstein
-            for found in scores(samplers, 10, range(1), 10, quick=True, workers=workers)
+            for found in scores(
+                samplers, 10, range(1), 10, ["grid 8 1", "grid 80 4"], workers=workers
+            )
             for title, group in found.items()
             for s in group
         }
         for workers in (1, 2)
     )
-    assert len(alone) == 6 and alone == pytest.approx(together)
+    assert len(alone) == 4 and alone == pytest.approx(together)
 
 
 def test_peak_memory_sees_what_comes_and_goes():

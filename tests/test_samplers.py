@@ -273,7 +273,7 @@ def test_weights_are_ratios_of_likelihoods():
         return torch.distributions.MultivariateNormal(Am, covariance).log_prob(problem.y)
 
     before, weigh = island.level, island._weigh(foreseen, measure=True)
-    x, level = next(weigh)
+    x, level, _ = next(weigh)
     with pytest.raises(StopIteration) as stop:
         weigh.send(problem.prior.denoise(x, sigma))
     assert level == s and island.level.prior is not before.prior

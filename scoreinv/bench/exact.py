@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +50,7 @@ from scoreinv.samplers.path import Sampler
 
 LARGE = 512  # pixels from which a fifth of the draws are made
 PEERS = "azula-"  # how samplers of that package are called
+QUICK = ("grid 8 1", "grid 80 4", "power law 64 16")  # problems for a first look
 FLOOR = 10  # sets of exact draws for the noise floor
 METHODS: dict[str, Sampler] = {
     "SMC": SMC(),
@@ -198,28 +199,24 @@ def score(
     )
 
 
-def problems(quick: bool = False) -> dict[str, Callable[[int], Problem]]:
+def problems() -> dict[str, Callable[[int], Problem]]:
     """The suite: what makes each problem from a seed."""
-    grids = [(d, m) for d in (8, 80, 800) for m in (1, 2, 4)]
-    fields = [(64, 4), (64, 16), (64, 64), (256, 128)]
-    if quick:
-        grids, fields = [(8, 1), (80, 4)], [(64, 16)]
     suite: dict[str, Callable[[int], Problem]] = {}
-    for d, m in grids:
-        suite[f"grid {d} {m}"] = partial(grid_mixture, d, m)
-    for d, m in fields:
+    for d in (8, 80, 800):
+        for m in (1, 2, 4):
+            suite[f"grid {d} {m}"] = partial(grid_mixture, d, m)
+    for d, m in ((64, 4), (64, 16), (64, 64), (256, 128)):
         suite[f"power law {d} {m}"] = partial(power_law_mixture, d, m)
-    if not quick:
-        for kind in ("Laplace", "Student"):
-            suite[f"{kind} 64 16"] = partial(increments, kind, 64, 16)
-        suite["counts 64 32"] = partial(counts, 64, 32)
-        suite["outliers 64 16"] = partial(outliers, 64, 16)
-        for d in (2, 8):
-            suite[f"amplitudes {d}"] = partial(amplitudes, d)
-        for kind, size in (("blur", 32), ("Fourier", 32), ("mask", 32), ("blur", 64)):
-            suite[f"fields {size} {kind}"] = partial(four_fields, kind=kind, size=size)
-        for kind in ("PSF", "uv"):
-            suite[f"field 64 {kind}"] = partial(gaussian_field, kind=kind)
+    for kind in ("Laplace", "Student"):
+        suite[f"{kind} 64 16"] = partial(increments, kind, 64, 16)
+    suite["counts 64 32"] = partial(counts, 64, 32)
+    suite["outliers 64 16"] = partial(outliers, 64, 16)
+    for d in (2, 8):
+        suite[f"amplitudes {d}"] = partial(amplitudes, d)
+    for kind, size in (("blur", 32), ("Fourier", 32), ("mask", 32), ("blur", 64)):
+        suite[f"fields {size} {kind}"] = partial(four_fields, kind=kind, size=size)
+    for kind in ("PSF", "uv"):
+        suite[f"field 64 {kind}"] = partial(gaussian_field, kind=kind)
     return suite
 
 
@@ -249,8 +246,8 @@ class Run:
 class Bench:
     """Runs samplers on problems, and keeps the last problem with its exact draws for the next sampler."""
 
-    def __init__(self, quick: bool) -> None:
-        self.suite = problems(quick)
+    def __init__(self) -> None:
+        self.suite = problems()
         self.last: tuple[str, int, int] | None = None
         self.made: tuple[Problem, Reference]
 
@@ -277,7 +274,7 @@ def scores(
     n: int,
     seeds: range,
     island: int,
-    quick: bool = False,
+    names: Sequence[str] | None = None,
     store: Path | None = None,
     progress: bool = False,
     workers: int = 1,
@@ -291,7 +288,7 @@ def scores(
         n: Draws of small problems; a fifth of them from 512 pixels on.
         seeds: Problems of each kind.
         island: Particles in an island of `SMC`; all others run as one.
-        quick: A smaller suite.
+        names: Problems of the suite; all if not given.
         store: File of the scores so far.
         progress: Show a progress bar.
         workers: Processes, of one thread each; with 1 all runs in this one.
@@ -299,7 +296,7 @@ def scores(
     records = Records(store, Score)
     runs = [
         Run(f"{name}; {sampler}; {n}; {island}; {seed}", name, title, sampler, seed, n, island)
-        for name in problems(quick)
+        for name in names or problems()
         for seed in seeds
         for title, sampler in samplers.items()
     ]
@@ -318,7 +315,7 @@ def scores(
 
     yield from finished()
     with tqdm(total=len(todo), disable=not progress, desc="runs") as bar:
-        for run, found in _answers(todo, quick, workers):
+        for run, found in _answers(todo, workers):
             if found is not None:
                 records.add(found)
             left[run.name] -= 1
@@ -327,16 +324,16 @@ def scores(
             yield from finished()
 
 
-def _answers(runs: list[Run], quick: bool, workers: int) -> Iterator[tuple[Run, Score | None]]:
+def _answers(runs: list[Run], workers: int) -> Iterator[tuple[Run, Score | None]]:
     """Each run with its score, as they are done."""
     if workers == 1 or len(runs) < 2:
-        bench = Bench(quick)
+        bench = Bench()
         for run in runs:
             yield run, bench(run)
         return
     # a fork would inherit threads that it cannot use
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, _begin, (quick,)) as pool:
+    with ProcessPoolExecutor(workers, spawn, _begin) as pool:
         answers = {pool.submit(_answer, run): run for run in runs}
         try:
             for answer in as_completed(answers):
@@ -348,10 +345,10 @@ def _answers(runs: list[Run], quick: bool, workers: int) -> Iterator[tuple[Run, 
 _bench: Bench  # of a worker process
 
 
-def _begin(quick: bool) -> None:
+def _begin() -> None:
     global _bench
     torch.set_num_threads(1)
-    _bench = Bench(quick)
+    _bench = Bench()
 
 
 def _answer(run: Run) -> Score | None:
@@ -392,7 +389,7 @@ def coverage(
     count: int,
     seed: int,
     n: int = 31,
-    quick: bool = False,
+    names: Sequence[str] | None = None,
     store: Path | None = None,
     progress: bool = False,
 ) -> Iterator[list[dict[str, float | str]]]:
@@ -406,12 +403,13 @@ def coverage(
         count: Problems of each kind.
         seed: Of the first problem.
         n: Draws of each.
-        quick: A smaller suite.
+        names: Problems of the suite; all if not given.
         store: File of the ranks so far.
         progress: Show a progress bar.
     """
-    records, suite = Records(store, Rank), problems(quick)
-    for name, make in suite.items():
+    records, suite = Records(store, Rank), problems()
+    for name in names or suite:
+        make = suite[name]
         ranks: dict[str, list[float]] = {title: [] for title in samplers}
         for i in tqdm(range(seed, seed + count), disable=not progress, desc=name):
             problem = None

@@ -29,6 +29,7 @@ class BenchConfig:
         methods: Samplers of "exact" and "coverage": SMC (as in the section), SMC40 and SMC7 (of so many levels), Anneal,
             Guided, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved; with the extra `bench`
             azula-MMPS, azula-DPS, azula-DiffPIR, by that package's own code.
+        problems: Of "exact" and "coverage", by their names, as in "grid 80 1"; all of the suite if left out.
         prior: Trained prior of "learned" and "speed".
         kinds: Problems of "learned": psf, uv.
         noises: Noise of "learned", over the peak.
@@ -47,6 +48,7 @@ class BenchConfig:
 
     what: str
     methods: tuple[str, ...] = tuple(m for m in exact.METHODS if not m.startswith(exact.PEERS))
+    problems: tuple[str, ...] | None = None
     prior: str = "galaxy64"
     kinds: tuple[str, ...] = ("psf", "uv")
     noises: tuple[float, ...] = (0.1, 0.033, 0.01)
@@ -67,6 +69,10 @@ class BenchConfig:
         if unknown := set(self.methods) - set(exact.METHODS):
             raise ValueError(
                 f"methods are {', '.join(unknown)}, expected some of {', '.join(exact.METHODS)}"
+            )
+        if unknown := set(self.problems or ()) - set(exact.problems()):
+            raise ValueError(
+                f"problems are {', '.join(sorted(unknown))}, expected some of {', '.join(exact.problems())}"
             )
         if unknown := set(self.kinds) - set(learned.PROBLEMS):
             raise ValueError(
@@ -95,7 +101,7 @@ def _exact(config: BenchConfig) -> list[dict[str, Any]]:
         config.n or 400,
         range(config.seed, config.seed + config.seeds),
         config.island,
-        config.quick,
+        _problems(config),
         _store(config),
         sys.stderr.isatty(),
         config.workers or os.cpu_count() or 1,
@@ -117,7 +123,7 @@ def _coverage(config: BenchConfig) -> list[dict[str, Any]]:
         _samplers(config),
         config.truths,
         config.seed,
-        quick=config.quick,
+        names=_problems(config),
         store=_store(config),
         progress=sys.stderr.isatty(),
     ):
@@ -128,6 +134,10 @@ def _coverage(config: BenchConfig) -> list[dict[str, Any]]:
 
 def _samplers(config: BenchConfig) -> dict[str, Sampler]:
     return {name: config.smc if name == "SMC" else exact.METHODS[name] for name in config.methods}
+
+
+def _problems(config: BenchConfig) -> list[str]:
+    return list(config.problems or (exact.QUICK if config.quick else exact.problems()))
 
 
 def _store(config: BenchConfig) -> Path | None:

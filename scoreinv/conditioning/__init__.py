@@ -10,6 +10,7 @@ from scoreinv.conditioning.commuting import CommutingConditioner
 from scoreinv.conditioning.data_space import DataSpaceConditioner
 from scoreinv.conditioning.iterative import IterativeConditioner
 from scoreinv.conditioning.lanczos import lanczos_logdet
+from scoreinv.conditioning.local import LocalConditioned
 
 __all__ = [
     "CommutingConditioner",
@@ -17,6 +18,7 @@ __all__ = [
     "Conditioner",
     "DataSpaceConditioner",
     "IterativeConditioner",
+    "LocalConditioned",
     "Mobility",
     "conditioner",
     "lanczos_logdet",

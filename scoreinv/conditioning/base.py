@@ -73,6 +73,14 @@ class Conditioner(abc.ABC):
         """n draws of the data's noise, as `Conditioned.shift` takes it."""
 
     @abc.abstractmethod
+    def inform(self, x: Tensor) -> Tensor:
+        """H x, with shape (B, C, H, W)."""
+
+    @abc.abstractmethod
+    def misfit(self, m: Tensor, noise: Tensor | None = None) -> Tensor:
+        """D - H m, with shape (B, C, H, W); the data perturbed by noise from `noise`, if given."""
+
+    @abc.abstractmethod
     def log_evidence(self, prior: Gaussian) -> float:
         """log N(y; A mean, S + A C A^T), in nats."""
 

@@ -36,6 +36,13 @@ class CommutingConditioner(Conditioner):
     def noise(self, n: int, generator: torch.Generator) -> Tensor:
         return self.H.sqrt(white(self.information.shape, n, generator, self.dtype))
 
+    def inform(self, x: Tensor) -> Tensor:
+        return self.H.apply(x)
+
+    def misfit(self, m: Tensor, noise: Tensor | None = None) -> Tensor:
+        D = self.D.to(m.dtype)
+        return (D if noise is None else D + noise) - self.inform(m)
+
     def log_evidence(self, prior: Gaussian) -> float:
         mean, e = expansion(self, prior, self.H.apply)
         given = _Commuting(self, prior.covariance)
@@ -45,12 +52,10 @@ class CommutingConditioner(Conditioner):
 class _Commuting(Conditioned):
     def __init__(self, parent: CommutingConditioner, K: Covariance) -> None:
         self.parent, self.K = parent, K
-        self.D = parent.D.to(parent.dtype)
         self.gain = joint(lambda h, k: k / (1 + h * k), parent.H, K)
 
     def shift(self, m: Tensor, noise: Tensor | None = None) -> Tensor:
-        D = self.D if noise is None else self.D + noise
-        return self.gain.apply(D - self.parent.H.apply(m))
+        return self.gain.apply(self.parent.misfit(m, noise))
 
     def log_growth(self) -> float:
         growth = joint(lambda h, k: 1 + h * k, self.parent.H, self.K)

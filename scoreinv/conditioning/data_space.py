@@ -34,6 +34,17 @@ class DataSpaceConditioner(Conditioner):
         """B x, with shape (B, m)."""
         return x.flatten(1).double() @ self.B.T
 
+    def inform(self, x: Tensor) -> Tensor:
+        return (self.predict(x) @ self.B).reshape(x.shape).to(x.dtype)
+
+    def misfit(self, m: Tensor, noise: Tensor | None = None) -> Tensor:
+        return (self.left(m, noise) @ self.B).reshape(m.shape).to(m.dtype)
+
+    def left(self, m: Tensor, noise: Tensor | None = None) -> Tensor:
+        """y - B m, with shape (B, m), the data perturbed by noise if given."""
+        r = self.y - self.predict(m)
+        return r if noise is None else r + noise
+
     def propagate(self, K: Covariance) -> Tensor:
         """B K, with shape (m, d)."""
         return K.apply(self.B.reshape(-1, *self.shape)).flatten(1)
@@ -55,8 +66,7 @@ class _InDataSpace(Conditioned):
         self.L = cholesky(parent.propagate(K) @ parent.B.T)
 
     def shift(self, m: Tensor, noise: Tensor | None = None) -> Tensor:
-        r = self.parent.y - self.parent.predict(m)
-        r = r if noise is None else r + noise
+        r = self.parent.left(m, noise)
         pull = torch.cholesky_solve(r.T, self.L).T @ self.parent.B
         return self.K.apply(pull.reshape(m.shape)).to(m.dtype)
 

@@ -93,6 +93,13 @@ class IterativeConditioner(Conditioner):
             near=joint(lambda h, k: h / (1 + h * k), h, K),
         )
 
+    def inform(self, x: Tensor) -> Tensor:
+        return self.information.apply(x)
+
+    def misfit(self, m: Tensor, noise: Tensor | None = None) -> Tensor:
+        D = self.D.to(m.dtype)
+        return (D if noise is None else D + noise) - self.inform(m)
+
     def log_evidence(self, prior: Gaussian) -> float:
         H = self.information.apply
         mean, e = expansion(self, prior, H)

@@ -12,7 +12,7 @@ import abc
 import torch
 from torch import Tensor
 
-from scoreinv.gaussian import Gaussian
+from scoreinv.gaussian import Covariance, Gaussian
 from scoreinv.kernels import noise_levels
 
 
@@ -46,6 +46,20 @@ class Prior(abc.ABC):
         Returns:
             Denoised images, with shape (B, C, H, W).
         """
+
+    def denoise_with_error(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """E[x_0 | x_sigma = x] and the standard deviation of x_0 about it in each pixel, both with shape (B, C, H, W)."""
+        raise NotImplementedError(f"{type(self).__name__} does not know its error")
+
+    def correlation(self, sigma: float) -> Covariance | None:
+        """How these errors of x_0 go together across pixels: with a their standard deviations, a_i a_j times this covariance
+        is that of x_0 given x_sigma. None if the prior does not know its error."""
+        return None
+
+    @property
+    def knows_error(self) -> bool:
+        """Whether `denoise_with_error` has an answer."""
+        return self.correlation(self.sigma_max) is not None
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
         """grad log p_sigma(x), with shape (B, C, H, W)."""
@@ -138,3 +152,10 @@ class RescaledPrior(Prior):
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         return self.amplitude * self.prior.denoise(x / self.amplitude, sigma / self.amplitude)
+
+    def denoise_with_error(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        denoised, error = self.prior.denoise_with_error(x / self.amplitude, sigma / self.amplitude)
+        return self.amplitude * denoised, self.amplitude * error
+
+    def correlation(self, sigma: float) -> Covariance | None:
+        return self.prior.correlation(sigma / self.amplitude)

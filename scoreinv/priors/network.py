@@ -4,16 +4,23 @@
     c_skip = d^2 / (sigma^2 + d^2),  c_out = sigma d / sqrt(sigma^2 + d^2),  c_in = 1 / sqrt(sigma^2 + d^2),
     c_noise = ln(sigma) / 4,  d = sigma_data
 
+A second head says how far D is off: the covariance of x_0 given x_sigma is taken as a_i a_j rho_ij, with the standard
+deviations a(x, sigma) of the pixels from the head and a stationary rho for each level.
+
 Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022, arXiv:2206.00364), table 1.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from scoreinv.gaussian import Gaussian
+from scoreinv.gaussian import Covariance, Fourier, Gaussian
 from scoreinv.priors.base import Prior
+from scoreinv.priors.unet import ErrorHead
 
 
 def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -21,6 +28,28 @@ def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, T
     s = sigma.reshape(-1, 1, 1, 1)
     total = s**2 + sigma_data**2
     return sigma_data**2 / total, s * sigma_data / total.sqrt(), total.rsqrt(), sigma.log() / 4
+
+
+@dataclass(frozen=True)
+class ErrorModel:
+    """What a prior knows of its error.
+
+    Attributes:
+        head: The logarithm of the variance of F in each pixel, from the network's features.
+        levels: Noise levels at which rho was measured, rising, with shape (L,) [model unit].
+        power: Spectrum of rho at each, with shape (L, H, W).
+    """
+
+    head: ErrorHead
+    levels: Tensor
+    power: Tensor
+
+    def correlation(self, sigma: float) -> Fourier:
+        """rho between the measured levels, by interpolating logarithms."""
+        at, known = math.log(sigma), self.levels.log()
+        i = int(torch.searchsorted(known, at).clamp(1, len(known) - 1))
+        share = min(1.0, max(0.0, (at - float(known[i - 1])) / float(known[i] - known[i - 1])))
+        return Fourier(torch.lerp(self.power[i - 1].log(), self.power[i].log(), share).exp())
 
 
 class ScorePrior(Prior):
@@ -34,6 +63,7 @@ class ScorePrior(Prior):
         sigma_max: Largest trained level [model unit].
         identity: Name and hash, for the provenance of results.
         autocast: Run the network in bfloat16; the preconditioning stays in float32.
+        error: What the network knows of its error, if it learned that.
     """
 
     def __init__(
@@ -45,20 +75,40 @@ class ScorePrior(Prior):
         sigma_max: float,
         identity: dict[str, str] | None = None,
         autocast: bool = True,
+        error: ErrorModel | None = None,
     ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.sigma_data, self.moments, self.autocast = sigma_data, moments, autocast
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self.shape, self.dtype = tuple(moments.mean.shape), torch.float32
         self.identity = identity or {"prior": type(network).__name__}
+        self.error = error
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        skip, out, inputs, c = self._prepared(x, sigma)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            F = self.network(inputs, c)
+        return (skip * x + out * F.to(x.device, self.dtype)).to(x.dtype)
+
+    def denoise_with_error(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        if self.error is None:
+            return super().denoise_with_error(x, sigma)
+        skip, out, inputs, c = self._prepared(x, sigma)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            h, e = self.network.look(inputs, c)
+            F, log_v = self.network.read(h), self.error.head(h, e)
+        F, log_v = (v.to(x.device, self.dtype) for v in (F, log_v))
+        return (skip * x + out * F).to(x.dtype), (out * (0.5 * log_v).exp()).to(x.dtype)
+
+    def correlation(self, sigma: float) -> Covariance | None:
+        return None if self.error is None else self.error.correlation(sigma)
+
+    def _prepared(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """c_skip, c_out, and the inputs of the network on its device."""
         self.check(x)
         skip, out, scale, c = preconditioning(sigma.to(self.dtype), self.sigma_data)
         inputs = (scale * x.to(self.dtype)).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            F = self.network(inputs.to(self.device), c.to(self.device))
-        return (skip * x + out * F.to(x.device, self.dtype)).to(x.dtype)
+        return skip, out, inputs.to(self.device), c.to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -68,4 +118,6 @@ class ScorePrior(Prior):
     def to(self, device: torch.device | str) -> ScorePrior:
         """Move the network; returns the prior itself."""
         self.network.to(device)
+        if self.error is not None:
+            self.error.head.to(device)
         return self

@@ -91,8 +91,8 @@ class UNet(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """F(x, c) for scaled images x, with shape (B, C, H, W), and conditions c, with shape (B,)."""
+    def look(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """The last features, with shape (B, widths[0], H / 2, W / 2), and the embedding of c, with shape (B, embedding)."""
         e = self.embed(sinusoidal(c, self.features))
         h = self.first(F.pixel_unshuffle(x, 2))
         skips = []
@@ -107,4 +107,44 @@ class UNet(nn.Module):
             h = torch.cat([F.pixel_shuffle(lift(h), 2), skips.pop()], dim=1)
             for block in level:
                 h = block(h, e)
+        return h, e
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """F(x, c) for scaled images x, with shape (B, C, H, W), and conditions c, with shape (B,)."""
+        return self.read(self.look(x, c)[0])
+
+    def read(self, h: Tensor) -> Tensor:
+        """F from the last features, with shape (B, C, H, W)."""
         return F.pixel_shuffle(self.last(F.silu(self.norm(h))), 2)
+
+
+class ErrorHead(nn.Module):
+    """How far F is off in each pixel, read from the features that F is read from.
+
+    Args:
+        channels: Channels C of the image.
+        features: Channels of the last features.
+        embedding: Features of the noise-level embedding.
+        hidden: Channels between its two convolutions.
+    """
+
+    def __init__(self, channels: int, features: int, embedding: int, hidden: int = 32) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, features)
+        self.modulation = nn.Linear(embedding, 2 * features)
+        self.first = nn.Conv2d(features, hidden, 3, padding=1)
+        self.last = nn.Conv2d(hidden, 4 * channels, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, h: Tensor, e: Tensor) -> Tensor:
+        """Logarithm of the variance of F, with shape (B, C, H, W)."""
+        scale, shift = self.modulation(e)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(torch.addcmul(shift, self.norm(h), 1 + scale))
+        return F.pixel_shuffle(self.last(F.silu(self.first(h))), 2)
+
+
+def error_head(network: UNet) -> ErrorHead:
+    """A head that fits a network, with weights that say 1 everywhere."""
+    channels, features = network.last.out_channels // 4, network.last.in_channels
+    return ErrorHead(channels, features, network.features).to(memory_format=torch.channels_last)

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from scoreinv.gaussian import Fourier, Gaussian
 from scoreinv.priors.base import Prior
-from scoreinv.priors.network import ScorePrior
+from scoreinv.priors.network import ErrorModel, ScorePrior
 from scoreinv.priors.score_models import ScoreModelsPrior, load_score_models
-from scoreinv.priors.unet import UNet
+from scoreinv.priors.unet import UNet, error_head
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "weights"
@@ -76,6 +77,10 @@ def save_prior(folder: Path, prior: ScorePrior, card: dict[str, Any]) -> str:
     tensors = {f"network.{k}": v.half() for k, v in prior.network.state_dict().items()}
     tensors["moments.mean"] = prior.moments.mean.float()
     tensors["moments.spectrum"] = prior.moments.covariance.spectrum.float()
+    if prior.error is not None:
+        tensors |= {f"error.head.{k}": v.half() for k, v in prior.error.head.state_dict().items()}
+        tensors["error.levels"] = prior.error.levels.float()
+        tensors["error.power"] = prior.error.power.float()
     path = folder / "weights.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -103,13 +108,7 @@ def _load(weights: Path, card_path: Path) -> ScorePrior:
             f"{weights} is not a safetensors file ({error}); fetch or train it again"
         ) from error
     network = UNet(**card["network"]).to(memory_format=torch.channels_last)
-    network.load_state_dict(
-        {
-            k.removeprefix("network."): v.float()
-            for k, v in tensors.items()
-            if k.startswith("network.")
-        }
-    )
+    network.load_state_dict(_part(tensors, "network."))
     moments = Gaussian(tensors["moments.mean"], Fourier(tensors["moments.spectrum"].double()))
     return ScorePrior(
         network,
@@ -118,4 +117,23 @@ def _load(weights: Path, card_path: Path) -> ScorePrior:
         card["sigma_min"],
         card["sigma_max"],
         identity={"prior": card["name"], "sha256": digest},
+        error=_error(network, tensors),
     )
+
+
+def _error(network: UNet, tensors: dict[str, Tensor]) -> ErrorModel | None:
+    """What the prior learned of its error, if it did."""
+    if "error.levels" not in tensors:
+        return None
+    head = error_head(network)
+    head.load_state_dict(_part(tensors, "error.head."))
+    return ErrorModel(
+        head.eval().requires_grad_(False),
+        tensors["error.levels"].double(),
+        tensors["error.power"].double(),
+    )
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, under the rest of their names, in float32."""
+    return {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}

@@ -19,7 +19,7 @@ import abc
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,9 +28,24 @@ from scoreinv.gaussian import Covariance, dot
 from scoreinv.kernels import bridge
 from scoreinv.operators.information import white
 from scoreinv.posterior import Level, Posterior
+from scoreinv.priors import Prior
 
-Request = tuple[Tensor, float]  # noisy images and their level, to be denoised
-Descent = Generator[Request, Tensor, None]
+
+class Request(NamedTuple):
+    """What an island asks of the network.
+
+    Attributes:
+        x: Noisy images, with shape (B, C, H, W).
+        s: Their level.
+        error: Whether it asks for the errors of the denoised images too.
+    """
+
+    x: Tensor
+    s: float
+    error: bool = False
+
+
+Descent = Generator[Request, Any, None]
 
 
 class Sampler(Protocol):
@@ -148,8 +163,15 @@ class Island(abc.ABC):
 
     def _denoise(self, x: Tensor, s: float) -> Generator[Request, Tensor, Tensor]:
         self.trace.evaluations += 1
-        denoised = yield x, s
+        denoised = yield Request(x, s)
         return denoised
+
+    def _denoise_with_error(
+        self, x: Tensor, s: float
+    ) -> Generator[Request, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        self.trace.evaluations += 1
+        answer = yield Request(x, s, error=True)
+        return answer
 
     def _white(self) -> Tensor:
         return white(self.posterior.shape, self.n, self.generator, self.posterior.dtype)
@@ -169,10 +191,12 @@ class Twisted(Island):
 
     Attributes:
         denoised: What the network makes of the particles.
-        level: The twist at the present level.
+        s: The present level.
+        level: The twist there.
     """
 
     denoised: Tensor
+    s: float
     level: Level
 
     def _begin(self) -> Descent:
@@ -199,7 +223,7 @@ class Twisted(Island):
 
     def _arrive(self, s: float, prior: Covariance | None = None) -> Descent:
         """The twist and the network at a new level."""
-        self.level = self.posterior.level(s, prior)
+        self.s, self.level = s, self.posterior.level(s, prior)
         self.denoised = yield from self._denoise(self.x, s)
 
     def _informed(self) -> Tensor:
@@ -210,7 +234,7 @@ class Twisted(Island):
 
     def _proposed(self, s: float) -> Tensor:
         """Where the particles step from the present level."""
-        return bridge(self.x, self._informed(), self.level.s, s, self._white())
+        return bridge(self.x, self._informed(), self.s, s, self._white())
 
     def _integrate(self) -> None:
         """The slope of the evidence at this level, for the path integral."""
@@ -227,7 +251,7 @@ def descend_together(posterior: Posterior, islands: Sequence[Island]) -> Iterato
     with its `error`.
     """
     walks = {island: island.descend() for island in islands}
-    answers: dict[Island, Tensor | None] = dict.fromkeys(islands)
+    answers: dict[Island, Any] = dict.fromkeys(islands)
     while walks:
         requests: dict[Island, Request] = {}
         for island in list(walks):
@@ -242,10 +266,20 @@ def descend_together(posterior: Posterior, islands: Sequence[Island]) -> Iterato
             if island.passed > passed:
                 yield island
         if requests:
-            x = torch.cat([x for x, _ in requests.values()])
-            sigma = torch.cat([x.new_full((len(x),), s) for x, s in requests.values()])
-            parts = posterior.prior.denoise(x, sigma).split([len(x) for x, _ in requests.values()])
-            answers = dict(zip(requests, parts, strict=True))
+            answers = dict(
+                zip(requests, _answered(posterior.prior, list(requests.values())), strict=True)
+            )
+
+
+def _answered(prior: Prior, requests: Sequence[Request]) -> Sequence[Any]:
+    """The answers to requests, which all ask for the same, in one call of the network."""
+    x = torch.cat([r.x for r in requests])
+    sigma = torch.cat([r.x.new_full((len(r.x),), r.s) for r in requests])
+    counts = [len(r.x) for r in requests]
+    if not requests[0].error:
+        return prior.denoise(x, sigma).split(counts)
+    denoised, error = prior.denoise_with_error(x, sigma)
+    return list(zip(denoised.split(counts), error.split(counts), strict=True))
 
 
 def banded(power: Tensor, v: Tensor) -> Tensor:

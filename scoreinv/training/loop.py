@@ -26,13 +26,15 @@ from tqdm import tqdm
 
 from scoreinv.gaussian import Fourier, Gaussian
 from scoreinv.priors.base import stream
-from scoreinv.priors.network import ScorePrior, preconditioning
+from scoreinv.priors.network import ErrorModel, ScorePrior, preconditioning
 from scoreinv.priors.unet import UNet
 from scoreinv.priors.zoo import save_prior
 from scoreinv.simulators import simulate_images
+from scoreinv.training.error import learn_error
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG_EVERY = 50
+ERROR_IMAGES = 1024  # held-out images on which the correlation of errors is measured
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class TrainingRun:
         sigma_min: Lowest noise level it is trained at [model unit].
         sigma_max: Highest noise level it is trained at [model unit].
         draws: Draws of the finished prior whose power spectra its card compares with held-out images; 0 for none.
+        error_steps: Optimiser steps in which the finished network learns its error; 0 for none, and then posteriors at
+            image size are less sharp.
         seed: Decides images, initial weights and batches.
     """
 
@@ -118,6 +122,7 @@ class TrainingRun:
     sigma_min: float = 0.002
     sigma_max: float = 20.0
     draws: int = 1000
+    error_steps: int = 600
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -290,8 +295,11 @@ def train(
         prior = as_prior(run, state.average, moments, sigma_data)
         card = _card(run, state.step, sigma_data)
         card["held_out"] = denoising_table(prior, run, held_out)
-        if state.step >= run.optimisation.steps and run.draws > 0:
-            card["power_spectrum"] = spectrum_table(prior, run, held_out, run.draws)
+        if state.step >= run.optimisation.steps:
+            if run.draws > 0:
+                card["power_spectrum"] = spectrum_table(prior, run, held_out, run.draws)
+            if run.error_steps > 0:
+                prior.error = _error(run, prior, images, held_out, accelerator, progress)
         save_prior(folder, prior, card)
     return folder
 
@@ -330,6 +338,22 @@ def _fit(
                 keep()
     if main:
         keep()
+
+
+def _error(
+    run: TrainingRun,
+    prior: ScorePrior,
+    images: Tensor,
+    held_out: Tensor,
+    accelerator: Any,
+    progress: bool,
+) -> ErrorModel:
+    """What the finished network learns of its error."""
+    seen = augment(
+        held_out[:ERROR_IMAGES], stream(run.seed, 5), run.data.shift, run.data.amplitude
+    )
+    batch = lambda t: _batch(run, images, run.optimisation.steps + t, accelerator)
+    return learn_error(prior, batch, seen, run.error_steps, run.seed, progress)
 
 
 def population_moments(run: TrainingRun, images: Tensor, most: int = 16384) -> Gaussian:
@@ -423,6 +447,7 @@ def _claim(run: TrainingRun, folder: Path) -> None:
     seen = json.loads(path.read_text())
     for record in (wanted, seen):  # these change no weights
         record.pop("draws", None)
+        record.pop("error_steps", None)
         record["data"].pop("workers")
         record["optimisation"].pop("save_every")
     if seen != wanted:

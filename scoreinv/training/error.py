@@ -1,0 +1,119 @@
+"""What a trained network learns of its error: a second head, and a correlation for each noise level.
+
+The network stays as it is. From its last features the head reads the logarithm v of the variance of F in each pixel, by the
+Gaussian likelihood of the squared error,
+
+    loss = 1/2 E [(F* - F)^2 exp(-v) + v],    F* = (x_0 - c_skip x_sigma) / c_out
+
+(Nix & Weigend, Estimating the Mean and Variance of the Target Probability Distribution, 1994), with ln sigma uniform over
+the trained levels. With a the standard deviations that come of it, r = x_0 - D of held-out images has the correlation
+
+    rho(lag) = E sum_i r_i r_(i + lag) / E sum_i a_i a_(i + lag),
+
+each image in units of its own a; rho(0) corrects what a misses on average.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from scoreinv.priors.base import stream
+from scoreinv.priors.network import ErrorModel, ScorePrior, preconditioning
+from scoreinv.priors.unet import error_head
+
+RATE, EMA, WARMUP = 2e-3, 0.995, 50
+LEVELS = 12  # at which the correlation is measured
+FLOOR = 1e-3  # least power of the correlation; estimates of it can fall below zero
+Batch = Callable[[int], tuple[Tensor, Tensor, Tensor]]
+
+
+def learn_error(
+    prior: ScorePrior, batch: Batch, held_out: Tensor, steps: int, seed: int, progress: bool
+) -> ErrorModel:
+    """Train the head, then measure the correlations.
+
+    Args:
+        prior: With a finished network.
+        batch: Clean images, levels and noise of step t, from which the images and the noise are taken.
+        held_out: Images that the network was not trained on, with shape (n, C, H, W).
+        steps: Of the optimiser.
+        seed: Decides weights and levels.
+        progress: Show a progress bar.
+    """
+    head, network = error_head(prior.network), prior.network
+    _initialise(head, seed)
+    optimiser = torch.optim.Adam(head.parameters(), lr=RATE, betas=(0.9, 0.99))
+    average = {k: v.clone() for k, v in head.state_dict().items()}
+    low, high = math.log(prior.sigma_min), math.log(prior.sigma_max)
+    for t in tqdm(range(steps), disable=not progress, unit="step", desc="error"):
+        x0, _, noise = batch(t)
+        u = (torch.randperm(len(x0), generator=stream(seed, 7, t)) + 0.5) / len(x0)
+        skip, out, scale, c = preconditioning((low + (high - low) * u).exp(), prior.sigma_data)
+        x = x0 + (low + (high - low) * u).exp().reshape(-1, 1, 1, 1) * noise
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=prior.autocast):
+            h, e = network.look((scale * x).contiguous(memory_format=torch.channels_last), c)
+            F = network.read(h).float()
+        log_v = head(h.float().contiguous(), e.float())
+        loss = 0.5 * (((x0 - skip * x) / out - F).square() * (-log_v).exp() + log_v).mean()
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError("the likelihood of the network's errors is not finite")
+        for group in optimiser.param_groups:
+            warm = min(1.0, (t + 1) / WARMUP)
+            group["lr"] = RATE * warm * 0.5 * (1 + math.cos(math.pi * t / steps))
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        optimiser.step()
+        with torch.no_grad():
+            for k, v in head.state_dict().items():
+                average[k].lerp_(v, 1 - min(EMA, (1 + t) / (10 + t)))
+    head.load_state_dict(average)
+    head.eval().requires_grad_(False)
+    # at the ends the network is cut off, or knows nothing
+    levels = torch.linspace(low + 0.3, high - 0.3, LEVELS, dtype=torch.float64).exp()
+    white = torch.ones(LEVELS, *held_out.shape[-2:], dtype=torch.float64)
+    knows = ScorePrior(
+        network,
+        prior.sigma_data,
+        prior.moments,
+        prior.sigma_min,
+        prior.sigma_max,
+        error=ErrorModel(head, levels, white),
+    )
+    power = [spectrum(knows, held_out, float(s), stream(seed, 8, i)) for i, s in enumerate(levels)]
+    return ErrorModel(head, levels, torch.stack(power))
+
+
+@torch.no_grad()
+def spectrum(prior: ScorePrior, images: Tensor, s: float, generator: torch.Generator) -> Tensor:
+    """Power of rho at each frequency, the same in all directions, with shape (H, W)."""
+    H, W = images.shape[-2:]
+    errors, widths = torch.zeros(H, W).double(), torch.zeros(H, W).double()
+    for x0 in images.split(64):
+        x = x0 + s * torch.randn(x0.shape, generator=generator)
+        denoised, a = prior.denoise_with_error(x, x.new_full((len(x),), s))
+        unit = a.double().square().mean((1, 2, 3), keepdim=True).sqrt()
+        for total, values in ((errors, x0 - denoised), (widths, a)):
+            power = torch.fft.fft2(values.double() / unit).abs().square()
+            total += torch.fft.ifft2(power).real.sum((0, 1))
+    power = torch.fft.fft2(errors / widths).real
+    ky, kx = torch.fft.fftfreq(H) * H, torch.fft.fftfreq(W) * W
+    ring = (ky[:, None] ** 2 + kx**2).sqrt().round().long()
+    total = torch.zeros(int(ring.max()) + 1).double().index_add(0, ring.flatten(), power.flatten())
+    return (total / ring.flatten().bincount()).clamp_min(FLOOR)[ring]
+
+
+def _initialise(head: nn.Module, seed: int) -> None:
+    """Weights from the run's own stream; zeros stay zero."""
+    generator = stream(seed, 6)
+    with torch.no_grad():
+        for p in head.parameters():
+            if p.ndim > 1 and bool(p.any()):
+                p.normal_(0, p[0].numel() ** -0.5, generator=generator)
+            elif p.ndim == 1 and not bool((p == p[0]).all()):
+                p.zero_()
