@@ -41,6 +41,7 @@ from scoreinv.operators.information import white
 from scoreinv.priors.base import Prior
 
 ROUNDS = 8  # of conditioning that find the Gaussian likelihood near data that are not Gaussian
+LOCAL_SLACK = 40.0  # where the Gaussian is the image's own: draws do not move beyond their scatter
 DRAWS = 64  # of the Gaussian posterior, over which each averages
 SLACK = 10.0  # on the tolerance of solves in the upper half of the path, whose errors fresh noise forgets
 
@@ -167,7 +168,7 @@ class Posterior:
             error: Standard deviations of x_0 from `Prior.denoise_with_error`, with shape (B, C, H, W).
         """
         rho = self.prior.correlation(s)
-        return LocalConditioned(self.conditioner, error, rho, SLACK * self.tolerance)
+        return LocalConditioned(self.conditioner, error, rho, LOCAL_SLACK * self.tolerance)
 
     def _prepare(self, s: float, prior: Covariance) -> Level:
         covariance = conditional(prior, s)
@@ -231,10 +232,12 @@ class Posterior:
         return self.data_image(self.nearby.residual(self.data, x[None])[0])
 
 
-def amplitude_by_evidence(prior: Prior, likelihood: Likelihood, y: Tensor) -> float:
-    """Sky units per model unit for which the data are most probable under the prior's moments.
+def amplitude_by_evidence(prior: Prior, likelihood: Likelihood, y: Tensor) -> tuple[float, float]:
+    """Sky units per model unit for which the data are most probable under the prior's moments, and their log-evidence [nat].
 
-    Maximises log N(y; a A mu, S + a^2 A C A^T) over a, by Brent's method in log a around the scale of the
+    Observations of the same data on canvases of other pixel scales are compared by that evidence.
+
+    Maximises log N(y; a A mu, S + a^2 A C A^T) over a, by Brent's method in log a, within a factor of a thousand of the
     least-squares flux; empirical Bayes for the one parameter that a prior in model units leaves open.
 
     Args:
@@ -263,11 +266,11 @@ def amplitude_by_evidence(prior: Prior, likelihood: Likelihood, y: Tensor) -> fl
     guess = math.sqrt(max(dirty * float((D * D).sum()), 1e-300) / expected)
     best = minimize_scalar(
         lambda t: -solver.log_evidence(prior.moments.rescaled(math.exp(t))),
-        bracket=(math.log(guess) - 0.5, math.log(guess) + 0.5),
-        method="brent",
-        options={"xtol": 0.01, "maxiter": 30},
+        bounds=(math.log(guess) - math.log(1e3), math.log(guess) + math.log(1e3)),
+        method="bounded",
+        options={"xatol": 0.01},
     )
-    return math.exp(float(best.x))
+    return math.exp(float(best.x)), -float(best.fun)
 
 
 def _check(prior: Prior, likelihood: Likelihood, y: Tensor) -> None:

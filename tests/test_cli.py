@@ -303,6 +303,28 @@ def test_visibilities_from_a_file(config, tmp_path, monkeypatch):
     assert float(mean.max()) == pytest.approx(1, abs=0.1)
 
 
+def test_the_likeliest_pixel_scale_is_chosen(config, capsys, tmp_path, monkeypatch):
+    """A white sky that fills the canvas: with smaller pixels its field would be too small."""
+    path, output = config
+    rng = np.random.default_rng(3)
+    uv = rng.uniform(-1, 1, (300, 2)) * 0.5 / np.deg2rad(0.1 / 3600)
+    A = si.NUFFT(torch.from_numpy(uv), (1, SIZE, SIZE), 0.1)
+    sky = SIGMA * torch.from_numpy(rng.standard_normal((1, 1, SIZE, SIZE)))
+    y = si.Likelihood(A, si.GaussianNoise(std=0.1)).simulate(sky, 4)[0].numpy()
+    np.savetxt(tmp_path / "vis.txt", np.stack([*uv.T, y.real, y.imag, np.full(300, 100.0)], 1))
+    monkeypatch.setenv("SCOREINV_DATA", str(tmp_path))
+    section = ["--visibilities.path", "vis.txt", "--visibilities.pixel_scale", "0.05,0.07,0.1"]
+    command = ["sample", "--config", str(path), "--simulation", "null", *section, "--n", "4"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "0.1 arcsec: log Z +0.0" in said and said.count("log Z -") == 2
+    draws = si.read_samples(output)
+    assert draws.grid.pixel_scale == pytest.approx(0.1)
+    assert draws.meta["amplitude"] == pytest.approx(1.0, abs=0.2)
+    both = [*command, "--amplitude", "1", "--overwrite"]
+    assert "compared at the likeliest amplitude" in failure(capsys, *both)
+
+
 def test_cutout_from_a_file(config, tmp_path):
     """A point source seen through a known PSF, on a canvas larger than the data."""
     path, output = config

@@ -80,8 +80,13 @@ def test_amplitude_by_evidence(amplitude):
     truth = amplitude * prior.sample(1, seed=3)
     noise = si.GaussianNoise(std=1e-3 * float(truth.std()))
     likelihood = si.Likelihood(si.Identity(prior.shape), noise)
-    found = amplitude_by_evidence(prior, likelihood, likelihood.simulate(truth, seed=4)[0])
+    found, evidence = amplitude_by_evidence(
+        prior, likelihood, likelihood.simulate(truth, seed=4)[0]
+    )
     assert found == pytest.approx(amplitude, rel=0.22)
+    y = likelihood.simulate(truth, seed=4)[0]
+    exact = si.Posterior(prior.rescaled(found), likelihood, y).gaussian_log_evidence
+    assert evidence == pytest.approx(exact, abs=1e-3)
 
 
 def test_no_amplitude_without_information():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import singledispatch
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class VisibilityData:
 
     Args:
         path: File, below the folder $SCOREINV_DATA or the working directory.
-        pixel_scale: Side of a pixel of the image [arcsec].
+        pixel_scale: Side of a pixel of the image [arcsec]; of several, the one whose canvas makes the data likeliest.
         unit: Unit of u, v in .npz and text: lambda (the default), klambda, or m with frequency.
         frequency: Frequency where the file has none [Hz].
         format: uvfits, visilens, npz or text; seen from the content if left out.
@@ -41,7 +41,7 @@ class VisibilityData:
     """
 
     path: str
-    pixel_scale: float
+    pixel_scale: float | tuple[float, ...]
     unit: str | None = None
     frequency: float | None = None
     format: str | None = None
@@ -165,6 +165,15 @@ class Observation:
     rms: float
     origin: dict[str, Any] = field(default_factory=dict)
     truth: Tensor | None = None
+
+
+def candidates(section: Any) -> list[Any]:
+    """The sections that a section with several pixel scales stands for."""
+    if not isinstance(section, VisibilityData) or isinstance(section.pixel_scale, float | int):
+        return [section]
+    if not section.pixel_scale:
+        raise ValueError("pixel_scale is empty, expected a number or several [arcsec]")
+    return [replace(section, pixel_scale=scale) for scale in section.pixel_scale]
 
 
 @singledispatch

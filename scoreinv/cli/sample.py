@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import scoreinv as si
-from scoreinv.cli.data import CutoutData, Observation, Simulation, VisibilityData, observe
+from scoreinv.cli.data import (
+    CutoutData,
+    Observation,
+    Simulation,
+    VisibilityData,
+    candidates,
+    observe,
+)
 
 ENDINGS = (".fits", ".h5", ".hdf5")
 DATA = ("visibilities", "cutout", "simulation")
@@ -101,8 +108,7 @@ def sample(config: SampleConfig) -> None:
     """Draw posterior images of one observation, and write them with a figure."""
     _prepare(config)
     prior = si.load_prior(config.prior, config.device)
-    seen = observe(config.data, prior.shape)
-    amplitude = _amplitude(prior, seen) if config.amplitude is None else config.amplitude
+    seen, amplitude = _chosen(config, prior)
     _say("data", f"{seen.origin['source']}, {seen.likelihood.data_size} numbers")
     _say("prior", f"{prior.identity['prior']}, amplitude {amplitude:.4g} {seen.grid.unit}")
     draws = _draw(config, si.Posterior(prior.rescaled(amplitude), seen.likelihood, seen.y), seen)
@@ -128,12 +134,24 @@ def _prepare(config: SampleConfig) -> None:
         shutil.rmtree(config.islands)
 
 
-def _amplitude(prior: si.Prior, seen: Observation) -> float:
-    """The most probable amplitude, to the four digits that it is known to.
-
-    The last bits depend on the number of threads; a run that goes on elsewhere must find the same.
-    """
-    return float(f"{si.amplitude_by_evidence(prior, seen.likelihood, seen.y):.4g}")
+def _chosen(config: SampleConfig, prior: si.Prior) -> tuple[Observation, float]:
+    """The observation and the amplitude of the prior: of several pixel scales the one under which the data are likeliest."""
+    choices = [observe(section, prior.shape) for section in candidates(config.data)]
+    if len(choices) == 1 and config.amplitude is not None:
+        return choices[0], config.amplitude
+    if len(choices) > 1 and config.amplitude is not None:
+        raise ValueError(
+            "pixel scales are compared at the likeliest amplitude of each; leave amplitude out, or give one pixel_scale"
+        )
+    found = [si.amplitude_by_evidence(prior, seen.likelihood, seen.y) for seen in choices]
+    best = max(range(len(found)), key=lambda i: found[i][1])
+    if len(found) > 1:
+        for seen, (amplitude, evidence) in zip(choices, found, strict=True):
+            below = f"log Z {evidence - found[best][1]:+.1f}, amplitude {amplitude:.4g}"
+            _say("pixel scale", f"{seen.grid.pixel_scale:g} arcsec: {below}")
+    # to the four digits that it is known to: the last bits depend on the threads, and a run that goes on elsewhere must
+    # find the same
+    return choices[best], float(f"{found[best][0]:.4g}")
 
 
 def _draw(config: SampleConfig, posterior: si.Posterior, seen: Observation) -> si.Samples:

@@ -67,7 +67,7 @@ class Guided:
 class Following(Twisted):
     """Particles whose denoised images are known up to errors of their own, of which the prior knows."""
 
-    error: Tensor
+    width: Tensor  # standard deviations of x_0
 
     def _step(self, i: int) -> Generator[Request, Any, int]:
         if i % (2 * SPARSE) == 0:
@@ -78,11 +78,11 @@ class Following(Twisted):
 
     def _arrive(self, s: float, prior: Covariance | None = None) -> Descent:
         self.s = s
-        self.denoised, self.error = yield from self._denoise_with_error(self.x, s)
+        self.denoised, self.width = yield from self._denoise_with_error(self.x, s)
 
     def _informed(self) -> Tensor:
         noise = self.posterior.conditioner.noise(self.n, self.generator)
-        return self.posterior.around(self.s, self.error).draw(self.denoised, self._white(), noise)
+        return self.posterior.around(self.s, self.width).draw(self.denoised, self._white(), noise)
 
     def _integrate(self) -> None:
         self.level = self.posterior.level(self.s)
