@@ -37,19 +37,22 @@ are for all draws; `least ESS / n` is the smallest effective sample size between
 Of what is known by tempering (counts, outliers, amplitudes) two references lie 0.6 to 1.3 floors from one another."""
 
 
-def document(rows: Sequence[dict[str, Any]], command: str, picture: str) -> str:
+def document(rows: Sequence[dict[str, Any]], command: str, picture: str, suite: int) -> str:
     """The page.
 
     Args:
         rows: From `scoreinv.bench.exact.row`, those of one problem after another.
         command: What made them.
         picture: File of the figure, beside the page.
+        suite: Problems that there are.
     """
+    run = len({row["problem"] for row in rows})
     parts = [
         "# The exact-posterior benchmark",
         f"`{command}`, scoreinv {version('scoreinv')}, {date.today().isoformat()}",
         f"![Error against cost, one panel a problem]({picture})",
         LEGEND,
+        *([f"Of the suite's {suite} problems, {run} were run."] if run < suite else []),
     ]
     for problem, group in itertools.groupby(rows, key=lambda row: row["problem"]):
         lines = list(group)

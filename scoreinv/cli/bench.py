@@ -113,7 +113,8 @@ def _exact(config: BenchConfig) -> list[dict[str, Any]]:
         page, picture = (Path(config.output).with_suffix(end) for end in (".md", ".png"))
         picture.parent.mkdir(parents=True, exist_ok=True)
         error_figure(rows).savefig(picture, dpi=100)
-        page.write_text(document(rows, f"scoreinv bench exact {_changed(config)}", picture.name))
+        command = f"scoreinv bench exact {_changed(config)}"
+        page.write_text(document(rows, command, picture.name, len(exact.problems())))
     return rows
 
 

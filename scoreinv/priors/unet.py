@@ -148,3 +148,13 @@ def error_head(network: UNet) -> ErrorHead:
     """A head that fits a network, with weights that say 1 everywhere."""
     channels, features = network.last.out_channels // 4, network.last.in_channels
     return ErrorHead(channels, features, network.features).to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw weights of unit gain; zeros stay zero, and so do biases."""
+    for p in module.parameters():
+        if p.ndim > 1 and bool(p.any()):
+            p.normal_(0, p[0].numel() ** -0.5, generator=generator)
+        elif p.ndim == 1 and not bool((p == p[0]).all()):
+            p.zero_()

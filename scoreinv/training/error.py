@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from scoreinv.priors.base import stream
 from scoreinv.priors.network import ErrorModel, ScorePrior, preconditioning
-from scoreinv.priors.unet import error_head
+from scoreinv.priors.unet import error_head, initialise
 
 RATE, EMA, WARMUP = 2e-3, 0.995, 50
 LEVELS = 12  # at which the correlation is measured
@@ -46,7 +46,7 @@ def learn_error(
         progress: Show a progress bar.
     """
     head, network = error_head(prior.network), prior.network
-    _initialise(head, seed)
+    initialise(head, stream(seed, 6))
     optimiser = torch.optim.Adam(head.parameters(), lr=RATE, betas=(0.9, 0.99))
     average = {k: v.clone() for k, v in head.state_dict().items()}
     low, high = math.log(prior.sigma_min), math.log(prior.sigma_max)
@@ -106,14 +106,3 @@ def spectrum(prior: ScorePrior, images: Tensor, s: float, generator: torch.Gener
     ring = (ky[:, None] ** 2 + kx**2).sqrt().round().long()
     total = torch.zeros(int(ring.max()) + 1).double().index_add(0, ring.flatten(), power.flatten())
     return (total / ring.flatten().bincount()).clamp_min(FLOOR)[ring]
-
-
-def _initialise(head: nn.Module, seed: int) -> None:
-    """Weights from the run's own stream; zeros stay zero."""
-    generator = stream(seed, 6)
-    with torch.no_grad():
-        for p in head.parameters():
-            if p.ndim > 1 and bool(p.any()):
-                p.normal_(0, p[0].numel() ** -0.5, generator=generator)
-            elif p.ndim == 1 and not bool((p == p[0]).all()):
-                p.zero_()

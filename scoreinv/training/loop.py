@@ -27,7 +27,7 @@ from tqdm import tqdm
 from scoreinv.gaussian import Fourier, Gaussian
 from scoreinv.priors.base import stream
 from scoreinv.priors.network import ErrorModel, ScorePrior, preconditioning
-from scoreinv.priors.unet import UNet
+from scoreinv.priors.unet import UNet, initialise
 from scoreinv.priors.zoo import save_prior
 from scoreinv.simulators import simulate_images
 from scoreinv.training.error import learn_error
@@ -367,14 +367,9 @@ def population_moments(run: TrainingRun, images: Tensor, most: int = 16384) -> G
 
 
 def _new_network(run: TrainingRun, channels: int) -> UNet:
-    """The network with initial weights from the run's own stream; zeros stay zero."""
-    network, generator = UNet(channels=channels, **asdict(run.network)), stream(run.seed, 0)
-    with torch.no_grad():
-        for p in network.parameters():
-            if p.ndim > 1 and bool(p.any()):
-                p.normal_(0, p[0].numel() ** -0.5, generator=generator)
-            elif p.ndim == 1 and not bool((p == p[0]).all()):
-                p.zero_()
+    """The network with initial weights from the run's own stream."""
+    network = UNet(channels=channels, **asdict(run.network))
+    initialise(network, stream(run.seed, 0))
     return network.to(memory_format=torch.channels_last)
 
 
