@@ -494,10 +494,14 @@ def test_guided_draws_follow_the_error_that_a_prior_knows():
     P = C.spectrum
     exact = float((0.09 * P / (P + 0.09)).mean()) ** 0.5
     posterior = si.Posterior(prior, likelihood, y)
-    draws = si.sample(posterior, 2000, si.Guided(6), seed=0, island=2000)
+    draws = si.sample(posterior, 2000, si.Guided(6, local=True), seed=0, island=2000)
     assert draws.evaluations == 12
     assert float(draws.x.var(0).mean()) ** 0.5 == pytest.approx(exact, rel=0.02)
     assert draws.log_evidence == pytest.approx(posterior.gaussian_log_evidence, abs=1.0)
     prior.factor = 0.5
-    wrong = si.sample(si.Posterior(prior, likelihood, y), 500, si.Guided(6), seed=0, island=500)
+    knows_less = si.Posterior(prior, likelihood, y)
+    wrong = si.sample(knows_less, 500, si.Guided(6, local=True), seed=0, island=500)
     assert abs(float(wrong.x.var(0).mean()) ** 0.5 / exact - 1) > 0.1
+    plain = si.Posterior(gaussian_prior((1, 8, 8)), likelihood, y)
+    with pytest.raises(ValueError, match="does not know its error: train it with error_steps"):
+        si.sample(plain, 4, si.Guided(6, local=True), seed=0)

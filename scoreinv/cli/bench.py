@@ -41,6 +41,7 @@ class BenchConfig:
         workers: Processes of "exact", of one thread each; as many as there are cores if left out.
         seed: First random seed.
         quick: A smaller set.
+        local: Of "learned": guided steps that follow the error which the prior knows, in the place of SMC.
         smc: The sampler.
         output: JSON file of the rows; all outcomes but those of "speed" are kept beside it and found again. "exact" also
             writes a figure and a page of the same name.
@@ -60,6 +61,7 @@ class BenchConfig:
     workers: int | None = None
     seed: int = 0
     quick: bool = False
+    local: bool = False
     smc: si.SMC = field(default_factory=si.SMC)
     output: str | None = None
 
@@ -193,7 +195,7 @@ def _learned(config: BenchConfig) -> list[dict[str, Any]]:
                     prior,
                     likelihood,
                     truths,
-                    config.smc,
+                    si.Guided(2 * config.smc.levels, local=True) if config.local else config.smc,
                     config.n or 16,
                     config.seed,
                     store,

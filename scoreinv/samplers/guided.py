@@ -1,11 +1,7 @@
 """One pass of guided steps, without moves or weights: fast, approximate, labelled so in the result.
 
-A prior that knows the covariance C(x, sigma) of x_0 given a noisy image, by a second head of its network, is followed by
-draws: x_0 of N(D, C(x, sigma)) conditioned on the data, and fresh noise (`scoreinv.samplers.path`). The covariance follows
-the particle, and with it what the data may still change.
-
-Where the prior does not know it, with D_y the mean of N(D, C_sigma) conditioned on the data, C_sigma the prior's covariance
-given a noisy image, the particles follow the ODE
+With D_y the mean of N(D, C_sigma) conditioned on the data, C_sigma the prior's covariance given a noisy image, the particles
+follow the ODE
 
     dx / d sigma = (x - D_y(x, sigma)) / sigma
 
@@ -13,6 +9,11 @@ by Heun's second-order method two levels down, and return one level up with fres
 D_y. A step of first order would lose a third of the power that trained priors have at high frequencies. Heun's method for
 this ODE: Karras et al. (2022, arXiv:2206.00364); D_y: Song et al., Pseudoinverse-Guided Diffusion Models for Inverse
 Problems (2023), with the prior's covariance for their white one.
+
+A prior may know the covariance C(x, sigma) of x_0 given a noisy image, by a second head of its network. Local steps follow
+it: x_0 drawn of N(D, C(x, sigma)) conditioned on the data, and fresh noise (`scoreinv.samplers.path`). On simulated galaxies
+the squared error of the posterior mean falls by a fifth to a third, but the width is a tenth too small; so the others are
+the default.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ class Guided:
     """Guided steps, once.
 
     Args:
-        levels: A draw costs twice as many evaluations: so many levels where the prior knows its error, and two evaluations
-            each at half as many where it does not.
+        levels: Noise levels, twice as many with local steps; a draw costs two evaluations for each of them.
+        local: Follow the error that the prior knows around each particle: sharper, but a tenth too narrow.
     """
 
     levels: int = 40
+    local: bool = False
 
     particles: ClassVar[int] = 1
     label: ClassVar[str] = "not used (one pass, approximate); evidence from the path integral"
@@ -51,16 +53,20 @@ class Guided:
 
     def refuses(self, posterior: Posterior) -> str:
         """Why this posterior is not for it; empty if it is."""
+        if self.local and not posterior.prior.knows_error:
+            return (
+                "the prior does not know its error: train it with error_steps, or leave out local"
+            )
         return not_linear(posterior)
 
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels of a posterior's path, falling."""
-        count = 2 * self.levels if posterior.prior.knows_error else self.levels
+        count = 2 * self.levels if self.local else self.levels
         return noise_levels(count, *posterior.sigma_range)
 
     def island(self, posterior: Posterior, n: int, generator: torch.Generator) -> Island:
         """n particles at the start, with their stream."""
-        kind = Following if posterior.prior.knows_error else Pulled
+        kind = Following if self.local else Pulled
         return kind(posterior, self.noise_levels(posterior), n, generator)
 
 

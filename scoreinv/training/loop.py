@@ -110,8 +110,7 @@ class TrainingRun:
         sigma_min: Lowest noise level it is trained at [model unit].
         sigma_max: Highest noise level it is trained at [model unit].
         draws: Draws of the finished prior whose power spectra its card compares with held-out images; 0 for none.
-        error_steps: Optimiser steps in which the finished network learns its error; 0 for none, and then posteriors at
-            image size are less sharp.
+        error_steps: Optimiser steps in which the finished network learns its error, for `Guided(local=True)`; 0 for none.
         seed: Decides images, initial weights and batches.
     """
 
@@ -122,7 +121,7 @@ class TrainingRun:
     sigma_min: float = 0.002
     sigma_max: float = 20.0
     draws: int = 1000
-    error_steps: int = 600
+    error_steps: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
