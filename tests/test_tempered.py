@@ -47,6 +47,8 @@ def test_smc_meets_the_true_likelihood_of_counts():
     assert right.evidence_error == pytest.approx(0.0, abs=0.2)
     wrong = score(problem, si.Guided(), 300, 0, 300, against=against)
     assert wrong.wasserstein > 2.5
+    draws = si.sample(problem.posterior, 4, si.Guided(4), seed=0)
+    assert "in the place of the PoissonNoise the Gaussian near the data" in draws.weights
     floor = sliced_wasserstein(problem.draws(300, 50), against.x) / against.floor
     assert floor < 1.8
 

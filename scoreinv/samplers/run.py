@@ -173,13 +173,16 @@ def _pool(
     else:
         x, log_z = draws[:n], float(evidence.mean())
     collapsed_at = traces[0].collapsed_at
+    label = sampler.dropped(collapsed_at) if collapsed_at > 0 else sampler.label
+    if traces[0].log_weights is None and not posterior.likelihood.gaussian:
+        label += f"; in the place of the {type(posterior.likelihood.noise).__name__} the Gaussian near the data"
     spread = float(evidence.std()) if len(evidence) > 1 else math.nan
     levels = torch.tensor(sampler.noise_levels(posterior), dtype=torch.float64)
     return Samples(
         x=x,
         log_evidence=log_z,
         log_evidence_std=spread / math.sqrt(len(evidence)),
-        weights=sampler.dropped(collapsed_at) if collapsed_at > 0 else sampler.label,
+        weights=label,
         levels=levels,
         ess=_curve([t.ess for t in traces], len(levels)),
         acceptance=_curve([t.acceptance for t in traces], len(levels)),
