@@ -39,9 +39,9 @@ def white_prior(variance):
 def answered(steps, posterior):
     """What a generator returns whose requests are answered by the prior."""
     try:
-        x, s = next(steps)
+        x, s, _ = next(steps)
         while True:
-            x, s = steps.send(posterior.prior.denoise(x, x.new_full((len(x),), s)))
+            x, s, _ = steps.send(posterior.prior.denoise(x, x.new_full((len(x),), s)))
     except StopIteration as end:
         return end.value
 
