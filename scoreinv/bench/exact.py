@@ -248,25 +248,23 @@ class Bench:
 
     def __init__(self) -> None:
         self.suite = problems()
-        self.last: tuple[str, int, int] | None = None
-        self.made: tuple[Problem, Reference]
+        self.last: tuple[str, int] | None = None
+        self.problem: Problem
+        self.against: dict[int, Reference]
 
     def __call__(self, run: Run) -> Score | None:
         """The score; None if the sampler does not take the problem."""
-        problem, against = self._made(run.name, run.seed, run.n)
+        if self.last != (run.name, run.seed):
+            self.problem, self.against = self.suite[run.name](run.seed), {}
+            self.last = run.name, run.seed
+        problem = self.problem
         if run.sampler.refuses(problem.posterior):
             return None
-        count = len(against.x) // 4
-        size = run.island if isinstance(run.sampler, SMC) else count
-        return score(problem, run.sampler, count, run.seed, size, run.key, against)
-
-    def _made(self, name: str, seed: int, n: int) -> tuple[Problem, Reference]:
-        if self.last != (name, seed, n):
-            problem = self.suite[name](seed)
-            count = n if math.prod(problem.posterior.shape) < LARGE else n // 5
-            self.made = problem, reference(problem, count, seed)
-            self.last = name, seed, n
-        return self.made
+        n = run.n if math.prod(problem.posterior.shape) < LARGE else run.n // 5
+        if n not in self.against:
+            self.against[n] = reference(problem, n, run.seed)
+        size = run.island if isinstance(run.sampler, SMC) else n
+        return score(problem, run.sampler, n, run.seed, size, run.key, self.against[n])
 
 
 def scores(
