@@ -17,6 +17,7 @@ from scoreinv.samplers.figure import FAINT, INK, TRUE
 OURS = ("SMC", "Anneal", "Guided")
 COLUMNS = 4
 BACKWARD = 2  # forward passes that a vector-Jacobian product costs
+DEAR = 1000  # passes beyond which a label stands to the left of its point
 
 
 def error_figure(rows: Sequence[dict[str, Any]]) -> Figure:
@@ -48,14 +49,16 @@ def _panel(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
     ax.axhline(1.0, color=FAINT, linewidth=0.8, linestyle="--")
     by_name = lambda row: row["method"].rstrip("0123456789")
     for name, group in itertools.groupby(rows, key=by_name):
-        points = [(r["evaluations"] + BACKWARD * r["VJPs"], r["SW / floor"]) for r in group]
+        points = sorted((r["evaluations"] + BACKWARD * r["VJPs"], r["SW / floor"]) for r in group)
+        dear = points[0][0] > DEAR
         ours = name in OURS
         colour = TRUE if ours else FAINT
         ax.plot(*zip(*points, strict=True), "o-", color=colour, markersize=5, linewidth=1)
         ax.annotate(
             name,
             points[0],
-            xytext=(4, 3),
+            xytext=(-4 if dear else 4, 3),
+            ha="right" if dear else "left",
             textcoords="offset points",
             fontsize=7,
             color=TRUE if ours else INK,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -159,7 +160,7 @@ def _changed(config: BenchConfig) -> str:
         if getattr(config.smc, f.name) != f.default:
             changed[f"smc.{f.name}"] = getattr(config.smc, f.name)
     joined = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v).lower()
-    return " ".join(f"--{name} {joined(value)}" for name, value in changed.items())
+    return " ".join(f"--{name} {shlex.quote(joined(value))}" for name, value in changed.items())
 
 
 def _speed(config: BenchConfig) -> list[dict[str, Any]]:
