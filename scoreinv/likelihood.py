@@ -43,6 +43,10 @@ class Likelihood:
             raise ValueError(
                 f"noise of amplitudes is a {type(self.noise).__name__}, expected GaussianNoise"
             )
+        if not self.linear and self.noise.pixel_precision is None:
+            raise ValueError(
+                "noise of amplitudes takes std or variance, not a spectrum or a matrix"
+            )
 
     @property
     def linear(self) -> bool:
@@ -115,7 +119,8 @@ class Likelihood:
         clean, variance = self.operator.blurred(x.double(), error.sqrt(self._probes))
         total = self.noise.covariance.eigenvalues(y.shape).reshape(y.shape) + variance
         square = (y - clean).square() / total + (2 * math.pi * total).log()
-        return -0.5 * square.flatten(1).sum(1)
+        # masked data do not count
+        return -0.5 * square.where(total.isfinite(), 0.0).flatten(1).sum(1)
 
     @cached_property
     def _probes(self) -> Tensor:

@@ -9,6 +9,8 @@ import scoreinv as si
 from scoreinv.bench.exact import reference, score
 from scoreinv.bench.scores import sliced_wasserstein
 from scoreinv.bench.tempered import amplitudes, counts, outliers
+from scoreinv.gaussian import Scalar
+from scoreinv.samplers.run import fingerprint
 
 
 def test_amplitudes_of_two_pixels_against_quadrature():
@@ -93,6 +95,33 @@ def test_amplitudes_know_their_slope_and_their_blur():
     torch.testing.assert_close(variance[0], seen.var(0), rtol=0.1, atol=0.0)
 
 
+def test_masked_amplitudes_do_not_count():
+    """An error of no width leaves the likelihood, with and without a datum of infinite variance."""
+    problem = amplitudes(8, seed=0).posterior
+    x, none = problem.prior.sample(3, seed=1), Scalar(1e-20)
+    for variance in (torch.ones(5), torch.tensor([1.0, math.inf, 1.0, 1.0, 1.0])):
+        noise = si.GaussianNoise(variance=variance)
+        likelihood = si.Likelihood(problem.likelihood.operator, noise)
+        about = likelihood.log_prob_about(problem.y, x, none)
+        torch.testing.assert_close(about, likelihood.log_prob(problem.y, x))
+
+
+@pytest.mark.parametrize(
+    "make, change",
+    [(lambda: counts(16, 8, seed=1), si.PoissonNoise(0.6)),
+     (lambda: outliers(64, 16, seed=1), si.StudentNoise(0.05, 2.5)),
+     (lambda: amplitudes(2, seed=1), si.GaussianNoise(std=0.31))],
+    ids=["counts", "outliers", "amplitudes"],
+)  # fmt: skip
+def test_islands_of_other_noise_are_not_taken_up(make, change):
+    """The same data under other noise are another problem."""
+    one = make().posterior
+    likelihood = si.Likelihood(one.likelihood.operator, change)
+    two = si.Posterior(one.prior, likelihood, one.y)
+    assert fingerprint(one, si.SMC(), 0, 4) == fingerprint(make().posterior, si.SMC(), 0, 4)
+    assert fingerprint(one, si.SMC(), 0, 4) != fingerprint(two, si.SMC(), 0, 4)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -102,6 +131,13 @@ def test_amplitudes_know_their_slope_and_their_blur():
                 amplitudes(2, 0).posterior.likelihood.operator, si.PoissonNoise(1.0)
             ),
             "noise of amplitudes is a PoissonNoise",
+        ),
+        (
+            lambda: si.Likelihood(
+                amplitudes(2, 0).posterior.likelihood.operator,
+                si.GaussianNoise(covariance=torch.eye(2).double()),
+            ),
+            "takes std or variance, not a spectrum or a matrix",
         ),
     ],
 )

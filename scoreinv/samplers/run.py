@@ -223,9 +223,11 @@ def fingerprint(posterior: Posterior, sampler: Sampler, seed: int, island: int) 
     h.update(posterior.y.contiguous().numpy().tobytes())
     probe = torch.linspace(-1, 1, math.prod(posterior.shape), dtype=torch.float64)
     probe = probe.reshape(1, *posterior.shape)
-    seen = posterior.likelihood.operator(probe)
-    if posterior.likelihood.linear:
-        seen = posterior.nearby.noise.whiten(seen)
+    likelihood = posterior.likelihood
+    if likelihood.gaussian:
+        seen = likelihood.noise.whiten(likelihood.operator(probe))
+    else:
+        seen = likelihood.log_prob(posterior.y, torch.cat([probe, -probe, 0 * probe]))
     moments = posterior.moments
     for values in (seen, moments.mean, moments.covariance.apply(probe)):
         h.update(_rounded(values).encode())

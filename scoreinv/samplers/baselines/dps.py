@@ -47,9 +47,12 @@ class Misfit(Chain):
     options: DPS
 
     def _next(self, sigma: float, s: float) -> Generator[Request, Tensor, Tensor]:
-        A = self.posterior.likelihood.operator
+        posterior, A = self.posterior, self.posterior.likelihood.operator
         at = yield from self._linearised(sigma)
-        e = self.posterior.likelihood.residual(self.posterior.y, at.denoised)
+        if posterior.likelihood.linear:  # of counts the background is taken away
+            e = posterior.nearby.residual(posterior.data, at.denoised)
+        else:
+            e = posterior.likelihood.residual(posterior.y, at.denoised)
         length = e.abs().square().flatten(1).sum(1).sqrt().clamp_min(1e-300)
         e = e / length.reshape(-1, *[1] * (e.ndim - 1))
         x = bridge(self.x, at.denoised, sigma, s, self._white())
