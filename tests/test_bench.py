@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: known answers in, known scores out."""
 
 import math
+import sys
 import time
 
 import pytest
@@ -19,7 +20,7 @@ from scoreinv.bench.learned import (
     summary,
 )
 from scoreinv.bench.memory import peak_memory
-from scoreinv.bench.peers import Azula
+from scoreinv.bench.peers import Azula, DeepInv
 from scoreinv.bench.problems import (
     _dense_answer,
     _stationary_answer,
@@ -199,9 +200,28 @@ def test_azula_runs_by_its_own_code():
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_azula_is_left_out_where_it_does_not_take_the_data(monkeypatch):
+@pytest.mark.skipif(
+    bool(DeepInv().refuses(FIELDS["blur"].posterior)), reason="deepinv does not import here"
+)
+def test_deepinv_runs_by_its_own_code():
+    """As azula's MMPS; its solver stops short of the lowest level, so it takes one evaluation less than levels."""
+    exact = gaussian_field(1, "PSF", 20)
+    options = (("cg_max_iter", 10),)
+    theirs = score(exact, DeepInv(60, "MMPS", options), n=256, seed=0, island=256)
+    assert theirs.mahalanobis == pytest.approx(0.9, abs=0.05)
+    assert theirs.chi == pytest.approx(1.0, abs=0.05)
+    assert 59 <= theirs.evaluations <= 60 and theirs.vjps >= 59
+
+
+def test_deepinv_that_does_not_import_says_so(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "deepinv", None)
+    assert "deepinv does not import" in DeepInv().refuses(FIELDS["blur"].posterior)
+
+
+def test_peers_are_left_out_where_they_do_not_take_the_data(monkeypatch):
     monkeypatch.setattr(bench, "problems", lambda: {"a": lambda seed: FIELDS["Fourier"]})
-    samplers = {"Guided": si.Guided(4), "azula": Azula(4)}
+    samplers = {"Guided": si.Guided(4), "azula": Azula(4), "deepinv": DeepInv(4)}
     (found,) = scores(samplers, 10, range(1), 10)
     assert list(found) == ["Guided"]
     with pytest.raises(ValueError, match="real data with white noise"):

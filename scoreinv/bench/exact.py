@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from scoreinv.bench.increments import increments
 from scoreinv.bench.memory import peak_memory
-from scoreinv.bench.peers import Azula
+from scoreinv.bench.peers import Azula, DeepInv
 from scoreinv.bench.problems import (
     Problem,
     four_fields,
@@ -49,7 +49,6 @@ from scoreinv.samplers.baselines import (
 from scoreinv.samplers.path import Sampler
 
 LARGE = 512  # pixels from which a fifth of the draws are made
-PEERS = "azula-"  # how samplers of that package are called
 QUICK = ("grid 8 1", "grid 80 4", "power law 64 16")  # problems for a first look
 FLOOR = 10  # sets of exact draws for the noise floor
 METHODS: dict[str, Sampler] = {
@@ -66,9 +65,12 @@ METHODS: dict[str, Sampler] = {
     "DAPS": DAPS(),
     "PnP-DM": PnPDM(),
     "convolved": ConvolvedLikelihood(),
-    f"{PEERS}MMPS": Azula(method="MMPS"),
-    f"{PEERS}DPS": Azula(1000, "DPS"),
-    f"{PEERS}DiffPIR": Azula(method="DiffPIR"),
+    "azula-MMPS": Azula(method="MMPS"),
+    "azula-DPS": Azula(1000, "DPS"),
+    "azula-DiffPIR": Azula(method="DiffPIR"),
+    "deepinv-MMPS": DeepInv(method="MMPS"),
+    "deepinv-PiGDM": DeepInv(method="PiGDM"),
+    "deepinv-DPS": DeepInv(1000, "DPS"),
 }
 
 

@@ -15,6 +15,7 @@ import scoreinv as si
 from scoreinv.bench import exact, learned, speed
 from scoreinv.bench.document import cell, document
 from scoreinv.bench.figure import error_figure
+from scoreinv.bench.peers import Peer
 from scoreinv.samplers.path import Sampler
 
 TABLES = ("exact", "coverage", "learned", "speed")
@@ -29,7 +30,7 @@ class BenchConfig:
             (calibration with a trained prior) or "speed".
         methods: Samplers of "exact" and "coverage": SMC (as in the section), SMC40 and SMC7 (of so many levels), Anneal,
             Guided, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved; with the extra `bench`
-            azula-MMPS, azula-DPS, azula-DiffPIR, by that package's own code.
+            azula-MMPS, azula-DPS, azula-DiffPIR, deepinv-MMPS, deepinv-PiGDM, deepinv-DPS, by those packages' own code.
         problems: Of "exact" and "coverage", by their names, as in "grid 80 1"; all of the suite if left out.
         prior: Trained prior of "learned" and "speed".
         kinds: Problems of "learned": psf, uv.
@@ -42,14 +43,16 @@ class BenchConfig:
         workers: Processes of "exact", of one thread each; as many as there are cores if left out.
         seed: First random seed.
         quick: A smaller set.
-        local: Of "learned": guided steps that follow the error which the prior knows, in the place of SMC.
         smc: The sampler.
+        guided: Of "learned", in its place: the steps that all its draws take where weights collapse, without the scouts.
         output: JSON file of the rows; all outcomes but those of "speed" are kept beside it and found again. "exact" also
             writes a figure and a page of the same name.
     """
 
     what: str
-    methods: tuple[str, ...] = tuple(m for m in exact.METHODS if not m.startswith(exact.PEERS))
+    methods: tuple[str, ...] = tuple(
+        m for m, s in exact.METHODS.items() if not isinstance(s, Peer)
+    )
     problems: tuple[str, ...] | None = None
     prior: str = "galaxy64"
     kinds: tuple[str, ...] = ("psf", "uv")
@@ -62,8 +65,8 @@ class BenchConfig:
     workers: int | None = None
     seed: int = 0
     quick: bool = False
-    local: bool = False
     smc: si.SMC = field(default_factory=si.SMC)
+    guided: si.Guided | None = None
     output: str | None = None
 
     def __post_init__(self) -> None:
@@ -153,7 +156,7 @@ def _changed(config: BenchConfig) -> str:
     changed = {
         f.name: getattr(config, f.name)
         for f in fields(config)
-        if f.name not in ("what", "smc", "output", "workers")
+        if f.name not in ("what", "smc", "guided", "output", "workers")
         and getattr(config, f.name) != f.default
     }
     for f in fields(config.smc):
@@ -196,7 +199,7 @@ def _learned(config: BenchConfig) -> list[dict[str, Any]]:
                     prior,
                     likelihood,
                     truths,
-                    si.Guided(2 * config.smc.levels, local=True) if config.local else config.smc,
+                    config.guided or config.smc,
                     config.n or 16,
                     config.seed,
                     store,
