@@ -364,6 +364,7 @@ def conjugate_gradients(
     preconditioner: Callable[[Tensor], tuple[Tensor, Tensor]] = lambda r: (r, torch.zeros_like(r)),
     error: float = 1e-6,
     iterations: int = 500,
+    length: float = 0.0,
 ) -> tuple[Tensor, int]:
     """Solve (K^-1 + H) x = b for a batch of right-hand sides b.
 
@@ -378,6 +379,7 @@ def conjugate_gradients(
         error: Stops when every solution is off by less, in the norm <e, (K^-1 + H) e>^1/2: the distance in standard
             deviations of the posterior. If 0, all iterations are done.
         iterations: At most so many.
+        length: Stops, too, when two updates in a row are shorter than that, for every solution.
 
     Returns:
         The solutions, with shape (B, *shape), and the iterations that were needed.
@@ -397,7 +399,8 @@ def conjugate_gradients(
     x, r = torch.zeros_like(b), b
     p, Kp, previous = torch.zeros_like(b), torch.zeros_like(b), b.new_ones(len(b)).double()
     removed: list[Tensor] = []
-    for _ in range(iterations):
+    short = 0
+    for done in range(iterations):
         z, Kz = preconditioner(r)
         rz = dot(r, z)
         beta = column(rz / previous.clamp_min(tiny))
@@ -409,6 +412,10 @@ def conjugate_gradients(
             removed.append(step * rz)
             if len(removed) >= AHEAD and bool((sum(removed[-AHEAD:]) < error**2).all()):
                 return x, _enough(removed, error)
+        if length > 0:
+            short = short + 1 if bool((step.square() * dot(p, p) < length**2).all()) else 0
+            if short == 2:
+                return x, done + 1
     if error > 0:
         warnings.warn(
             f"conjugate gradients stopped after {iterations} iterations, further than {error:g} standard deviations off; "

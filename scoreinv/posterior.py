@@ -41,7 +41,7 @@ from scoreinv.operators.information import white
 from scoreinv.priors.base import Prior
 
 ROUNDS = 8  # of conditioning that find the Gaussian likelihood near data that are not Gaussian
-LOCAL_SLACK = 40.0  # where the Gaussian is the image's own: draws do not move beyond their scatter
+SHORT = 0.2  # of the noise of one pixel: what iterative solves for a whole image may leave out under it
 DRAWS = 64  # of the Gaussian posterior, over which each averages
 SLACK = 10.0  # on the tolerance of solves in the upper half of the path, whose errors fresh noise forgets
 
@@ -168,7 +168,7 @@ class Posterior:
             error: Standard deviations of x_0 from `Prior.denoise_with_error`, with shape (B, C, H, W).
         """
         rho = self.prior.correlation(s)
-        return LocalConditioned(self.conditioner, error, rho, LOCAL_SLACK * self.tolerance)
+        return LocalConditioned(self.conditioner, error, rho, SHORT * s)
 
     def _prepare(self, s: float, prior: Covariance) -> Level:
         covariance = conditional(prior, s)

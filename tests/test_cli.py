@@ -225,7 +225,7 @@ def test_print_config(capsys, config):
     assert stop.value.code in (0, None)
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["seed"] == 7 and printed["simulation"]["noise"]["tsys"] == 100
-    assert printed["guided"] == {"levels": 24, "local": False} and printed["smc"] is None
+    assert printed["guided"] == {"levels": 24, "local": True} and printed["smc"] is None
 
 
 # --- sample --------------------------------------------------------------------------------------

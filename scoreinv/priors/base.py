@@ -8,12 +8,13 @@ and Selection Bias, 2011).
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from scoreinv.gaussian import Covariance, Gaussian
-from scoreinv.kernels import noise_levels
+from scoreinv.kernels import bridge, noise_levels
 
 
 class Prior(abc.ABC):
@@ -26,6 +27,9 @@ class Prior(abc.ABC):
         sigma_max: Above this level the denoiser is not used [model unit].
         moments: The Gaussian with the prior's mean and covariance.
         identity: What the provenance of a result calls this prior: name, hash of the weights.
+        excess_noise: Variance of the fresh noise of a reverse step, over what it would be with an exact denoiser. Trained
+            ones lose detail from step to step, and a little more noise keeps it (S_noise^2 of Karras et al. 2022,
+            arXiv:2206.00364, section 4).
     """
 
     shape: tuple[int, ...]
@@ -34,6 +38,7 @@ class Prior(abc.ABC):
     sigma_max: float
     moments: Gaussian
     identity: dict[str, str]
+    excess_noise: float = 1.0
 
     @abc.abstractmethod
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -60,6 +65,25 @@ class Prior(abc.ABC):
     def knows_error(self) -> bool:
         """Whether `denoise_with_error` has an answer."""
         return self.correlation(self.sigma_max) is not None
+
+    @torch.no_grad()
+    def continued(self, x: Tensor, levels: Sequence[float], generator: torch.Generator) -> Tensor:
+        """Draws of x_0 given noisy images at the first of the levels, with shape (B, C, H, W).
+
+        The reverse steps are those of `Guided`, without data: they follow the error that the prior must know.
+
+        Args:
+            x: Noisy images, with shape (B, C, H, W).
+            levels: Their level, and falling ones on the way to 0.
+            generator: Of the fresh noise.
+        """
+        gain = self.excess_noise**0.5
+        for sigma, s in zip(levels, [*levels[1:], 0.0], strict=True):
+            denoised, a = self.denoise_with_error(x, x.new_full((len(x),), sigma))
+            z, fresh = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2))
+            x0 = denoised + a * self.correlation(sigma).sqrt(z)
+            x = bridge(x, x0, sigma, s, gain * fresh)
+        return x
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
         """grad log p_sigma(x), with shape (B, C, H, W)."""
@@ -145,6 +169,7 @@ class RescaledPrior(Prior):
         self.sigma_min, self.sigma_max = amplitude * prior.sigma_min, amplitude * prior.sigma_max
         self.moments = prior.moments.rescaled(amplitude)
         self.identity = {**prior.identity, "amplitude": f"{amplitude:.9g}"}
+        self.excess_noise = prior.excess_noise
 
     def sample(self, n: int, seed: int, steps: int = 40, churn: float = 0.1) -> Tensor:
         """amplitude times the draws of the prior, with shape (n, C, H, W)."""

@@ -38,11 +38,13 @@ class ErrorModel:
         head: The logarithm of the variance of F in each pixel, from the network's features.
         levels: Noise levels at which rho was measured, rising, with shape (L,) [model unit].
         power: Spectrum of rho at each, with shape (L, H, W).
+        excess_noise: `Prior.excess_noise`, with which draws of x_0 given x_sigma have their errors' width.
     """
 
     head: ErrorHead
     levels: Tensor
     power: Tensor
+    excess_noise: float = 1.0
 
     def correlation(self, sigma: float) -> Fourier:
         """rho between the measured levels, by interpolating logarithms."""
@@ -83,6 +85,11 @@ class ScorePrior(Prior):
         self.shape, self.dtype = tuple(moments.mean.shape), torch.float32
         self.identity = identity or {"prior": type(network).__name__}
         self.error = error
+
+    @property
+    def excess_noise(self) -> float:
+        """1 if the network did not learn its error."""
+        return 1.0 if self.error is None else self.error.excess_noise
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         skip, out, inputs, c = self._prepared(x, sigma)

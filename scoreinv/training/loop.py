@@ -110,7 +110,7 @@ class TrainingRun:
         sigma_min: Lowest noise level it is trained at [model unit].
         sigma_max: Highest noise level it is trained at [model unit].
         draws: Draws of the finished prior whose power spectra its card compares with held-out images; 0 for none.
-        error_steps: Optimiser steps in which the finished network learns its error, for `Guided(local=True)`; 0 for none.
+        error_steps: Optimiser steps in which the finished network learns its error, which `Guided` follows; 0 for none.
         seed: Decides images, initial weights and batches.
     """
 
