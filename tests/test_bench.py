@@ -9,6 +9,7 @@ import torch
 
 import scoreinv as si
 from scoreinv.bench import exact as bench
+from scoreinv.bench import scaling
 from scoreinv.bench.exact import Score, coverage, problems, row, score, scores
 from scoreinv.bench.figure import error_figure
 from scoreinv.bench.increments import increments
@@ -259,6 +260,24 @@ def test_figure_of_errors_has_a_panel_for_each_problem():
     ]
     shown = [ax for ax in error_figure(rows).axes if ax.axison]
     assert [ax.get_title() for ax in shown] == [f"{p}, 10 draws" for p in "abcde"]
+
+
+def test_scaling_runs_along_every_axis(monkeypatch):
+    """On the smallest numbers; a stretched spectrum keeps its value at the same cycles per pixel."""
+    prior = si.load_prior("galaxy32")
+    monkeypatch.setattr(scaling, "SIZES", (32, 40))
+    monkeypatch.setattr(scaling, "VISIBILITIES", (50,))
+    monkeypatch.setattr(scaling, "DRAWS", (2,))
+    monkeypatch.setattr(scaling, "LEVELS", (2,))
+    monkeypatch.setattr(scaling, "FEW", 2)
+    monkeypatch.setattr(scaling, "SAMPLERS", {"guided": lambda levels: si.Guided(levels)})
+    rows = list(scaling.scaling(prior))
+    assert {r["axis"] for r in rows} == set(scaling.AXES) and len(rows) == 7
+    assert all(r["wall / forward passes"] > 0.5 for r in rows)
+    assert len(scaling.scaling_figure(rows).axes) == 8
+    spectra = [p.moments.covariance.spectrum for p in (prior, scaling.stretched(prior, 64))]
+    fine, coarse = spectra[1][0, 0, :33:2], spectra[0][0, 0, :17].double()
+    torch.testing.assert_close(fine, coarse, rtol=1e-5, atol=0)
 
 
 def test_every_problem_of_the_suite_has_a_name_of_its_own():

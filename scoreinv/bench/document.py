@@ -34,7 +34,9 @@ itself scatters by up to a half on one problem with far modes; `var seen` and `u
 see of an image and of the rest; `Mahalanobis` is the squared radius inside the modes (< 1: too narrow). Evaluations and
 vector-Jacobian products (VJPs) are per draw; seconds (of one thread) and memory (its peak over what was there before)
 are for all draws; `least ESS / n` is the smallest effective sample size between two resamplings, where weights are used.
-Of what is known by tempering (counts, outliers, amplitudes) two references lie 0.6 to 1.3 floors from one another."""
+Of what is known by tempering (counts, outliers, amplitudes) two references lie 0.6 to 1.3 floors from one another.
+Samplers of other packages run by their own code, at its defaults."""
+PEERS = ("azula", "deepinv")
 
 
 def document(rows: Sequence[dict[str, Any]], command: str, picture: str, suite: int) -> str:
@@ -49,7 +51,7 @@ def document(rows: Sequence[dict[str, Any]], command: str, picture: str, suite: 
     run = len({row["problem"] for row in rows})
     parts = [
         "# The exact-posterior benchmark",
-        f"`{command}`, scoreinv {version('scoreinv')}, {date.today().isoformat()}",
+        f"`{command}`, {', '.join(_versions(rows))}, {date.today().isoformat()}",
         f"![Error against cost, one panel a problem]({picture})",
         LEGEND,
         *([f"Of the suite's {suite} problems, {run} were run."] if run < suite else []),
@@ -60,6 +62,12 @@ def document(rows: Sequence[dict[str, Any]], command: str, picture: str, suite: 
         parts.append(f"## {problem}\n\n{n} draws, {seeds} problem{'s' if seeds > 1 else ''}")
         parts.append(_table(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _versions(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Of the packages whose samplers are in the table, ours first."""
+    used = [p for p in PEERS if any(str(row["method"]).startswith(f"{p}-") for row in rows)]
+    return [f"{name} {version(name)}" for name in ("scoreinv", *used)]
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

@@ -15,9 +15,22 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from scoreinv.samplers.figure import FAINT, INK, TRUE
 
 OURS = ("SMC", "Anneal", "Guided")
+MARKERS = {
+    "SMC": "o",
+    "Anneal": "^",
+    "Guided": "s",
+    "TDS": "*",
+    "MMPS": "s",
+    "PiGDM": "D",
+    "DPS": "v",
+    "DiffPIR": "^",
+    "DAPS": "P",
+    "PnP-DM": "X",
+    "convolved": "o",
+}
+PACKAGES = {"azula-": "tab:blue", "deepinv-": "tab:orange"}  # whose code draws hollow markers
 COLUMNS = 4
 BACKWARD = 2  # forward passes that a vector-Jacobian product costs
-DEAR = 1000  # passes beyond which a label stands to the left of its point
 
 
 def error_figure(rows: Sequence[dict[str, Any]]) -> Figure:
@@ -42,6 +55,8 @@ def error_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     cost = f"network passes per draw (a vector-Jacobian product counts {BACKWARD})"
     figure.supxlabel(cost, fontsize=9, color=INK)
     figure.supylabel("Wasserstein distance / floor", fontsize=9, color=INK)
+    known = {h.get_label(): h for ax in axes for h in ax.get_legend_handles_labels()[0]}
+    figure.legend(known.values(), known.keys(), loc="outside upper center", ncols=8, fontsize=8)
     return figure
 
 
@@ -50,25 +65,25 @@ def _panel(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
     by_name = lambda row: row["method"].rstrip("0123456789")
     for name, group in itertools.groupby(rows, key=by_name):
         points = sorted((r["evaluations"] + BACKWARD * r["VJPs"], r["SW / floor"]) for r in group)
-        dear = points[0][0] > DEAR
-        ours = name in OURS
-        colour = TRUE if ours else FAINT
-        ax.plot(*zip(*points, strict=True), "o-", color=colour, markersize=5, linewidth=1)
-        ax.annotate(
-            name,
-            points[0],
-            xytext=(-4 if dear else 4, 3),
-            ha="right" if dear else "left",
-            textcoords="offset points",
-            fontsize=7,
-            color=TRUE if ours else INK,
-        )
+        ax.plot(*zip(*points, strict=True), markersize=6, label=name, **_style(name))
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.margins(x=0.22, y=0.12)
+    ax.margins(x=0.08, y=0.12)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if axis is ax.yaxis else (1,)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
-    ax.set_title(f"{rows[0]['problem']}, {rows[0]['n']} draws", fontsize=9, color=INK)
+    ax.set_title(f"{rows[0]['problem']}, {rows[0]['n']} draws", fontsize=8, color=INK)
     ax.tick_params(labelsize=7)
+
+
+def _style(name: str) -> dict[str, Any]:
+    """Line and marker: the method decides the shape, whose code it is the colour."""
+    for prefix, colour in PACKAGES.items():
+        if name.startswith(prefix):
+            marker = MARKERS.get(name.removeprefix(prefix), "o")
+            return {"marker": marker, "linestyle": "", "color": colour, "fillstyle": "none"}
+    ours = name in OURS
+    line = {"linestyle": "-", "linewidth": 1.2} if ours else {"linestyle": ""}
+    style = {"marker": MARKERS.get(name, "o"), "color": TRUE if ours else FAINT}
+    return {**style, **line, "zorder": 3 if ours else 2}

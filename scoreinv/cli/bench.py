@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import scoreinv as si
-from scoreinv.bench import exact, learned, speed
+from scoreinv.bench import exact, learned, scaling, speed
 from scoreinv.bench.document import cell, document
 from scoreinv.bench.figure import error_figure
 from scoreinv.bench.peers import Peer
 from scoreinv.samplers.path import Sampler
 
-TABLES = ("exact", "coverage", "learned", "speed")
+TABLES = ("exact", "coverage", "learned", "speed", "scaling")
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class BenchConfig:
 
     Args:
         what: "exact" (posteriors in closed form), "coverage" (truths ranked among 31 draws, on the same problems), "learned"
-            (calibration with a trained prior) or "speed".
+            (calibration with a trained prior), "speed", or "scaling" (with pixels, data, draws and levels).
         methods: Samplers of "exact" and "coverage": SMC (as in the section), SMC40 and SMC7 (of so many levels), Anneal,
             Guided, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved; with the extra `bench`
             azula-MMPS, azula-DPS, azula-DiffPIR, deepinv-MMPS, deepinv-PiGDM, deepinv-DPS, by those packages' own code.
         problems: Of "exact" and "coverage", by their names, as in "grid 80 1"; all of the suite if left out.
-        prior: Trained prior of "learned" and "speed".
+        prior: Trained prior of "learned", "speed" and "scaling".
         kinds: Problems of "learned": psf, uv.
         noises: Noise of "learned", over the peak.
         truths: Of "learned": from the prior, and as many held-out images; of "coverage": problems of each kind.
@@ -45,8 +45,8 @@ class BenchConfig:
         quick: A smaller set.
         smc: The sampler.
         guided: Of "learned", in its place: the steps that all its draws take where weights collapse, without the scouts.
-        output: JSON file of the rows; all outcomes but those of "speed" are kept beside it and found again. "exact" also
-            writes a figure and a page of the same name.
+        output: JSON file of the rows; the outcomes of all but "speed" and "scaling" are kept beside it and found again.
+            "exact" also writes a figure and a page of the same name, "scaling" a figure.
     """
 
     what: str
@@ -93,8 +93,8 @@ class BenchConfig:
 
 def bench(config: BenchConfig) -> None:
     """Measure samplers: accuracy on exact posteriors, calibration with a trained prior, speed."""
-    tables = {"exact": _exact, "coverage": _coverage, "learned": _learned, "speed": _speed}
-    rows = tables[config.what](config)
+    tables = (_exact, _coverage, _learned, _speed, _scaling)
+    rows = dict(zip(TABLES, tables, strict=True))[config.what](config)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         Path(config.output).write_text(json.dumps(rows, indent=1) + "\n")
@@ -171,6 +171,19 @@ def _speed(config: BenchConfig) -> list[dict[str, Any]]:
         si.load_prior(config.prior), config.smc, config.n or 64, repeats=config.repeats
     )
     print(table(rows))
+    return rows
+
+
+def _scaling(config: BenchConfig) -> list[dict[str, Any]]:
+    rows = []
+    for row in scaling.scaling(si.load_prior(config.prior)):
+        rows.append(row)
+        print(table(rows[-1:]), flush=True)
+    print(table(rows))
+    if config.output:
+        picture = Path(config.output).with_suffix(".png")
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        scaling.scaling_figure(rows).savefig(picture, dpi=100)
     return rows
 
 
