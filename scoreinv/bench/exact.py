@@ -21,9 +21,10 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
+from scoreinv.bench.ablation import PARTS, Ablated
 from scoreinv.bench.increments import increments
 from scoreinv.bench.memory import peak_memory
-from scoreinv.bench.peers import Azula, DeepInv
+from scoreinv.bench.peers import Azula, DeepInv, Peer
 from scoreinv.bench.problems import (
     Problem,
     four_fields,
@@ -71,7 +72,9 @@ METHODS: dict[str, Sampler] = {
     "deepinv-MMPS": DeepInv(method="MMPS"),
     "deepinv-PiGDM": DeepInv(method="PiGDM"),
     "deepinv-DPS": DeepInv(1000, "DPS"),
+    **{f"SMC without {part}": Ablated(without=part) for part in PARTS},
 }
+DEFAULT = tuple(m for m, s in METHODS.items() if not isinstance(s, Peer | Ablated))
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,13 @@ MARKERS = {
     "DAPS": "P",
     "PnP-DM": "X",
     "convolved": "o",
+    "local covariance": "D",
+    "finer steps": "v",
+    "skipping": "P",
+    "look-ahead": "*",
+    "spare particles": "X",
 }
-PACKAGES = {"azula-": "tab:blue", "deepinv-": "tab:orange"}  # whose code draws hollow markers
+HOLLOW = {"azula-": "tab:blue", "deepinv-": "tab:orange", "SMC without ": TRUE}
 COLUMNS = 4
 BACKWARD = 2  # forward passes that a vector-Jacobian product costs
 
@@ -79,7 +84,7 @@ def _panel(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 def _style(name: str) -> dict[str, Any]:
     """Line and marker: the method decides the shape, whose code it is the colour."""
-    for prefix, colour in PACKAGES.items():
+    for prefix, colour in HOLLOW.items():
         if name.startswith(prefix):
             marker = MARKERS.get(name.removeprefix(prefix), "o")
             return {"marker": marker, "linestyle": "", "color": colour, "fillstyle": "none"}

@@ -15,7 +15,6 @@ import scoreinv as si
 from scoreinv.bench import exact, learned, scaling, speed
 from scoreinv.bench.document import cell, document
 from scoreinv.bench.figure import error_figure
-from scoreinv.bench.peers import Peer
 from scoreinv.samplers.path import Sampler
 
 TABLES = ("exact", "coverage", "learned", "speed", "scaling")
@@ -30,7 +29,8 @@ class BenchConfig:
             (calibration with a trained prior), "speed", or "scaling" (with pixels, data, draws and levels).
         methods: Samplers of "exact" and "coverage": SMC (as in the section), SMC40 and SMC7 (of so many levels), Anneal,
             Guided, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved; with the extra `bench`
-            azula-MMPS, azula-DPS, azula-DiffPIR, deepinv-MMPS, deepinv-PiGDM, deepinv-DPS, by those packages' own code.
+            azula-MMPS, azula-DPS, azula-DiffPIR, deepinv-MMPS, deepinv-PiGDM, deepinv-DPS, by those packages' own code;
+            and "SMC without local covariance", "finer steps", "skipping", "look-ahead" or "spare particles".
         problems: Of "exact" and "coverage", by their names, as in "grid 80 1"; all of the suite if left out.
         prior: Trained prior of "learned", "speed" and "scaling".
         kinds: Problems of "learned": psf, uv.
@@ -50,9 +50,7 @@ class BenchConfig:
     """
 
     what: str
-    methods: tuple[str, ...] = tuple(
-        m for m, s in exact.METHODS.items() if not isinstance(s, Peer)
-    )
+    methods: tuple[str, ...] = exact.DEFAULT
     problems: tuple[str, ...] | None = None
     prior: str = "galaxy64"
     kinds: tuple[str, ...] = ("psf", "uv")

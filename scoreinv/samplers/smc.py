@@ -209,8 +209,12 @@ class Weighted(Twisted):
         keep = order[systematic(torch.softmax(self.log_w[order], 0), self.n, self.generator)]
         self.log_z += float(torch.logsumexp(self.log_w, 0)) - math.log(self.n)
         self.log_w.zero_()
-        self.x, self.denoised = self.x[keep], self.denoised[keep]
-        self.correction = self.correction[keep]
+        self._keep(keep)
+
+    def _keep(self, kept: Tensor) -> None:
+        """The particles of these indices take the places of all."""
+        self.x, self.denoised = self.x[kept], self.denoised[kept]
+        self.correction = self.correction[kept]
 
     def _end(self) -> Descent:
         self.x = self._informed()
