@@ -42,6 +42,7 @@ from scoreinv.priors.base import Prior
 
 ROUNDS = 8  # of conditioning that find the Gaussian likelihood near data that are not Gaussian
 SHORT = 0.2  # of the noise of one pixel: what iterative solves for a whole image may leave out under it
+AMPLITUDES = 3  # for which that Gaussian is found
 DRAWS = 64  # of the Gaussian posterior, over which each averages
 SLACK = 10.0  # on the tolerance of solves in the upper half of the path, whose errors fresh noise forgets
 
@@ -238,22 +239,33 @@ def amplitude_by_evidence(prior: Prior, likelihood: Likelihood, y: Tensor) -> tu
     Observations of the same data on canvases of other pixel scales are compared by that evidence.
 
     Maximises log N(y; a A mu, S + a^2 A C A^T) over a, by Brent's method in log a, within a factor of a thousand of the
-    least-squares flux; empirical Bayes for the one parameter that a prior in model units leaves open.
+    least-squares flux; empirical Bayes for the one parameter that a prior in model units leaves open. Noise that is not
+    Gaussian has the Gaussian near the data in its place, found anew for each amplitude, three times.
 
     Args:
         prior: In model units.
-        likelihood: In sky units.
+        likelihood: In sky units, linear.
         y: Data, with shape (*data).
 
     Raises:
-        ValueError: The data carry no information on the image, or their likelihood is not linear and Gaussian.
+        ValueError: The data carry no information on the image, or are not linear.
     """
+    if not likelihood.linear:
+        raise ValueError(
+            "the amplitude is found by the evidence of linear data; give a number instead"
+        )
+    near, data = likelihood.nearby(y, torch.zeros(1, *prior.shape, dtype=torch.float64))
+    best = _likeliest(prior, near, data)
+    for _ in range(0 if likelihood.gaussian else AMPLITUDES):
+        posterior = Posterior(prior.rescaled(best[0]), likelihood, y)
+        best = _likeliest(prior, posterior.nearby, posterior.data)
+    return best
+
+
+def _likeliest(prior: Prior, likelihood: Likelihood, y: Tensor) -> tuple[float, float]:
+    """The answer of `amplitude_by_evidence` for Gaussian noise."""
     from scipy.optimize import minimize_scalar
 
-    if not likelihood.gaussian:
-        raise ValueError(
-            "the amplitude is found by the evidence of linear data with Gaussian noise; give a number instead"
-        )
     solver = conditioner(likelihood, y, prior.moments.covariance, torch.float64)
     D = likelihood.projection(y)
     # <y, S^-1 y> - chance = a^2 <mu + sqrt(C) z, H (mu + sqrt(C) z)> on average: a first guess of the scale

@@ -354,6 +354,44 @@ def test_cutout_from_a_file(config, tmp_path):
     assert draws.grid.pixel_scale == 0.05 and draws.grid.shape == (SIZE, SIZE)
 
 
+def test_cutout_of_counts(capsys, config, tmp_path):
+    """A point source of 4,000 counts on a background of 20; chi^2 of 144 pixels is no more than 1.35, 1 and three standard errors.
+
+    Counts without their background, and rates, are refused.
+    """
+    path, output = config
+    offsets = np.arange(5) - 2
+    psf = np.exp(-(offsets[:, None] ** 2 + offsets**2) / 2)
+    psf /= psf.sum()
+    sky = np.full((12, 12), 20.0)
+    sky[5:10, 3:8] += 4000 * psf
+    counts = np.random.default_rng(1).poisson(sky).astype(float)
+    np.save(tmp_path / "image.npy", counts)
+    np.save(tmp_path / "psf.npy", psf)
+    section = {
+        "path": tmp_path / "image.npy",
+        "psf": tmp_path / "psf.npy",
+        "noise": "counts",
+        "pixel_scale": 0.05,
+    }
+    words = [w for k, v in section.items() for w in (f"--cutout.{k}", str(v))]
+    command = ["sample", "--config", str(path), "--simulation", "null", *words, "--n", "4"]
+    assert main([*command, "--cutout.background", "20"]) == 0
+    said = capsys.readouterr().out
+    assert "in the place of the PoissonNoise the Gaussian near the data" in said
+    chi2 = float(next(line for line in said.splitlines() if line.startswith("chi^2")).split()[1])
+    assert chi2 < 1.35
+    draws = si.read_samples(output)
+    assert divmod(int(draws.mean[0].argmax()), SIZE) == (7 + 2, 5 + 2)
+    seen = draws.mean[0, 2:14, 2:14]
+    assert float(seen.sum()) == pytest.approx(4000, rel=0.1)
+    assert abs(float(np.nanmedian(draws.data_image.numpy()))) < 5
+    assert "background is 0 counts" in failure(capsys, *command, "--overwrite")
+    np.save(tmp_path / "image.npy", counts / 7)
+    rates = [*command, "--cutout.background", "20", "--overwrite"]
+    assert "Give the counts themselves" in failure(capsys, *rates)
+
+
 def test_cutout_larger_than_the_canvas(capsys, config, tmp_path):
     path, _ = config
     np.save(tmp_path / "image.npy", np.zeros((20, 20)))

@@ -22,6 +22,7 @@ import scoreinv as si
 from scoreinv.simulators.arrays import alma_track, thermal_noise
 
 ENVIRONMENT = "SCOREINV_DATA"
+COUNTS = "counts"  # noise of photons
 DISH = math.pi * 6.0**2  # area of an ALMA antenna [m^2]
 
 
@@ -57,7 +58,8 @@ class CutoutData:
         path: File with the image, below the folder $SCOREINV_DATA or the working directory.
         psf: File with the PSF at the same pixel scale.
         noise: Standard deviation of white noise [unit of the image]; or measured: the power
-            spectrum of the blank sky in all images of the file.
+            spectrum of the blank sky in all images of the file; or counts: pixels are counts of
+            photons, on the background, which must be known.
         hdu: Number or name of the FITS HDU; name of the array in .npz and HDF5.
         psf_hdu: The same of the PSF; what the catalogue says, or the only one, if left out.
         psf_size: Largest side of the PSF to keep around its centre [pixel].
@@ -66,7 +68,7 @@ class CutoutData:
         centre: Pixel [row, column] of the file in the centre of that part.
         catalogue: GalSim catalogue: pixel scale, HDU of the PSF, noise variance.
         pixel_scale: Side of a pixel [arcsec], for files that do not state it.
-        background: Number to subtract, or median-of-border; nothing if left out.
+        background: Number to subtract, or median-of-border; nothing if left out. Counts keep it.
         mask_nan: Leave NaN pixels out of the fit.
         plane: Which image of a three-dimensional array.
     """
@@ -241,6 +243,7 @@ def _visibilities(
 
 @observe.register
 def _(section: CutoutData, shape: tuple[int, ...]) -> Observation:
+    photons = section.noise == COUNTS
     cutout = si.read_cutout(
         located(section.path),
         hdu=section.hdu,
@@ -248,7 +251,7 @@ def _(section: CutoutData, shape: tuple[int, ...]) -> Observation:
         psf_hdu=section.psf_hdu,
         size=section.size,
         centre=section.centre,
-        noise=section.noise,
+        noise=None if photons else section.noise,
         catalogue=None if section.catalogue is None else located(section.catalogue),
         pixel_scale=section.pixel_scale,
         background=section.background,
@@ -264,13 +267,18 @@ def _(section: CutoutData, shape: tuple[int, ...]) -> Observation:
         )
     operator = si.PSFConvolution(cutout.psf, shape, field, normalise=section.normalise_psf)
     low = [(m - n) // 2 for n, m in zip(field, shape[-2:], strict=True)]
+    sky = cutout.background if photons else 0.0
+    if photons:
+        noise, y = photon_noise(cutout), (cutout.data + cutout.background).round(decimals=6)
+    else:
+        noise, y = pixel_noise(cutout), cutout.data
     return Observation(
-        likelihood=si.Likelihood(operator, pixel_noise(cutout)),
-        y=cutout.data,
+        likelihood=si.Likelihood(operator, noise),
+        y=y,
         grid=cutout.grid.cropped(-low[0], -low[1], tuple(shape[-2:])),
-        image=lambda data: _framed(data, cutout.mask, shape, low),
+        image=lambda data: _framed(data - sky, cutout.mask, shape, low),
         unit=cutout.grid.unit,
-        rms=cutout.std,
+        rms=cutout.background**0.5 if photons else cutout.std,
         origin={"source": cutout.source, "sha256": cutout.sha256},
     )
 
@@ -293,6 +301,24 @@ def pixel_noise(cutout: si.Cutout) -> si.GaussianNoise:
             "needs all of them; give cutout.noise as a number, or cut the masked pixels away"
         )
     return si.GaussianNoise(spectrum=cutout.noise_spectrum)
+
+
+def photon_noise(cutout: si.Cutout) -> si.PoissonNoise:
+    """Noise of a cutout of counts.
+
+    Raises:
+        ValueError: No background, or masked pixels.
+    """
+    if not cutout.background > 0:
+        raise ValueError(
+            f"the background is {cutout.background:g} counts in a pixel, expected more than 0: photons of the sky and the "
+            "detector are noise too; give cutout.background as a number, or median-of-border"
+        )
+    if cutout.mask is not None and not bool(cutout.mask.all()):
+        raise ValueError(
+            f"{int((~cutout.mask).sum())} pixels are masked, and counts need all of them; cut the masked pixels away"
+        )
+    return si.PoissonNoise(cutout.background)
 
 
 def _framed(data: Tensor, mask: Tensor | None, shape: tuple[int, ...], low: list[int]) -> Tensor:
