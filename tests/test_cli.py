@@ -355,7 +355,7 @@ def test_cutout_from_a_file(config, tmp_path):
 
 
 def test_cutout_of_counts(capsys, config, tmp_path):
-    """A point source of 4,000 counts on a background of 20; chi^2 of 144 pixels is no more than 1.35, 1 and three standard errors.
+    """A point source of 4,000 counts on a background of 20; chi^2 a pixel is at most 1.35, 1 and three standard errors.
 
     Counts without their background, and rates, are refused.
     """

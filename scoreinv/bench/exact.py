@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scoreinv.bench.ablation import PARTS, Ablated
+from scoreinv.bench.imperfect import learned
 from scoreinv.bench.increments import increments
 from scoreinv.bench.memory import peak_memory
 from scoreinv.bench.peers import Azula, DeepInv, Peer
@@ -51,6 +52,7 @@ from scoreinv.samplers.path import Sampler
 
 LARGE = 512  # pixels from which a fifth of the draws are made
 QUICK = ("grid 8 1", "grid 80 4", "power law 64 16")  # problems for a first look
+LEARNED = ("grid 8 2", "power law 64 16")  # problems that come with a learned score, too
 FLOOR = 10  # sets of exact draws for the noise floor
 METHODS: dict[str, Sampler] = {
     "SMC": SMC(),
@@ -204,6 +206,14 @@ def score(
     )
 
 
+def failed(problem: Problem, run: Run, n: int) -> Score:
+    """The score of draws that are not finite: nan in every number."""
+    known = {"key": run.key, "problem": problem.name, "seed": run.seed, "n": n, "weighted": False}
+    known["method"] = type(run.sampler).__name__
+    rest = {f.name: math.nan for f in fields(Score) if f.name not in known}
+    return Score(**known, **rest)
+
+
 def problems() -> dict[str, Callable[[int], Problem]]:
     """The suite: what makes each problem from a seed."""
     suite: dict[str, Callable[[int], Problem]] = {}
@@ -222,6 +232,8 @@ def problems() -> dict[str, Callable[[int], Problem]]:
         suite[f"fields {size} {kind}"] = partial(four_fields, kind=kind, size=size)
     for kind in ("PSF", "uv"):
         suite[f"field 64 {kind}"] = partial(gaussian_field, kind=kind)
+    for name in LEARNED:
+        suite[f"{name} learned"] = partial(learned, suite[name])
     return suite
 
 
@@ -269,7 +281,10 @@ class Bench:
         if n not in self.against:
             self.against[n] = reference(problem, n, run.seed)
         size = run.island if isinstance(run.sampler, SMC) else n
-        return score(problem, run.sampler, n, run.seed, size, run.key, self.against[n])
+        try:
+            return score(problem, run.sampler, n, run.seed, size, run.key, self.against[n])
+        except FloatingPointError:
+            return failed(problem, run, n)
 
 
 def scores(
@@ -439,7 +454,10 @@ def coverage(
 
 
 def row(title: str, scores: list[Score]) -> dict[str, float | str]:
-    """The table's row: means over the seeds, the worst of them where it says so."""
+    """The table's row: means over the seeds, the worst of them where it says so; runs that failed are counted apart."""
+    every, scores = scores, [s for s in scores if not math.isnan(s.wasserstein)] or scores
+    lost = sum(math.isnan(s.wasserstein) for s in every)
+    title = f"{title}, {lost} of {len(every)} failed" if lost else title
     mean = lambda key: sum(getattr(s, key) for s in scores) / len(scores)
     return {
         "problem": scores[0].problem,

@@ -1,0 +1,155 @@
+"""Exact problems under a score that a small network learned: what it adds to the error of a sampler.
+
+The posterior to be met is still that of the true prior, so the rows of a problem and of its learned twin differ by the error
+of the network alone. The network corrects the Wiener filter of the prior's moments, in white coordinates on the axes of C,
+
+    D(x, s) = m_s(x) + C_s^1/2 F((C + s^2)^-1/2 (x - mu), ln s)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from scoreinv.bench.problems import MixtureProblem
+from scoreinv.kernels import noise_levels
+from scoreinv.posterior import Posterior
+from scoreinv.priors import Prior
+from scoreinv.priors.base import stream
+
+STEPS, BATCH, RATE, WIDTH, LAYERS = 3000, 512, 2e-3, 256, 3
+LEVELS, EVERY = 64, 4  # of training; a batch takes every fourth
+WAVES = 4  # octaves of ln s, and of each coordinate, that the network sees
+AVERAGE = 0.998  # of the weights from step to step
+
+
+class Perceptron(nn.Module):
+    """F(z, ln s) for whitened images z with shape (B, d), by residual layers."""
+
+    def __init__(self, d: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.first = nn.Linear(d + 2 * WAVES * (d + 1), WIDTH)
+        self.middle = nn.ModuleList(nn.Linear(WIDTH + 2 * WAVES, WIDTH) for _ in range(LAYERS))
+        self.last = nn.Linear(WIDTH, d)
+        for p in self.parameters():
+            bound = 1 / math.sqrt(p.shape[-1]) if p.ndim == 2 else 0.0
+            with torch.no_grad():
+                p.copy_(bound * (2 * torch.rand(p.shape, generator=generator) - 1))
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, z: Tensor, log_s: Tensor) -> Tensor:
+        waves = _waves(log_s[:, None] / 4)
+        h = nn.functional.silu(self.first(torch.cat([z, _waves(z), waves], 1)))
+        for layer in self.middle:
+            h = h + nn.functional.silu(layer(torch.cat([h, waves], 1)))
+        return self.last(h)
+
+
+def _waves(x: Tensor) -> Tensor:
+    """Sines and cosines of x, with shape (B, k), at octaves from one radian a unit: with shape (B, 2 WAVES k)."""
+    phase = (x[..., None] * 2.0 ** torch.arange(WAVES)).flatten(1)
+    return torch.cat([phase.sin(), phase.cos()], 1)
+
+
+class LearnedPrior(Prior):
+    """A prior whose denoiser a small network learned from draws of it.
+
+    Args:
+        prior: The true one; its moments stay.
+        seed: Decides weights and draws.
+        steps: Of the optimiser.
+    """
+
+    dtype = torch.float64
+
+    def __init__(self, prior: Prior, seed: int, steps: int = STEPS) -> None:
+        self.shape, self.moments = tuple(prior.shape), prior.moments
+        widest = float(self.moments.covariance.eigenvalues(self.shape).max()) ** 0.5
+        self.sigma_min, self.sigma_max = prior.sigma_min, min(3 * widest, prior.sigma_max)
+        self.identity = {"prior": f"learned {prior.identity['prior']}, seed {seed}"}
+        d = math.prod(self.shape)
+        full = self.moments.covariance.apply(
+            torch.eye(d, dtype=self.dtype).reshape(d, *self.shape)
+        )
+        self.variances, self.basis = torch.linalg.eigh(full.reshape(d, d))
+        self.network = Perceptron(d, stream(seed, 10))
+        self._learn(prior, seed, steps)
+
+    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        self.check(x)
+        out = torch.empty_like(x)
+        for s in sigma.unique():
+            at, s = sigma == s, float(s)
+            q = self._coordinates(x[at])
+            F = self.network(self._inputs(q, s), torch.full((len(q),), math.log(s)))
+            q = self._expected(q, s) + self._width(s) * F
+            out[at] = self.moments.mean.to(x.dtype) + (q @ self.basis.T).reshape(x[at].shape)
+        return out
+
+    def _coordinates(self, x: Tensor) -> Tensor:
+        """x - mu in the basis of C, with shape (B, d)."""
+        return (x - self.moments.mean.to(x.dtype)).flatten(1) @ self.basis
+
+    def _inputs(self, q: Tensor, s: float) -> Tensor:
+        return (q * (self.variances + s**2).rsqrt()).float()
+
+    def _expected(self, q: Tensor, s: float) -> Tensor:
+        return q * self.variances / (self.variances + s**2)
+
+    def _width(self, s: float) -> Tensor:
+        return s * (self.variances / (self.variances + s**2)).sqrt()
+
+    def _learn(self, prior: Prior, seed: int, steps: int) -> None:
+        """Least squares of (x_0 - m_s) in units of C_s^1/2."""
+        levels = noise_levels(LEVELS, self.sigma_max, self.sigma_min)
+        optimiser = torch.optim.Adam(self.network.parameters(), lr=RATE)
+        average = {k: v.clone() for k, v in self.network.state_dict().items()}
+        clean = prior.sample(64 * BATCH, seed)
+        for t in range(steps):
+            generator = stream(seed, 12, t)
+            x0 = clean[torch.randint(len(clean), (BATCH,), generator=generator)]
+            noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+            inputs, targets, log_s = [], [], []
+            # levels a fixed distance apart, so that every batch covers all
+            first = int(torch.randint(EVERY, (1,), generator=generator))
+            for x, n, s in zip(
+                x0.chunk(LEVELS // EVERY),
+                noise.chunk(LEVELS // EVERY),
+                levels[first::EVERY],
+                strict=True,
+            ):
+                q = self._coordinates(x + s * n)
+                inputs.append(self._inputs(q, s))
+                error = self._coordinates(x) - self._expected(q, s)
+                targets.append((error / self._width(s)).float())
+                log_s.append(torch.full((len(x),), math.log(s)))
+            F = self.network(torch.cat(inputs), torch.cat(log_s))
+            loss = (F - torch.cat(targets)).square().mean()
+            for group in optimiser.param_groups:
+                group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * t / steps))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            with torch.no_grad():
+                for k, v in self.network.state_dict().items():
+                    average[k].lerp_(v, 1 - min(AVERAGE, (1 + t) / (10 + t)))
+        self.network.load_state_dict(average)
+        self.network.requires_grad_(False)
+
+
+def learned(
+    make: Callable[[int], MixtureProblem], seed: int, steps: int = STEPS
+) -> MixtureProblem:
+    """The problem with a learned score in the place of the exact one."""
+    exact = make(seed)
+    posterior = exact.posterior
+    prior = LearnedPrior(posterior.prior, seed, steps)
+    return replace(
+        exact,
+        name=f"{exact.name}, learned score",
+        posterior=Posterior(prior, posterior.likelihood, posterior.y),
+    )
