@@ -226,7 +226,7 @@ def test_a_network_learns_its_error(trained):
     assert loss(a.square()) < loss(flat) - 0.1
     assert loss(a.square().flip(0)) > loss(a.square()) + 0.1
     assert 0.5 < float(r2.mean() / a.square().mean()) < 2.0
-    assert 1.0 <= prior.excess_noise < 2.0 and prior.excess_noise == prior.error.excess_noise
+    assert 0.0 <= prior.excess_noise <= 0.4 and prior.excess_noise == prior.error.excess_noise
 
 
 def test_an_error_is_rescaled_with_its_prior(trained):

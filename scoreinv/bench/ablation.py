@@ -24,7 +24,8 @@ class Ablated(SMC):
             - "local covariance": the global one stays in kernel and twist.
             - "finer steps": one step from a level to the next.
             - "skipping": always the finer steps.
-            - "look-ahead": particles are resampled by the twist of m_s(x), before the denoised image is weighed.
+            - "network's twist": particles are resampled by the likelihood of m_s(x) under the global covariance, before what
+              the denoised image says beyond it counts.
             - "spare particles": one for each draw.
     """
 
@@ -67,7 +68,7 @@ class Unskipping(Weighted):
         return (yield from super()._step(i))
 
 
-class Behind(Weighted):
+class Behind(OneCovariance):
     """What the denoised image says beyond m_s(x) counts one step later."""
 
     _pending: Tensor | None = None
@@ -94,6 +95,6 @@ PARTS: dict[str, type[Weighted]] = {
     "local covariance": OneCovariance,
     "finer steps": Weighted,
     "skipping": Unskipping,
-    "look-ahead": Behind,
+    "network's twist": Behind,
     "spare particles": Weighted,
 }

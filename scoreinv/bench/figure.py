@@ -30,7 +30,7 @@ MARKERS = {
     "local covariance": "D",
     "finer steps": "v",
     "skipping": "P",
-    "look-ahead": "*",
+    "network's twist": "*",
     "spare particles": "X",
 }
 HOLLOW = {"azula-": "tab:blue", "deepinv-": "tab:orange", "SMC without ": TRUE}

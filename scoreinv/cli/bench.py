@@ -30,7 +30,7 @@ class BenchConfig:
         methods: Samplers of "exact" and "coverage": SMC (as in the section), SMC40 and SMC7 (of so many levels), Anneal,
             Guided, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved; with the extra `bench`
             azula-MMPS, azula-DPS, azula-DiffPIR, deepinv-MMPS, deepinv-PiGDM, deepinv-DPS, by those packages' own code;
-            and "SMC without local covariance", "finer steps", "skipping", "look-ahead" or "spare particles".
+            and "SMC without local covariance", "finer steps", "skipping", "network's twist" or "spare particles".
         problems: Of "exact" and "coverage", by their names, as in "grid 80 1"; all of the suite if left out.
         prior: Trained prior of "learned", "speed" and "scaling".
         kinds: Problems of "learned": psf, uv.

@@ -27,9 +27,8 @@ class Prior(abc.ABC):
         sigma_max: Above this level the denoiser is not used [model unit].
         moments: The Gaussian with the prior's mean and covariance.
         identity: What the provenance of a result calls this prior: name, hash of the weights.
-        excess_noise: Variance of the fresh noise of a reverse step, over what it would be with an exact denoiser. Trained
-            ones lose detail from step to step, and a little more noise keeps it (S_noise^2 of Karras et al. 2022,
-            arXiv:2206.00364, section 4).
+        excess_noise: Variance of more fresh noise in reverse steps, along the error of the denoised image and in units of
+            it. Trained denoisers lose detail from step to step, and this keeps it; an exact one needs none.
     """
 
     shape: tuple[int, ...]
@@ -38,7 +37,7 @@ class Prior(abc.ABC):
     sigma_max: float
     moments: Gaussian
     identity: dict[str, str]
-    excess_noise: float = 1.0
+    excess_noise: float = 0.0
 
     @abc.abstractmethod
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -77,13 +76,26 @@ class Prior(abc.ABC):
             levels: Their level, and falling ones on the way to 0.
             generator: Of the fresh noise.
         """
-        gain = self.excess_noise**0.5
         for sigma, s in zip(levels, [*levels[1:], 0.0], strict=True):
             denoised, a = self.denoise_with_error(x, x.new_full((len(x),), sigma))
-            z, fresh = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(2))
+            z, fresh, more = (
+                torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(3)
+            )
             x0 = denoised + a * self.correlation(sigma).sqrt(z)
-            x = bridge(x, x0, sigma, s, gain * fresh)
+            x = bridge(x, x0, sigma, s, self.stirred(fresh, more, a, sigma))
         return x
+
+    def stirred(self, fresh: Tensor, more: Tensor, error: Tensor, sigma: float) -> Tensor:
+        """The noise of a reverse step from level sigma, with shape (B, C, H, W), for white `fresh` and `more`.
+
+        A little more noise than an exact denoiser needs is how Karras et al. (2022, arXiv:2206.00364, section 4: S_noise)
+        keep the detail that trained ones lose. Along the error of the denoised image, with standard deviations `error`, it
+        keeps the flux, too: more noise on blank sky would lower it.
+        """
+        if self.excess_noise == 0:
+            return fresh
+        along = error / sigma * self.correlation(sigma).sqrt(more)
+        return fresh + self.excess_noise**0.5 * along
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
         """grad log p_sigma(x), with shape (B, C, H, W)."""

@@ -44,7 +44,7 @@ class ErrorModel:
     head: ErrorHead
     levels: Tensor
     power: Tensor
-    excess_noise: float = 1.0
+    excess_noise: float = 0.0
 
     def correlation(self, sigma: float) -> Fourier:
         """rho between the measured levels, by interpolating logarithms."""
@@ -88,8 +88,8 @@ class ScorePrior(Prior):
 
     @property
     def excess_noise(self) -> float:
-        """1 if the network did not learn its error."""
-        return 1.0 if self.error is None else self.error.excess_noise
+        """0 if the network did not learn its error."""
+        return 0.0 if self.error is None else self.error.excess_noise
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         skip, out, inputs, c = self._prepared(x, sigma)

@@ -77,8 +77,9 @@ class Following(Twisted):
     def _step(self, i: int) -> Generator[Request, Any, int]:
         if i % (2 * SPARSE) == 0:
             self._integrate()
-        s, gain = self.levels[i + 1], self.posterior.prior.excess_noise**0.5
-        self.x = bridge(self.x, self._informed(), self.s, s, gain * self._white())
+        s = self.levels[i + 1]
+        z = self.posterior.prior.stirred(self._white(), self._white(), self.width, self.s)
+        self.x = bridge(self.x, self._informed(), self.s, s, z)
         yield from self._arrive(s)
         return i + 1
 

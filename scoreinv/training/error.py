@@ -14,7 +14,7 @@ each image in units of its own a; rho(0) corrects what a misses on average.
 
 Last comes the excess of the fresh noise of reverse steps. Draws of x_0 given noisy held-out images vary a tenth to a fifth
 less than their means are off: on its way down a trained network sees images of less detail than it learned from. The
-variance of the draws grows with the noise exponentially, so two excesses tell the one that sets it right.
+variance of the draws grows with the excess exponentially, so two excesses tell the one that sets it right.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LEVELS = 12  # at which the correlation is measured
 FLOOR = 1e-3  # least power of the correlation; estimates of it can fall below zero
 STARTS = (2.0, 6.0)  # levels from which reverse steps are calibrated [sigma_data]
 CHAINS, CONTINUED, STEPS = 32, 4, 80  # images, draws of each, and levels of a whole path
-TRIED = (1.0, 1.25)  # excesses of noise
+TRIED, MOST = (0.0, 0.3), 0.4  # excesses of noise; much more feeds itself
 Batch = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -121,7 +121,7 @@ def excess_noise(prior: ScorePrior, images: Tensor, seed: int, progress: bool = 
             short.append(sum(found) / len(found))
     prior.error = known
     slope = (short[1] - short[0]) / (TRIED[1] - TRIED[0])
-    return min(max(TRIED[0] - short[0] / slope, 1.0), 2.0)
+    return min(max(TRIED[0] - short[0] / slope, 0.0), MOST)
 
 
 @torch.no_grad()
