@@ -22,7 +22,6 @@ from scoreinv.priors import Prior
 from scoreinv.priors.base import stream
 
 STEPS, BATCH, RATE, WIDTH, LAYERS = 3000, 512, 2e-3, 256, 3
-LEVELS, EVERY = 64, 4  # of training; a batch takes every fourth
 WAVES = 4  # octaves of ln s, and of each coordinate, that the network sees
 AVERAGE = 0.998  # of the weights from step to step
 
@@ -81,54 +80,40 @@ class LearnedPrior(Prior):
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         self.check(x)
-        out = torch.empty_like(x)
-        for s in sigma.unique():
-            at, s = sigma == s, float(s)
-            q = self._coordinates(x[at])
-            F = self.network(self._inputs(q, s), torch.full((len(q),), math.log(s)))
-            q = self._expected(q, s) + self._width(s) * F
-            out[at] = self.moments.mean.to(x.dtype) + (q @ self.basis.T).reshape(x[at].shape)
-        return out
+        q, s = self._coordinates(x), sigma.to(self.dtype)[:, None]
+        F = self.network(self._inputs(q, s), s[:, 0].log().float())
+        q = self._expected(q, s) + self._width(s) * F
+        return self.moments.mean.to(x.dtype) + (q @ self.basis.T).reshape(x.shape)
 
     def _coordinates(self, x: Tensor) -> Tensor:
-        """x - mu in the basis of C, with shape (B, d)."""
+        """x - mu on the axes of C, with shape (B, d)."""
         return (x - self.moments.mean.to(x.dtype)).flatten(1) @ self.basis
 
-    def _inputs(self, q: Tensor, s: float) -> Tensor:
+    def _inputs(self, q: Tensor, s: Tensor) -> Tensor:
+        """White, with shape (B, d); s with shape (B, 1) here and below."""
         return (q * (self.variances + s**2).rsqrt()).float()
 
-    def _expected(self, q: Tensor, s: float) -> Tensor:
+    def _expected(self, q: Tensor, s: Tensor) -> Tensor:
+        """m_s(x) on the axes of C, with shape (B, d)."""
         return q * self.variances / (self.variances + s**2)
 
-    def _width(self, s: float) -> Tensor:
+    def _width(self, s: Tensor) -> Tensor:
+        """Standard deviations C_s^1/2, with shape (B, d)."""
         return s * (self.variances / (self.variances + s**2)).sqrt()
 
     def _learn(self, prior: Prior, seed: int, steps: int) -> None:
         """Least squares of (x_0 - m_s) in units of C_s^1/2."""
-        levels = noise_levels(LEVELS, self.sigma_max, self.sigma_min)
+        levels = torch.tensor(noise_levels(BATCH, self.sigma_max, self.sigma_min)).double()
         optimiser = torch.optim.Adam(self.network.parameters(), lr=RATE)
         average = {k: v.clone() for k, v in self.network.state_dict().items()}
-        clean = prior.sample(64 * BATCH, seed)
+        clean = self._coordinates(prior.sample(64 * BATCH, seed))
         for t in range(steps):
-            generator = stream(seed, 12, t)
+            generator, s = stream(seed, 12, t), levels[:, None]
             x0 = clean[torch.randint(len(clean), (BATCH,), generator=generator)]
-            noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
-            inputs, targets, log_s = [], [], []
-            # levels a fixed distance apart, so that every batch covers all
-            first = int(torch.randint(EVERY, (1,), generator=generator))
-            for x, n, s in zip(
-                x0.chunk(LEVELS // EVERY),
-                noise.chunk(LEVELS // EVERY),
-                levels[first::EVERY],
-                strict=True,
-            ):
-                q = self._coordinates(x + s * n)
-                inputs.append(self._inputs(q, s))
-                error = self._coordinates(x) - self._expected(q, s)
-                targets.append((error / self._width(s)).float())
-                log_s.append(torch.full((len(x),), math.log(s)))
-            F = self.network(torch.cat(inputs), torch.cat(log_s))
-            loss = (F - torch.cat(targets)).square().mean()
+            q = x0 + s * torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+            target = (x0 - self._expected(q, s)) / self._width(s)
+            F = self.network(self._inputs(q, s), levels.log().float())
+            loss = (F - target.float()).square().mean()
             for group in optimiser.param_groups:
                 group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * t / steps))
             optimiser.zero_grad()
