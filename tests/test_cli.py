@@ -482,7 +482,7 @@ def test_bench(capsys, tmp_path, methods):
     page = output.with_suffix(".md").read_text()
     assert "--methods Guided,TDS --n 20 --seeds 1 --quick true --smc.levels 4" in page
     assert page.count("| Guided |") == page.count("| TDS |") == 3
-    assert "Of the suite's 25 problems, 3 were run." in page
+    assert "Of the suite's 27 problems, 3 were run." in page
     assert "methods are DPSS" in failure(capsys, "bench", "exact", "--methods", "DPSS")
     assert "problems are grid 9 1" in failure(capsys, "bench", "exact", "--problems", "grid 9 1")
 

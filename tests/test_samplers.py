@@ -509,7 +509,7 @@ def test_guided_draws_follow_the_error_that_a_prior_knows():
 def test_excess_noise_makes_up_for_detail_that_a_prior_loses():
     """Reverse steps of an exact prior keep the width of x_0 given a noisy image, within 3 % (0.3 % statistical).
 
-    Half as much again of fresh noise is too much, by a quarter or more, and so it is under data.
+    Half as much again of fresh noise is too much, by a fifth or more, and so it is under data.
     """
     prior = Knowing(torch.zeros(1, 8, 8), Fourier(analytic.power_law(8, 8)))
     images = prior.sample(256, 1)
@@ -528,5 +528,5 @@ def test_excess_noise_makes_up_for_detail_that_a_prior_loses():
     assert given_noisy == pytest.approx(exact, rel=0.03)
     prior.excess_noise = 0.5
     more_noisy, more_data = widths()
-    assert more_noisy > 1.25 * given_noisy and more_data > 1.1 * given_data
+    assert more_noisy > 1.2 * given_noisy and more_data > 1.1 * given_data
     assert prior.rescaled(2.0).excess_noise == 0.5

@@ -35,6 +35,10 @@ MARKERS = {
 }
 HOLLOW = {"azula-": "tab:blue", "deepinv-": "tab:orange", "SMC without ": TRUE}
 COLUMNS = 4
+COARSE, FINE = (
+    (1, 2, 5),
+    (0.8, 0.9, 1, 1.1, 1.2, 1.4, 1.7, 2, 3, 5),
+)  # ticks of wide axes and of narrow ones
 BACKWARD = 2  # forward passes that a vector-Jacobian product costs
 
 
@@ -55,6 +59,8 @@ def error_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
     for ax, group in zip(axes, groups, strict=False):
         _panel(ax, group)
+    for ax in axes[max(0, len(groups) - columns) : len(groups)]:
+        ax.tick_params(labelbottom=True)  # nothing is below it
     for ax in axes[len(groups) :]:
         ax.set_axis_off()
     cost = f"network passes per draw (a vector-Jacobian product counts {BACKWARD})"
@@ -75,8 +81,9 @@ def _panel(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
     ax.set_yscale("log")
     ax.margins(x=0.08, y=0.12)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if axis is ax.yaxis else (1,)))
-        axis.set_major_formatter("{x:g}")
+        low, high = sorted(axis.get_view_interval())
+        axis.set_major_locator(LogLocator(subs=COARSE if high / low > 5 else FINE))
+        axis.set_major_formatter("{x:.3g}")
         axis.set_minor_formatter(NullFormatter())
     ax.set_title(f"{rows[0]['problem']}, {rows[0]['n']} draws", fontsize=8, color=INK)
     ax.tick_params(labelsize=7)
