@@ -48,38 +48,22 @@ LINES = {"guided PSF": "o-", "guided uv": "s-", "weights PSF": "o--", "weights u
 
 def scaling(prior: ScorePrior) -> Iterator[dict[str, Any]]:
     """Rows of cost, one axis after another; see `cost`."""
+    psf = psf_problem(prior, 0.03)
     for title, make in SAMPLERS.items():
         for size in SIZES:
             wide = stretched(prior, size)
             for name, problem in (("PSF", psf_problem), ("uv", uv_problem)):
-                yield {
-                    "axis": AXES[0],
-                    "value": size,
-                    "line": f"{title} {name}",
-                    **cost(wide, problem(wide, 0.03), make(FEW), 16),
-                }
+                found = cost(wide, problem(wide, 0.03), make(FEW), 16)
+                yield {"axis": AXES[0], "value": size, "line": f"{title} {name}", **found}
         for count in VISIBILITIES:
-            yield {
-                "axis": AXES[1],
-                "value": count,
-                "line": f"{title} uv",
-                **cost(prior, many_visibilities(prior, count), make(FEW), 16),
-            }
-        likelihood = psf_problem(prior, 0.03)
+            found = cost(prior, many_visibilities(prior, count), make(FEW), 16)
+            yield {"axis": AXES[1], "value": count, "line": f"{title} uv", **found}
         for n in DRAWS:
-            yield {
-                "axis": AXES[2],
-                "value": n,
-                "line": f"{title} PSF",
-                **cost(prior, likelihood, make(FEW), n),
-            }
+            found = cost(prior, psf, make(FEW), n)
+            yield {"axis": AXES[2], "value": n, "line": f"{title} PSF", **found}
         for levels in LEVELS:
-            yield {
-                "axis": AXES[3],
-                "value": levels,
-                "line": f"{title} PSF",
-                **cost(prior, likelihood, make(levels), 16),
-            }
+            found = cost(prior, psf, make(levels), 16)
+            yield {"axis": AXES[3], "value": levels, "line": f"{title} PSF", **found}
 
 
 def cost(prior: ScorePrior, likelihood: Likelihood, sampler: Sampler, n: int) -> dict[str, float]:
