@@ -51,7 +51,8 @@ def error_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     Returns:
         A figure with an Agg canvas.
     """
-    groups = [list(g) for _, g in itertools.groupby(rows, key=lambda row: row["problem"])]
+    ran = [row for row in rows if not math.isnan(row["SW / floor"])]
+    groups = [list(g) for _, g in itertools.groupby(ran, key=lambda row: row["problem"])]
     lines = math.ceil(len(groups) / COLUMNS)
     columns = min(COLUMNS, len(groups))
     figure = Figure(figsize=(3.3 * columns, 2.7 * lines + 0.5), layout="constrained")
@@ -83,7 +84,7 @@ def _panel(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
     for axis in (ax.xaxis, ax.yaxis):
         low, high = sorted(axis.get_view_interval())
         axis.set_major_locator(LogLocator(subs=COARSE if high / low > 5 else FINE))
-        axis.set_major_formatter("{x:.3g}")
+        axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
     ax.set_title(f"{rows[0]['problem']}, {rows[0]['n']} draws", fontsize=8, color=INK)
     ax.tick_params(labelsize=7)
