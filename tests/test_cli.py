@@ -354,6 +354,12 @@ def test_cutout_from_a_file(config, tmp_path):
     assert draws.grid.pixel_scale == 0.05 and draws.grid.shape == (SIZE, SIZE)
 
 
+def test_a_peer_that_is_missing_is_an_error(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = failure(capsys, "bench", "exact", "--methods", "azula-DPS", "--quick", "true")
+    assert "azula-DPS" in said and "azula is not installed; pip install" in said
+
+
 def test_cutout_of_counts(capsys, config, tmp_path):
     """A point source of 4,000 counts on a background of 20; chi^2 a pixel is at most 1.35, 1 and three standard errors.
 

@@ -15,6 +15,7 @@ import scoreinv as si
 from scoreinv.bench import exact, learned, scaling, speed
 from scoreinv.bench.document import cell, document
 from scoreinv.bench.figure import error_figure
+from scoreinv.bench.peers import Peer
 from scoreinv.samplers.path import Sampler
 
 TABLES = ("exact", "coverage", "learned", "speed", "scaling")
@@ -138,6 +139,10 @@ def _coverage(config: BenchConfig) -> list[dict[str, Any]]:
 
 
 def _samplers(config: BenchConfig) -> dict[str, Sampler]:
+    for name in config.methods:
+        method = exact.METHODS[name]
+        if isinstance(method, Peer) and (reason := method.missing()):
+            raise ValueError(f"methods has {name}, and {reason}")
     return {name: config.smc if name == "SMC" else exact.METHODS[name] for name in config.methods}
 
 

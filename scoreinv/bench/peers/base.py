@@ -58,6 +58,10 @@ class Peer(Baseline):
         white = likelihood.gaussian and isinstance(likelihood.noise.covariance, Scalar)
         if not white or likelihood.operator.complex:
             return f"{self.package} takes real data with white noise, these are of another kind"
+        return self.missing()
+
+    def missing(self) -> str:
+        """Why the package cannot be used here; empty if it can."""
         if importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed; pip install 'scoreinv[bench]'"
         return ""

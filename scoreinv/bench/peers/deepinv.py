@@ -32,9 +32,9 @@ class DeepInv(Peer):
     package: ClassVar[str] = "deepinv"
     methods: ClassVar[tuple[str, ...]] = ("MMPS", "PiGDM", "DPS")
 
-    def refuses(self, posterior: Posterior) -> str:
-        """Why this posterior is not for it; empty if it is."""
-        if reason := super().refuses(posterior):
+    def missing(self) -> str:
+        """Why the package cannot be used here; empty if it can."""
+        if reason := super().missing():
             return reason
         try:
             importlib.import_module("deepinv")
