@@ -45,7 +45,7 @@ class BenchConfig:
         seed: First random seed.
         quick: A smaller set.
         smc: The sampler.
-        guided: Of "learned", in its place: the steps that all its draws take where weights collapse, without the scouts.
+        guided: Of "learned" and "speed", in its place: the steps that all draws take where weights collapse, no scouts.
         output: JSON file of the rows; the outcomes of all but "speed" and "scaling" are kept beside it and found again.
             "exact" also writes a figure and a page of the same name, "scaling" a figure.
     """
@@ -171,7 +171,10 @@ def _changed(config: BenchConfig) -> str:
 
 def _speed(config: BenchConfig) -> list[dict[str, Any]]:
     rows = speed.gradient() + speed.overhead(
-        si.load_prior(config.prior), config.smc, config.n or 64, repeats=config.repeats
+        si.load_prior(config.prior),
+        config.guided or config.smc,
+        config.n or 64,
+        repeats=config.repeats,
     )
     print(table(rows))
     return rows
