@@ -1,0 +1,180 @@
+"""What is compared between truths and draws: one number for each member of a simulation.
+
+A quantity may look at all members of its simulation, truth and draws alike, as long as it treats them alike; distances to
+their mean, and their power about it, are of that kind. Names of images' quantities: total flux, peak, half-light radius and
+ellipticity by unweighted moments of the positive part, power of the residual about the mean in bands of spatial frequency,
+distances, random projections, pixels beyond two standard deviations.
+
+Distances to a reference that depends on the data are those of Lemos et al., Sampling-Based Accuracy Testing of Posterior
+Estimators for General Inference (TARP, 2023, arXiv:2302.03026); where none is given, one draw is set aside for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BANDS = (
+    0.0,
+    1 / 32,
+    1 / 16,
+    1 / 8,
+    1 / 4,
+    1.0,
+)  # edges of bands of spatial frequency [cycles per pixel]
+PROJECTIONS = 8
+
+
+@dataclass(frozen=True)
+class Quantities:
+    """Numbers of all members.
+
+    Attributes:
+        names: Of the K quantities.
+        families: Of each.
+        values: With shape (N, L + 1, K), the truth first.
+    """
+
+    names: list[str]
+    families: list[str]
+    values: Tensor
+
+    def of(self, name: str) -> Tensor:
+        """Values of one quantity, with shape (N, L + 1)."""
+        return self.values[..., self.names.index(name)]
+
+    def joined(self, other: Quantities) -> Quantities:
+        """These and others of the same members."""
+        values = torch.cat([self.values, other.values], -1)
+        return Quantities(self.names + other.names, self.families + other.families, values)
+
+
+def quantities(draws: Tensor, truths: Tensor, references: Tensor, seed: int) -> Quantities:
+    """All quantities of images, whose last two axes are pixels, or of vectors.
+
+    Args:
+        draws: With shape (N, L, *shape).
+        truths: With shape (N, *shape).
+        references: Of TARP, with shape (N, *shape), independent of truths and draws given the data.
+        seed: Of the projections.
+    """
+    shape = truths.shape[1:]
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(math.prod(shape), PROJECTIONS, generator=generator)
+    rows, names = [], []
+    for x, truth, reference in zip(draws, truths, references, strict=True):
+        members = torch.cat([truth[None], x])
+        found = {**dict(_any(members, reference, directions)), **dict(_kind(members))}
+        names = list(found)
+        rows.append(torch.stack([v.double() for v in found.values()], -1))
+    families, labels = zip(*names, strict=True)
+    return Quantities(list(labels), list(families), torch.stack(rows))
+
+
+Named = Iterator[tuple[tuple[str, str], Tensor]]
+
+
+def _kind(members: Tensor) -> Named:
+    return _image(members) if members.ndim >= 3 else _vector(members)
+
+
+def _any(members: Tensor, reference: Tensor, directions: Tensor) -> Named:
+    """Distances and projections, which need no pixels."""
+    flat = members.flatten(1)
+    r = flat - flat.mean(0)
+    z2 = r.square() / r.var(0).clamp_min(torch.finfo(r.dtype).tiny)
+    yield ("distance", "distance to mean"), r.square().sum(1)
+    yield ("distance", "distance in units of sd"), z2.sum(1)
+    yield ("distance", "distance to the others"), torch.cdist(r, r).mean(1)
+    yield ("pixels", "beyond 2 sd"), (z2 > 4).sum(1)
+    yield ("pixels", "largest in units of sd"), z2.max(1).values
+    yield ("TARP", "distance to reference"), (flat - reference.flatten()).square().sum(1)
+    for i, v in enumerate((flat @ directions.to(flat.dtype)).T):
+        yield ("projections", f"projection {i + 1}"), v
+
+
+def _vector(members: Tensor) -> Named:
+    for i, v in enumerate(members.T):
+        yield ("scalars", f"coordinate {i + 1}"), v
+
+
+def _image(members: Tensor) -> Named:
+    yield from (
+        (("scalars", name), v)
+        for name, v in zip(
+            SHAPES,
+            morphology(members.flatten(1, -3).sum(1) if members.ndim > 3 else members),
+            strict=True,
+        )
+    )
+    power, count = band_power(members - members.mean(0))
+    for i, v in enumerate(power.T):
+        yield ("power spectrum", band_name(i)), v
+    # each band in units of its own mean: the residual as if it were white
+    scale = power.mean(0).clamp_min(torch.finfo(power.dtype).tiny)
+    yield ("distance", "whitened distance"), (power * count / scale).sum(1)
+
+
+SHAPES = ("total flux", "peak", "half-light radius", "ellipticity")
+
+
+def morphology(image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Total flux, peak, half-light radius [pixel] and ellipticity of images with shape (B, H, W), each with shape (B,).
+
+    Radius and ellipticity are of the positive part about its centroid; the ellipticity is |e| for
+    e = (Q_xx - Q_yy + 2 i Q_xy) / (Q_xx + Q_yy), with Q the second moments.
+    """
+    B, H, W = image.shape
+    light = image.clamp_min(0).double()
+    total = light.flatten(1).sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+    y, x = torch.arange(H).double()[:, None], torch.arange(W).double()
+    mean = lambda v: (light * v).flatten(1).sum(1) / total
+    dx, dy = x - mean(x)[:, None, None], y - mean(y)[:, None, None]
+    xx, yy, xy = mean(dx**2), mean(dy**2), mean(dx * dy)
+    order = (dx**2 + dy**2).flatten(1).argsort(1)
+    grown = light.flatten(1).gather(1, order).cumsum(1)
+    half = (grown < 0.5 * total[:, None]).sum(1).clamp_max(H * W - 1)
+    radius = (dx**2 + dy**2).flatten(1).gather(1, order).gather(1, half[:, None])[:, 0].sqrt()
+    e = ((xx - yy) ** 2 + 4 * xy**2).sqrt() / (xx + yy).clamp_min(torch.finfo(torch.float64).tiny)
+    return image.flatten(1).sum(1), image.flatten(1).max(1).values, radius, e
+
+
+def band_power(r: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean power in each of `BANDS`, and the modes of each, of images with shape (B, ..., H, W).
+
+    Returns:
+        Power with shape (B, bands) and counts with shape (bands,); bands without modes are left out.
+    """
+    H, W = r.shape[-2:]
+    k = (torch.fft.fftfreq(H)[:, None] ** 2 + torch.fft.rfftfreq(W) ** 2).sqrt()
+    # columns of the half plane that stand for two
+    twice = torch.full((W // 2 + 1,), 2.0)
+    twice[0] = 1.0
+    if W % 2 == 0:
+        twice[-1] = 1.0
+    band = torch.bucketize(k, torch.tensor(BANDS[1:-1]), right=True)
+    weight = torch.stack([(band == b) * twice for b in range(len(BANDS) - 1)]).flatten(1).double()
+    counts = weight.sum(1)
+    power = torch.fft.rfft2(r, norm="ortho").abs().square().double()
+    power = power.flatten(1, -3).sum(1) if r.ndim > 3 else power
+    total = power.flatten(1) @ weight.T
+    seen = counts > 0
+    return total[:, seen] / counts[seen], counts[seen]
+
+
+def band_name(i: int) -> str:
+    """Of band i of `BANDS`."""
+    low, high = BANDS[i], BANDS[i + 1]
+    return (
+        f"power at {1 / high:.3g} px and more"
+        if low == 0
+        else (
+            f"power at {1 / high:.3g} to {1 / low:.3g} px"
+            if high < 1
+            else f"power below {1 / low:.3g} px"
+        )
+    )

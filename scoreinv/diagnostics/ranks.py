@@ -1,0 +1,109 @@
+"""Ranks of truths among their draws, and what a calibrated posterior makes of them.
+
+The rank of the truth among L draws, by any number computed from an image, is uniform on 0 .. L. Directed statistics look
+for what goes wrong most often: the mean of the normal scores for a bias, their mean square for a wrong width. The largest
+distance between the ranks' distribution and the uniform one looks for anything; bands that hold for all ranks at once:
+Saeilynoja, Buerkner & Vehtari, Graphical Test for Discrete Uniformity and its Applications in Goodness-of-Fit Evaluation
+and Multiple Sample Comparison (2022, arXiv:2103.10522).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+STATISTICS = ("bias", "dispersion", "shape")
+
+
+def ranks(q: Tensor, seed: int) -> Tensor:
+    """Rank of every member among all of its simulation, 0 .. L, ties broken at random.
+
+    Args:
+        q: Quantities of truth and draws, with shape (N, L + 1, K).
+        seed: Of the ties.
+
+    Returns:
+        Integers with the shape of q.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shuffle = torch.rand(q.shape, generator=generator).argsort(1)
+    order = q.gather(1, shuffle).argsort(dim=1, stable=True)
+    return shuffle.gather(1, order).argsort(1)
+
+
+def normal_scores(rank: Tensor, members: int) -> Tensor:
+    """Standard normal quantiles of ranks among so many members; mean 0 and variance near 1 if ranks are uniform."""
+    return torch.special.ndtri((rank.double() + 0.5) / members)
+
+
+def pooled(rank: Tensor, who: Tensor) -> Tensor:
+    """Statistics of the ranks of those who play the truth, with shape (B, 3 K), in the order of `STATISTICS`.
+
+    Args:
+        rank: Of every member, with shape (N, L + 1, K).
+        who: Plays the truth, with shape (B, N).
+    """
+    N, members, K = rank.shape
+    chosen = rank[torch.arange(N), who]
+    scores = normal_scores(torch.arange(members), members)[chosen]
+    counts = torch.zeros(len(who), members, K).scatter_add_(1, chosen, torch.ones(chosen.shape))
+    share = torch.arange(1, members) / members
+    away = (counts.cumsum(1)[:, :-1] / N - share[:, None]).abs()
+    shape = (away / (share * (1 - share) / N).sqrt()[:, None]).max(1).values
+    return torch.cat([scores.mean(1), scores.square().mean(1), shape.double()], 1)
+
+
+@lru_cache
+def ecdf_band(sims: int, members: int, level: float = 0.95, seed: int = 0) -> float:
+    """By how many standard deviations the distribution of uniform ranks strays anywhere from the uniform one.
+
+    Args:
+        sims: Ranks N.
+        members: Values they can take, L + 1.
+        level: Probability that all of it stays inside, of 4,000 simulated sets.
+        seed: Of the sets.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rank = torch.randint(members, (sims, 1, 4000), generator=generator)
+    shape = pooled(rank.expand(-1, members, -1), torch.zeros(1, sims, dtype=torch.long))
+    return float(shape[0, -4000:].quantile(level))
+
+
+def weighted(draws: Tensor, weights: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Unweighted draws in the place of weighted ones, as many as their effective size allows.
+
+    Args:
+        draws: With shape (N, L, *shape).
+        weights: With shape (N, L), of any normalisation.
+        seed: Of the resampling.
+
+    Returns:
+        The simulations that are kept, indices with shape (n,), and their draws (n, m, *shape), with m the least effective
+        size 1 / sum w^2 among them. Simulations with an effective size below 50 are not judged.
+
+    Raises:
+        ValueError: Weights that are negative, not finite, or all zero; effective sizes below 50 everywhere.
+    """
+    total = weights.double().sum(1)
+    if not bool(((weights >= 0).all(1) & (total > 0) & torch.isfinite(total)).all()):
+        raise ValueError(
+            "weights are negative, not finite or all zero in a simulation; expected w >= 0"
+        )
+    w = weights.double() / total[:, None]
+    size = 1 / w.square().sum(1)
+    keep = torch.nonzero(size >= LEAST).flatten()
+    if len(keep) == 0:
+        raise ValueError(
+            f"the largest effective size of the weights is {float(size.max()):.0f}, expected at least {LEAST} in some "
+            "simulations; take more draws, or a sampler with even weights"
+        )
+    m = math.floor(float(size[keep].min()))
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.multinomial(w[keep], m, replacement=True, generator=generator)
+    return keep, torch.stack([draws[k][i] for k, i in zip(keep, index, strict=True)])
+
+
+LEAST = 50  # effective draws below which weighted ranks say little

@@ -1,0 +1,76 @@
+"""What the draws know: a sampler that ignores the data passes every test of coverage, and fails here.
+
+The energy score E|x - t| - 1/2 E|x - x'| rewards draws that are calibrated and close; it is proper (Gneiting & Raftery,
+Strictly Proper Scoring Rules, Prediction, and Estimation, 2007). Draws are compared with draws that were made for other
+data, which know as much as the prior, and with a point estimate that costs nothing, such as the Wiener filter: a posterior
+mean has the least squared error of all, so losing to it is a defect.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scoreinv.diagnostics.exchange import CHUNK
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """What the draws know of the truth.
+
+    Attributes:
+        contraction: 1 less the mean variance of a pixel in a posterior over that of the truths.
+        energy_score: Mean over simulations, in the unit of the images.
+        skill: 1 less the energy score over that of draws for other data; 0 for draws that ignore the data.
+        ignorant: p-value of knowing no more than draws for other data, if that is what the draws do; large then.
+        behind: p-value of losing to the baseline no more than by chance; small if the posterior mean loses. nan without one.
+        gain: 1 less the squared error of the posterior mean over the baseline's; nan without one.
+    """
+
+    contraction: float
+    energy_score: float
+    skill: float
+    ignorant: float
+    behind: float
+    gain: float
+
+
+def sharpness(
+    draws: Tensor, truths: Tensor, baseline: Tensor | None, swaps: int, seed: int
+) -> Sharpness:
+    """Of draws (N, L, *shape) for truths (N, *shape), beside estimates (N, *shape) that they should not lose to."""
+    x, t = draws.flatten(2).float(), truths.flatten(1).float()
+    apart = torch.stack([torch.cdist(t, v).mean(1) for v in x], 1)  # (truth, draws)
+    within = torch.stack([torch.cdist(v, v).sum() / (len(v) * (len(v) - 1)) for v in x])
+    scores = apart.double() - 0.5 * within.double()
+    own, N = scores.diagonal().mean(), len(t)
+    others = (scores.sum() - scores.diagonal().sum()) / (N * (N - 1))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(N, generator=generator) for _ in range(swaps)])
+    shuffled = scores[order, torch.arange(N)].mean(1)
+    ignorant = (1 + int((shuffled <= own + 1e-9).sum())) / (swaps + 1)
+    behind = gain = float("nan")
+    if baseline is not None:
+        error = (x.mean(1) - t).double().square().sum(1)
+        reference = (baseline.flatten(1) - t).double().square().sum(1)
+        behind = flipped((error - reference) / (error + reference), swaps, generator)
+        gain = float(1 - error.sum() / reference.sum())
+    return Sharpness(
+        contraction=float(1 - x.var(1).mean() / t.var(0).mean()),
+        energy_score=float(own),
+        skill=float(1 - own / others),
+        ignorant=ignorant,
+        behind=behind,
+        gain=gain,
+    )
+
+
+def flipped(d: Tensor, swaps: int, generator: torch.Generator) -> float:
+    """p-value of a mean as large as that of d, with shape (N,), if signs were random."""
+    total = 0
+    for n in [CHUNK] * (swaps // CHUNK) + [swaps % CHUNK]:
+        sign = 2.0 * torch.randint(2, (n, len(d)), generator=generator) - 1
+        total += int(((sign.double() * d).mean(1) >= d.mean() - 1e-12).sum())
+    return (1 + total) / (swaps + 1)

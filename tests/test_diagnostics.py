@@ -1,0 +1,322 @@
+"""The tests of coverage, tested: their false alarms, their power, and what they must not miss.
+
+Posteriors are Gaussian fields of a red spectrum, known exactly; a draw of a posterior is its mean plus such a field.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch.distributions import MultivariateNormal
+
+import scoreinv as si
+from scoreinv.diagnostics import coverage, exchange_test
+from scoreinv.diagnostics.effects import detectable, dispersion, needed, power, squared
+from scoreinv.diagnostics.quantities import band_power, morphology, quantities
+from scoreinv.diagnostics.ranks import ecdf_band, normal_scores, pooled, ranks, weighted
+from tests.analytic import normal, rng
+
+EXACT = 1.0
+
+
+def simulated(width=EXACT, N=100, L=100, seed=0, size=8, contraction=0.1, bias=0.0):
+    """Draws (N, L, 1, size, size) and truths (N, 1, size, size), with posteriors that much wider than they should be.
+
+    Args:
+        contraction: Standard deviation of the exact posterior over that of the prior.
+        bias: Of the draws, in standard deviations of a pixel.
+    """
+    g = rng(seed)
+    k = torch.fft.fftfreq(size) * size
+    amplitude = (1 + (k[:, None] ** 2 + k**2).sqrt()) ** -1.5
+    field = lambda *n: (
+        torch.fft.ifft2(
+            torch.fft.fft2(torch.randn(*n, 1, size, size, generator=g)) * amplitude
+        ).real
+    )
+    sd = float(amplitude.square().mean()) ** 0.5
+    mean = (1 - contraction**2) ** 0.5 * field(N, 1)
+    errors = contraction * field(N, L + 1)
+    draws = mean + width * errors[:, 1:] + bias * contraction * sd
+    return draws, (mean + errors[:, :1])[:, 0]
+
+
+def binomial(k, n, p=0.05):
+    """Whether k of n rejections are what a test of this level gives, but for one case in 10^4."""
+    return stats.binomtest(k, n, p, alternative="greater").pvalue > 1e-4
+
+
+def vectors(N, L, width=1.0, seed=0):
+    """Draws (N, L, 3) and truths (N, 3) of posteriors a third as wide as the prior."""
+    x = normal(N, L + 1, 3, seed=seed)
+    mean = 3 * normal(N, 1, 3, seed=seed + 1)
+    return mean + width * x[:, 1:], (mean + x[:, :1])[:, 0]
+
+
+# The exchangeability core
+
+
+def test_p_values_of_exchangeable_members_are_uniform():
+    """Any statistic, correlated members: 300 tests reject 5 % of the time, and a wrong member is found."""
+    found = missed = 0
+    for seed in range(300):
+        g = rng(seed)
+        x = torch.randn(20, 1, generator=g) + torch.randn(20, 12, generator=g).exp()
+        statistic = lambda who, x=x: x.gather(1, who.T).T.std(1, keepdim=True)
+        found += float(exchange_test(statistic, 20, 12, 99, seed).p[0]) <= 0.05
+        x[:, 0] += 3.0
+        statistic = lambda who, x=x: x.gather(1, who.T).T.mean(1, keepdim=True)
+        missed += float(exchange_test(statistic, 20, 12, 99, seed).p[0]) > 0.05
+    assert binomial(found, 300) and stats.binomtest(found, 300, 0.05).pvalue > 1e-4
+    assert missed <= 3  # three standard deviations of bias by a shift of one draw in twelve
+
+
+def test_correction_for_many_statistics_keeps_the_rate():
+    """The least corrected p-value of 40 correlated statistics is below 5 % in 5 % of 300 cases; the least raw one is not."""
+    corrected = raw = 0
+    for seed in range(300):
+        x = torch.randn(10, 12, 40, generator=rng(seed)) + torch.randn(
+            10, 12, 1, generator=rng(seed + 1000)
+        )
+        statistic = lambda who, x=x: x[torch.arange(10), who].mean(1)
+        test = exchange_test(statistic, 10, 12, 199, seed)
+        corrected += float(test.adjusted().min()) <= 0.05
+        raw += float(test.p.min()) <= 0.05
+    assert binomial(corrected, 300) and not binomial(raw, 300)
+
+
+def test_ranks_are_permutations_and_break_ties_evenly():
+    q = torch.randint(3, (4000, 6, 1), generator=rng(0)).double()
+    r = ranks(q, 1)
+    assert torch.equal(r.sort(1).values, torch.arange(6).expand(4000, 6)[..., None])
+    above = q[:, :, None] > q[:, None]
+    assert bool((r[:, :, None] > r[:, None])[above].all())
+    tied = ranks(torch.zeros(6000, 6, 1), 2)[:, 0, 0]
+    assert stats.chisquare(torch.bincount(tied, minlength=6).numpy()).pvalue > 1e-4
+
+
+def test_pooled_statistics_are_what_they_say():
+    r = ranks(normal(30, 8, 2), 0)
+    who = torch.randint(8, (5, 30), generator=rng(3))
+    found = pooled(r, who)
+    for b in range(5):
+        for k in range(2):
+            chosen = r[torch.arange(30), who[b], k]
+            z = stats.norm.ppf((chosen.numpy() + 0.5) / 8)
+            p = torch.arange(1, 8) / 8
+            ecdf = torch.stack([(chosen < j).double().mean() for j in range(1, 8)])
+            shape = float(((ecdf - p).abs() / (p * (1 - p) / 30).sqrt()).max())
+            assert float(found[b, k]) == pytest.approx(z.mean(), abs=1e-6)
+            assert float(found[b, 2 + k]) == pytest.approx((z**2).mean())
+            assert float(found[b, 4 + k]) == pytest.approx(shape, rel=1e-5)
+
+
+def test_bands_of_rank_distributions_hold_them():
+    """95 % of fresh uniform ranks stay inside, all along: within four standard errors of 2,000 sets."""
+    width = ecdf_band(60, 21)
+    r = torch.randint(21, (60, 1, 2000), generator=rng(7)).expand(-1, 21, -1)
+    shape = pooled(r, torch.zeros(1, 60, dtype=torch.long))[0, -2000:]
+    assert float((shape <= width).double().mean()) == pytest.approx(0.95, abs=0.02)
+    assert width > 2.3  # one point alone: 1.96
+
+
+# Quantities
+
+
+def test_morphology_of_gaussians():
+    """Half of the light of a round Gaussian lies within 1.1774 sigma; e of an elongated one is (1 - q^2) / (1 + q^2)."""
+    y, x = torch.arange(65).double()[:, None] - 32, torch.arange(65).double() - 30
+    round_ = torch.exp(-(x**2 + y**2) / (2 * 36))
+    long = torch.exp(-(x**2 / 64 + y**2 / 16) / 2)
+    flux, peak, radius, e = morphology(torch.stack([round_, 3 * long]))
+    assert flux[0].item() == pytest.approx(2 * math.pi * 36, rel=1e-4) and peak[1].item() == 3.0
+    assert radius[0].item() == pytest.approx(1.1774 * 6, abs=0.2)
+    assert e[0].item() == pytest.approx(0.0, abs=1e-3) and e[1].item() == pytest.approx(
+        0.6, abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 8, 8), (3, 9, 7), (2, 2, 16, 12)])
+def test_bands_hold_all_power(shape):
+    x = normal(*shape)
+    mean, count = band_power(x)
+    assert float(count.sum()) == shape[-2] * shape[-1]
+    torch.testing.assert_close((mean * count).sum(1), x.square().flatten(1).sum(1))
+
+
+def test_quantities_treat_truth_and_draws_alike():
+    """A truth that swaps places with a draw swaps its numbers with it."""
+    draws, truths = simulated(N=3, L=12)
+    swapped_draws, swapped_truths = draws.clone(), draws[:, 4].clone()
+    swapped_draws[:, 4] = truths
+    reference = normal(*truths.shape).float()
+    one = quantities(draws, truths, reference, 0).values
+    two = quantities(swapped_draws, swapped_truths, reference, 0).values
+    torch.testing.assert_close(one[:, 0], two[:, 5], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one[:, 5], two[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one[:, 7], two[:, 7], rtol=1e-4, atol=1e-5)
+
+
+# Effect sizes
+
+
+@pytest.mark.parametrize("width", [0.8, 1.0, 1.25])
+def test_dispersion_is_the_width(width):
+    """Its 95 % interval holds the factor, in 40 of 40 sets but for a chance below 10^-3 (at most 7 misses)."""
+    misses = 0
+    for seed in range(40):
+        ratio, count, _ = squared(*simulated(width, N=60, L=30, seed=seed))
+        found = dispersion(ratio, count)
+        assert found.value == pytest.approx(width, rel=0.1)
+        misses += not found.low <= width <= found.high
+    assert misses <= 7
+
+
+def test_dispersion_of_vectors():
+    draws, truths = normal(2000, 20, 3), normal(2000, 3, seed=1)
+    ratio, count, _ = squared(1.2 * draws, truths)
+    assert dispersion(ratio, count).value == pytest.approx(1.2, rel=0.03)
+
+
+def test_detectable_factors_are_detected_four_times_in_five():
+    """On fresh posteriors that are too wide by the factor, by the test that it is stated for; 60 sets, 1 in 10^3."""
+    draws, truths = simulated(N=50, L=40)
+    radius = quantities(draws, truths, truths, 0).of("whitened distance")
+    low, high = detectable(radius, 0)
+    assert 0.9 < low < 1 < high < 1.1
+    assert power(radius, 1.0, 0, repeats=4000) == pytest.approx(0.05, abs=0.015)
+    found = 0
+    for seed in range(60):
+        draws, truths = simulated(high, N=50, L=40, seed=100 + seed)
+        q = quantities(draws, truths, truths, 0).of("whitened distance")[..., None]
+        z = normal_scores(ranks(q, seed)[:, 0, 0], 41)
+        found += abs(float(z.mean())) * 50**0.5 > 1.96
+    assert stats.binomtest(found, 60, 0.8).pvalue > 1e-3
+    assert needed(50, (low, high)) < 50 < needed(50, (0.7, 1.5))
+
+
+# The battery
+
+
+def test_the_battery_rarely_rejects_an_exact_posterior():
+    """All of it together, in at most 5 % of 60 sets (but for one case in 10^4)."""
+    reports = [coverage(*simulated(seed=s, N=40, L=30), s, swaps=199) for s in range(60)]
+    assert binomial(sum(bool(r.flagged(0.05)) for r in reports), 60)
+    assert "calibrated within" in reports[0].verdict
+
+
+@pytest.mark.parametrize("width", [0.9, 1.1])
+def test_the_battery_finds_a_tenth(width):
+    report = coverage(*simulated(width), 0, swaps=1999)
+    assert report.p < 1e-3 and "distance" in report.flagged(1e-3)
+    word = "narrow" if width < 1 else "wide"
+    assert (
+        report.verdict.startswith(f"too {word} by")
+        and report.dispersion.low <= width <= report.dispersion.high
+    )
+
+
+def test_a_bias_is_named():
+    report = coverage(*simulated(bias=1.0), 0)
+    assert "scalars" in report.flagged(1e-3) and report.bias["total flux"].high < -0.3
+    assert "total flux" in report.verdict
+
+
+def test_few_simulations_say_so():
+    """Three numbers from 20 simulations say nothing of a width to a tenth."""
+    report = coverage(*vectors(20, 50), 0)
+    assert report.flagged() == [] and report.verdict.startswith("underpowered")
+    assert report.detectable[0] < 0.9 and report.detectable[1] > 1.1
+
+
+def test_vectors_are_tested_by_coordinate():
+    draws, truths = vectors(400, 60)
+    assert coverage(draws, truths, 0).flagged() == []
+    draws[..., 1] = 0.7 * draws[..., 1] + 0.3 * draws[..., 1].mean(1, keepdim=True)
+    report = coverage(draws.numpy(), truths.numpy(), 0)
+    assert "scalars" in report.flagged(1e-3) and report.groups["coordinate 2"].high < 0.85
+    assert report.groups["coordinate 1"].low < 1 < report.groups["coordinate 1"].high
+
+
+def test_ignoring_the_data_passes_coverage_and_fails_sharpness():
+    draws, truths = simulated(contraction=0.3, seed=105)
+    prior, _ = simulated(contraction=1.0, seed=5)
+    ignorant = coverage(prior, truths, 0)
+    assert ignorant.flagged(0.01) == ["sharpness"]
+    assert ignorant.verdict == "knows no more than the prior"
+    wiener = truths + 0.3 * simulated(contraction=1.0, seed=6, L=1)[1]
+    assert coverage(prior, truths, 0, baseline=wiener).sharpness.behind < 1e-3
+    good = coverage(draws, truths, 0, baseline=wiener)
+    assert good.flagged() == [] and good.sharpness.contraction == pytest.approx(0.91, abs=0.02)
+    assert good.sharpness.ignorant < 1e-3 and 0.5 < good.sharpness.skill < 0.9
+
+
+def test_levels_of_highest_density():
+    """Ranks of the log density find draws that are too narrow, and leave exact ones alone."""
+    g, sd = rng(0), torch.tensor([1.0, 0.3])
+    mean = 3 * torch.randn(300, 1, 2, generator=g)
+    errors = sd * torch.randn(300, 51, 2, generator=g)
+    density = lambda e: MultivariateNormal(torch.zeros(2), torch.diag(sd**2)).log_prob(e)
+    for width, found in ((1.0, False), (0.8, True)):
+        logs = density(width * errors[:, 1:]), density(errors[:, 0])
+        draws, truths = mean + width * errors[:, 1:], (mean + errors[:, :1])[:, 0]
+        report = coverage(draws, truths, 0, extra={"log density": logs})
+        worst = min(f.adjusted for f in report.findings if f.quantity == "log density")
+        assert (worst < 0.01) == found
+
+
+def test_weights_mend_draws_of_another_width():
+    """Draws 1.3 times too wide with the weights that correct them pass; without weights they do not."""
+    g = rng(0)
+    mean = 3 * torch.randn(150, 1, 1, generator=g)
+    errors = torch.randn(150, 401, 1, generator=g)
+    truths, draws = (mean + errors[:, :1])[:, 0], mean + 1.3 * errors[:, 1:]
+    weights = (-0.5 * (1.3 * errors[:, 1:]) ** 2 * (1 - 1 / 1.3**2)).exp()[..., 0]
+    assert coverage(draws, truths, 0, weights=weights).flagged() == []
+    assert coverage(draws, truths, 0).flagged(0.01) != []
+    weights[:100] = 0.0
+    weights[:100, 0] = 1.0
+    report = coverage(draws, truths, 0, weights=weights)
+    assert (report.abstained, report.sims) == (100, 50)
+    with pytest.raises(ValueError, match="largest effective size of the weights is 1"):
+        weighted(draws[:100], weights[:100], 0)
+    with pytest.raises(ValueError, match="negative, not finite or all zero"):
+        weighted(draws, -weights, 0)
+
+
+def test_a_report_is_written_and_drawn(tmp_path):
+    report = coverage(*simulated(0.9, N=30, L=20), 0, swaps=199)
+    report.write(tmp_path / "report.json")
+    record = json.loads((tmp_path / "report.json").read_text())
+    assert record["verdict"] == report.verdict and record["sims"] == 30
+    assert {f["statistic"] for f in record["findings"]} == {"bias", "dispersion", "shape"}
+    figure = report.plot()
+    assert len(figure.axes) == 11 and figure.get_suptitle().startswith("Too narrow by")
+    assert len(coverage(*vectors(30, 20), 0, swaps=99).plot().axes) == 6
+
+
+def test_the_same_seed_gives_the_same_report():
+    one, two, three = (
+        coverage(*simulated(N=20, L=20), seed, swaps=99).as_dict() for seed in (0, 0, 1)
+    )
+    assert one == two and one != three
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d, t: (d.transpose(0, 1), t), "transpose the first two axes"),
+        (lambda d, t: (d[:, :, 0], t), r"expected \(N, L, \*shape\)"),
+        (lambda d, t: (d[:5], t[:5]), "5 simulations of 20 draws, expected at least 10"),
+        (lambda d, t: (d, t / 0), "values of the truths are not finite"),
+    ],
+)
+def test_bad_input_is_explained(change, message):
+    with pytest.raises(ValueError, match=message):
+        coverage(*change(*simulated(N=30, L=20)), 0)
+
+
+def test_public_names():
+    assert si.diagnostics.coverage is coverage and callable(si.diagnostics.exchange_test)
