@@ -22,7 +22,17 @@ from scoreinv.priors import (
     load_prior,
     shipped_priors,
 )
-from scoreinv.samplers import SMC, Anneal, Guided, Samples, read_samples, sample
+from scoreinv.samplers import (
+    SMC,
+    Anneal,
+    Guided,
+    Samples,
+    Simulations,
+    read_samples,
+    read_simulations,
+    sample,
+    sample_simulations,
+)
 
 __all__ = [
     "NUFFT",
@@ -45,6 +55,7 @@ __all__ = [
     "Posterior",
     "Prior",
     "Samples",
+    "Simulations",
     "ScorePrior",
     "StudentNoise",
     "Visibilities",
@@ -55,8 +66,10 @@ __all__ = [
     "load_prior",
     "read_cutout",
     "read_samples",
+    "read_simulations",
     "read_visibilities",
     "sample",
+    "sample_simulations",
     "shipped_priors",
     "simulators",
 ]

@@ -215,7 +215,8 @@ def test_configs_are_complete(path):
     command = command if command in COMMANDS else "sample"
     module = sys.modules[COMMANDS[command].__module__]
     config = getattr(module, f"{command.capitalize()}Config")
-    parse(config, ["--config", str(path), "--output", "a.fits"], command)
+    output = {"coverage": "a.json"}.get(command, "a.fits")
+    parse(config, ["--config", str(path), "--output", output], command)
 
 
 def test_print_config(capsys, config):
@@ -263,7 +264,7 @@ def test_sample_from_end_to_end(capsys, config):
     amplitude, recorded = draws.meta["amplitude"], draws.meta["config"]
     assert f"amplitude {amplitude:.4g} Jy/pixel" in said
     assert recorded["simulation"]["flux"] == 0.02 and recorded["n"] == 64
-    seen = observe(SampleConfig(**from_record(recorded)).data, (1, SIZE, SIZE))
+    seen = observe(SampleConfig(**from_record(recorded)).simulation, (1, SIZE, SIZE))
     assert float(draws.truth.sum()) == pytest.approx(0.02)
     assert abs(excess(draws, seen, amplitude)) < 5
     assert abs(excess(draws, seen, 2 * amplitude)) > 5

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from scoreinv.cli.bench import bench
+from scoreinv.cli.coverage import coverage
 from scoreinv.cli.inspect import inspect
 from scoreinv.cli.keys import summary
 from scoreinv.cli.parse import help_text, parse
@@ -24,6 +25,7 @@ from scoreinv.cli.train import train
 
 COMMANDS: dict[str, Callable[[typing.Any], None]] = {
     "sample": sample,
+    "coverage": coverage,
     "train": train,
     "bench": bench,
     "priors": priors,

@@ -145,6 +145,27 @@ class Simulation:
 
 
 @dataclass(frozen=True)
+class SimulatedCutout:
+    """A simulated sky behind a Gaussian PSF, in white noise; the truth is known.
+
+    Args:
+        kind: galaxy or disc.
+        flux: Total flux of the sky [unit of the image].
+        fwhm: Width of the PSF [pixel].
+        noise: Standard deviation of a pixel [unit of the image].
+        pixel_scale: Side of a pixel [arcsec].
+        seed: Decides the sky and the noise.
+    """
+
+    kind: str
+    flux: float
+    fwhm: float
+    noise: float
+    pixel_scale: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Observation:
     """One observation, ready to be put under a prior.
 
@@ -200,11 +221,7 @@ def _(section: VisibilityData, shape: tuple[int, ...]) -> Observation:
 
 @observe.register
 def _(section: Simulation, shape: tuple[int, ...]) -> Observation:
-    if shape[0] != 1 or shape[1] != shape[2]:
-        raise ValueError(f"the prior makes images of shape {shape}, simulations are (1, H, H)")
-    sky = si.simulators.simulate_images(section.kind, 1, shape[-1], section.seed)[0]
-    truth = torch.from_numpy(sky.astype(np.float64))
-    truth *= section.flux / truth.sum()
+    truth = _simulated_sky(section, shape)
     hours = np.linspace(*section.hour_angles, section.integrations)
     uv = torch.from_numpy(
         alma_track(
@@ -218,6 +235,35 @@ def _(section: Simulation, shape: tuple[int, ...]) -> Observation:
     grid = si.Grid(shape[-2:], section.pixel_scale, frequency=section.frequency, unit="Jy/pixel")
     origin = {"source": f"Simulated {section.kind}, seed {section.seed}"}
     return _visibilities(likelihood, y, grid, origin, truth)
+
+
+@observe.register
+def _(section: SimulatedCutout, shape: tuple[int, ...]) -> Observation:
+    truth = _simulated_sky(section, shape)
+    radius = math.ceil(2 * section.fwhm)
+    r2 = torch.arange(-radius, radius + 1, dtype=torch.float64).square()
+    psf = (-4 * math.log(2) / section.fwhm**2 * (r2[:, None] + r2)).exp()
+    operator = si.PSFConvolution(psf / psf.sum(), shape)
+    likelihood = si.Likelihood(operator, si.GaussianNoise(std=section.noise))
+    return Observation(
+        likelihood,
+        likelihood.simulate(truth[None], section.seed)[0],
+        si.Grid(shape[-2:], section.pixel_scale, unit="counts/pixel"),
+        lambda data: data,
+        "counts/pixel",
+        section.noise,
+        {"source": f"Simulated {section.kind}, seed {section.seed}"},
+        truth,
+    )
+
+
+def _simulated_sky(section: Simulation | SimulatedCutout, shape: tuple[int, ...]) -> Tensor:
+    """An image that no prior was trained on, with shape (1, H, H)."""
+    if shape[0] != 1 or shape[1] != shape[2]:
+        raise ValueError(f"the prior makes images of shape {shape}, simulations are (1, H, H)")
+    sky = si.simulators.simulate_images(section.kind, 1, shape[-1], section.seed)[0]
+    truth = torch.from_numpy(sky.astype(np.float64))
+    return truth * section.flux / truth.sum()
 
 
 def _visibilities(

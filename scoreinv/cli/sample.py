@@ -7,21 +7,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import scoreinv as si
-from scoreinv.cli.data import (
-    CutoutData,
-    Observation,
-    Simulation,
-    VisibilityData,
-    candidates,
-    observe,
-)
+from scoreinv.cli.data import CutoutData, Observation, SimulatedCutout, Simulation, VisibilityData
+from scoreinv.cli.problem import check_sections, chosen, data_section, sampler, say
 
 ENDINGS = (".fits", ".h5", ".hdf5")
-DATA = ("visibilities", "cutout", "simulation")
-SAMPLERS = ("smc", "anneal", "guided")
 
 
 @dataclass(frozen=True)
@@ -31,9 +22,10 @@ class SampleConfig:
     Args:
         prior: Shipped prior (see `scoreinv priors`), or a folder with one.
         output: Result, ending in .fits, .h5 or .hdf5.
-        visibilities: Data, one of three kinds: visibilities in a file.
-        cutout: Data, one of three kinds: an optical image with its PSF and its noise.
-        simulation: Data, one of three kinds: a simulated sky seen by ALMA, its truth known.
+        visibilities: Data, one of four kinds: visibilities in a file.
+        cutout: Data, one of four kinds: an optical image with its PSF and its noise.
+        simulation: Data, one of four kinds: a simulated sky seen by ALMA, its truth known.
+        exposure: Data, one of four kinds: a simulated sky behind a PSF, its truth known.
         amplitude: Sky units per model unit of the prior; chosen by the evidence if left out.
         n: Draws wanted.
         seed: Decides every draw.
@@ -52,6 +44,7 @@ class SampleConfig:
     visibilities: VisibilityData | None = None
     cutout: CutoutData | None = None
     simulation: Simulation | None = None
+    exposure: SimulatedCutout | None = None
     amplitude: float | None = None
     n: int = 64
     seed: int = 0
@@ -65,16 +58,7 @@ class SampleConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        given = [name for name in DATA if getattr(self, name) is not None]
-        if len(given) != 1:
-            seen = " and ".join(given) or "none"
-            raise ValueError(f"expected exactly one of the sections {', '.join(DATA)}; got {seen}")
-        samplers = [name for name in SAMPLERS if getattr(self, name) is not None]
-        if len(samplers) > 1:
-            raise ValueError(
-                f"expected one sampler at most, got {' and '.join(samplers)}; "
-                f"leave one out, on the command line with --{samplers[0]} null"
-            )
+        check_sections(self)
         if self.path.suffix not in ENDINGS:
             raise ValueError(f"output is {self.output}, expected a name in {', '.join(ENDINGS)}")
 
@@ -94,33 +78,26 @@ class SampleConfig:
             return self.path.with_suffix(".png") if self.figure else None
         return Path(self.figure)
 
-    @property
-    def data(self) -> VisibilityData | CutoutData | Simulation:
-        return next(x for x in map(self.__getattribute__, DATA) if x is not None)
-
-    @property
-    def sampler(self) -> si.SMC | si.Anneal | si.Guided:
-        given = [x for x in map(self.__getattribute__, SAMPLERS) if x is not None]
-        return given[0] if given else si.SMC()
-
 
 def sample(config: SampleConfig) -> None:
     """Draw posterior images of one observation, and write them with a figure."""
     _prepare(config)
     prior = si.load_prior(config.prior, config.device)
-    seen, amplitude = _chosen(config, prior)
-    _say("data", f"{seen.origin['source']}, {seen.likelihood.data_size} numbers")
-    _say("prior", f"{prior.identity['prior']}, amplitude {amplitude:.4g} {seen.grid.unit}")
+    seen, amplitude, compared = chosen(data_section(config), config.amplitude, prior)
+    for line in compared:
+        say("pixel scale", line)
+    say("data", f"{seen.origin['source']}, {seen.likelihood.data_size} numbers")
+    say("prior", f"{prior.identity['prior']}, amplitude {amplitude:.4g} {seen.grid.unit}")
     draws = _draw(config, si.Posterior(prior.rescaled(amplitude), seen.likelihood, seen.y), seen)
     draws = _completed(draws, config, seen, amplitude)
     print(draws)
     for name, text in _findings(draws, seen):
-        _say(name, text)
-    _say("result", draws.write(config.path, overwrite=config.overwrite))
+        say(name, text)
+    say("result", draws.write(config.path, overwrite=config.overwrite))
     shutil.rmtree(config.islands)
     if config.picture is not None:
         draws.plot().savefig(config.picture, dpi=150)
-        _say("figure", config.picture)
+        say("figure", config.picture)
 
 
 def _prepare(config: SampleConfig) -> None:
@@ -134,32 +111,12 @@ def _prepare(config: SampleConfig) -> None:
         shutil.rmtree(config.islands)
 
 
-def _chosen(config: SampleConfig, prior: si.Prior) -> tuple[Observation, float]:
-    """The observation and the amplitude of the prior: of several pixel scales the one under which the data are likeliest."""
-    choices = [observe(section, prior.shape) for section in candidates(config.data)]
-    if len(choices) == 1 and config.amplitude is not None:
-        return choices[0], config.amplitude
-    if len(choices) > 1 and config.amplitude is not None:
-        raise ValueError(
-            "pixel scales are compared at the likeliest amplitude of each; leave amplitude out, or give one pixel_scale"
-        )
-    found = [si.amplitude_by_evidence(prior, seen.likelihood, seen.y) for seen in choices]
-    best = max(range(len(found)), key=lambda i: found[i][1])
-    if len(found) > 1:
-        for seen, (amplitude, evidence) in zip(choices, found, strict=True):
-            below = f"log Z {evidence - found[best][1]:+.1f}, amplitude {amplitude:.4g}"
-            _say("pixel scale", f"{seen.grid.pixel_scale:g} arcsec: {below}")
-    # to the four digits that it is known to: the last bits depend on the threads, and a run that goes on elsewhere must
-    # find the same
-    return choices[best], float(f"{found[best][0]:.4g}")
-
-
 def _draw(config: SampleConfig, posterior: si.Posterior, seen: Observation) -> si.Samples:
     try:
         return si.sample(
             posterior,
             config.n,
-            config.sampler,
+            sampler(config),
             seed=config.seed,
             island=config.island,
             batch=config.batch,
@@ -202,7 +159,3 @@ def _findings(draws: si.Samples, seen: Observation) -> Iterator[tuple[str, str]]
         pairs = (f"{share:.2f} (nominal {level:g})" for level, share in covered.items())
         yield "coverage", f"of the true pixels {', '.join(pairs)}"
         yield "true flux", f"{float(seen.truth.sum()):.4g} {unit}"
-
-
-def _say(name: str, text: Any) -> None:
-    print(f"{name:<14}{text}".rstrip())

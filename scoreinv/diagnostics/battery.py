@@ -7,6 +7,7 @@ all (`scoreinv.diagnostics.exchange`). The family-wise false-alarm rate is the l
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from scoreinv.diagnostics.effects import (
     LEVEL,
+    POWER,
     Effect,
     bias,
     detectable,
@@ -148,6 +150,37 @@ class Coverage:
             if f.family == "scalars" and f.statistic == "bias" and f.adjusted <= LEVEL
         ]
         return ", and biased: " + ", ".join(f.quantity for f in off) if off else ""
+
+    def __str__(self) -> str:
+        """The verdict and what it rests on."""
+        low, high = (100 * (v - 1) for v in self.detectable)
+        width, sharp = self.dispersion, self.sharpness
+        found, gain = ", ".join(self.flagged()) or "nothing", ""
+        if not math.isnan(sharp.gain):
+            gain = f", {100 * sharp.gain:.0f} % less squared error than the baseline"
+        lines = [
+            ("verdict", self.verdict),
+            ("flagged", f"{found} at {100 * LEVEL:.0f} % (p = {self.p:.2g})"),
+            (
+                "width",
+                f"{width.value:.3f} ({width.low:.3f} to {width.high:.3f}) of the calibrated one",
+            ),
+            *(
+                (
+                    "bias",
+                    f"{name}: truths {e.value:+.2f} ({e.low:+.2f} to {e.high:+.2f}) sd above the draws",
+                )
+                for name, e in self.bias.items()
+            ),
+            (
+                "detectable",
+                f"{low:+.1f} or {high:+.1f} % in width, with {100 * POWER:.0f} % probability",
+            ),
+            ("sharpness", f"contraction {sharp.contraction:.3f}, skill {sharp.skill:.3f}{gain}"),
+        ]
+        if self.abstained:
+            lines.append(("not judged", f"{self.abstained} simulations with uneven weights"))
+        return "\n".join(f"{name:<14}{text}" for name, text in lines)
 
     def as_dict(self) -> dict:
         """All but the arrays, for JSON."""

@@ -53,9 +53,11 @@ def sharpness(
     ignorant = (1 + int((shuffled <= own + 1e-9).sum())) / (swaps + 1)
     behind = gain = float("nan")
     if baseline is not None:
-        error = (x.mean(1) - t).double().square().sum(1)
+        # the mean of L draws scatters around that of the posterior
+        scatter = x.double().var(1).sum(1) / x.shape[1]
+        error = (x.mean(1) - t).double().square().sum(1) - scatter
         reference = (baseline.flatten(1) - t).double().square().sum(1)
-        behind = flipped((error - reference) / (error + reference), swaps, generator)
+        behind = flipped((error - reference) / (error.abs() + reference), swaps, generator)
         gain = float(1 - error.sum() / reference.sum())
     return Sharpness(
         contraction=float(1 - x.var(1).mean() / t.var(0).mean()),

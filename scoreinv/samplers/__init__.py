@@ -4,6 +4,17 @@ from scoreinv.samplers.anneal import Anneal
 from scoreinv.samplers.guided import Guided
 from scoreinv.samplers.run import sample
 from scoreinv.samplers.samples import Samples, read_samples
+from scoreinv.samplers.simulations import Simulations, read_simulations, sample_simulations
 from scoreinv.samplers.smc import SMC
 
-__all__ = ["SMC", "Anneal", "Guided", "Samples", "read_samples", "sample"]
+__all__ = [
+    "SMC",
+    "Anneal",
+    "Guided",
+    "Samples",
+    "Simulations",
+    "read_samples",
+    "read_simulations",
+    "sample",
+    "sample_simulations",
+]

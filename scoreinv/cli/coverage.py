@@ -1,0 +1,137 @@
+"""`scoreinv coverage`: whether posteriors of simulated data cover the truth.
+
+Under `accelerate launch --num_processes N -m scoreinv coverage ...` the simulations are shared out; the report is the same
+for any number of processes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import scoreinv as si
+from scoreinv.cli.data import CutoutData, SimulatedCutout, Simulation, VisibilityData
+from scoreinv.cli.problem import check_sections, chosen, data_section, sampler, say
+
+
+@dataclass(frozen=True)
+class CoverageConfig:
+    """An observation to imitate, a prior and a sampler to test.
+
+    Args:
+        prior: Shipped prior (see `scoreinv priors`), or a folder with one; the truths are its draws.
+        output: Report, ending in .json; a figure of the same name, and a folder of the simulations.
+        visibilities: Data to imitate, one of four kinds: visibilities in a file, for their uv and noise.
+        cutout: Data to imitate, one of four kinds: an optical image, for its PSF and noise.
+        simulation: Data to imitate, one of four kinds: a sky seen by ALMA.
+        exposure: Data to imitate, one of four kinds: a sky behind a PSF.
+        amplitude: Sky units per model unit of the prior; chosen by the evidence of the data if left out.
+        gaussian: Take the Gaussian with the prior's moments in the prior's place: exact answers in minutes.
+        sims: Simulations.
+        n: Draws of each.
+        seed: Decides truths, data and draws.
+        swaps: Draws of the null distribution; no p-value is below one in so many.
+        device: Where the network runs: cpu, cuda, cuda:1.
+        smc: Sampler, one of three kinds, the default: weighted particles.
+        anneal: Sampler, one of three kinds: moves without weights, for one mode.
+        guided: Sampler, one of three kinds: one pass, fast and approximate.
+        overwrite: Replace an existing report, and forget its simulations.
+    """
+
+    prior: str
+    output: str
+    visibilities: VisibilityData | None = None
+    cutout: CutoutData | None = None
+    simulation: Simulation | None = None
+    exposure: SimulatedCutout | None = None
+    amplitude: float | None = None
+    gaussian: bool = False
+    sims: int = 128
+    n: int = 64
+    seed: int = 0
+    swaps: int = 1999
+    device: str = "cpu"
+    smc: si.SMC | None = None
+    anneal: si.Anneal | None = None
+    guided: si.Guided | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_sections(self)
+        if self.path.suffix != ".json":
+            raise ValueError(f"output is {self.output}, expected a name in .json")
+        if self.sims < 10 or self.n < 10:
+            raise ValueError(
+                f"sims is {self.sims} and n {self.n}; expected at least 10 of each, better 100"
+            )
+
+    @property
+    def path(self) -> Path:
+        return Path(self.output)
+
+    @property
+    def folder(self) -> Path:
+        """Of the finished simulations."""
+        return self.path.with_suffix("")
+
+
+def coverage(config: CoverageConfig) -> None:
+    """Simulate data like an observation's, sample every posterior, and test whether they cover the truths."""
+    from accelerate import PartialState
+
+    process = PartialState(cpu=config.device == "cpu")
+    if process.is_main_process:
+        _prepare(config)
+    process.wait_for_everyone()
+    prior = si.load_prior(config.prior, config.device)
+    seen, amplitude, _ = chosen(data_section(config), config.amplitude, prior)
+    if config.gaussian:
+        prior = si.GaussianPrior(prior.moments.mean.double(), prior.moments.covariance)
+    try:
+        found = si.sample_simulations(
+            prior.rescaled(amplitude),
+            seen.likelihood,
+            config.sims,
+            config.n,
+            sampler(config),
+            seed=config.seed,
+            folder=config.folder,
+            progress=process.is_main_process and sys.stderr.isatty(),
+            share=(process.process_index, process.num_processes),
+        )
+        process.wait_for_everyone()
+    except KeyboardInterrupt:
+        finished = len(list(config.folder.glob("*.safetensors")))
+        raise KeyboardInterrupt(
+            f"{finished} simulations are finished and kept in {config.folder}; the same command goes on from there"
+        ) from None
+    if not process.is_main_process:
+        return
+    if found is None:
+        # other processes have finished what was missing when this one looked
+        found = si.read_simulations(config.folder, config.sims)
+    report = found.coverage(config.seed, config.swaps)
+    say("data", f"like {seen.origin['source']}, {seen.likelihood.data_size} numbers")
+    say(
+        "prior",
+        f"{type(prior).__name__} {config.prior}, amplitude {amplitude:.4g} {seen.grid.unit}",
+    )
+    cost = f"{float(found.evaluations.mean()):.0f} evaluations a draw, {float(found.seconds.sum()):.0f} s in all"
+    say("simulations", f"{report.sims} of {config.n} draws, {cost}")
+    print(report)
+    report.write(config.path)
+    picture = config.path.with_suffix(".png")
+    report.plot().savefig(picture, dpi=120)
+    say("report", config.path)
+    say("figure", picture)
+
+
+def _prepare(config: CoverageConfig) -> None:
+    """Make sure that the report can be written, before anything is computed."""
+    if config.path.exists() and not config.overwrite:
+        raise FileExistsError(f"{config.path} exists; choose another output, or pass --overwrite")
+    if config.overwrite and config.folder.exists():
+        shutil.rmtree(config.folder)
+    config.path.parent.mkdir(parents=True, exist_ok=True)

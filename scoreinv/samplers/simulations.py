@@ -1,0 +1,205 @@
+"""Posteriors of simulated data, to test coverage with: truths from the prior, data from the likelihood, draws of each.
+
+Simulation i depends on (seed, i) only: neither on how many others there are nor on which process runs it. Finished
+simulations are kept in a folder, one file each, and found again after an interruption.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from scoreinv.diagnostics import Coverage, coverage
+from scoreinv.likelihood import Likelihood
+from scoreinv.posterior import Posterior
+from scoreinv.priors.base import Prior
+from scoreinv.samplers.path import Sampler
+from scoreinv.samplers.run import fingerprint, sample
+from scoreinv.samplers.smc import SMC
+
+ISLAND = 16
+
+
+@dataclass(frozen=True)
+class Simulations:
+    """Truths, draws of their posteriors, and what else is known of each.
+
+    Attributes:
+        draws: With shape (N, n, C, H, W).
+        truths: With shape (N, C, H, W).
+        wiener: Posterior means under the Gaussian with the prior's moments, with shape (N, C, H, W).
+        dirty: Data as images, with shape (N, C, H, W).
+        log_likelihood: log p(y | x) of truth and draws, with shape (N, n + 1) [nat].
+        evaluations: Network evaluations per draw, with shape (N,).
+        seconds: With shape (N,).
+    """
+
+    draws: Tensor
+    truths: Tensor
+    wiener: Tensor
+    dirty: Tensor
+    log_likelihood: Tensor
+    evaluations: Tensor
+    seconds: Tensor
+
+    def coverage(self, seed: int, swaps: int = 1999) -> Coverage:
+        """The battery of `scoreinv.diagnostics.coverage`, with the likelihood among its quantities."""
+        fit = self.log_likelihood
+        return coverage(
+            self.draws,
+            self.truths,
+            seed,
+            references=self.dirty,
+            baseline=self.wiener,
+            extra={"log likelihood": (fit[:, 1:], fit[:, 0])},
+            swaps=swaps,
+        )
+
+
+def sample_simulations(
+    prior: Prior,
+    likelihood: Likelihood,
+    sims: int,
+    n: int,
+    sampler: Sampler | None = None,
+    *,
+    seed: int,
+    truths: Tensor | None = None,
+    believed: Likelihood | None = None,
+    folder: str | Path | None = None,
+    progress: bool = False,
+    share: tuple[int, int] = (0, 1),
+) -> Simulations | None:
+    """Simulate data of many truths and sample the posterior of each.
+
+    Args:
+        prior: Of the sky; the truths are its draws.
+        likelihood: Simulates the data, and is what the sampler believes.
+        sims: Simulations wanted, N.
+        n: Draws of each.
+        sampler: `SMC()` if not given.
+        seed: Decides truths, data and draws.
+        truths: Other truths than draws of the prior, with shape (N, C, H, W): these test the prior, too.
+        believed: Another likelihood for the sampler than the one that made the data.
+        folder: Where finished simulations are kept, and found again.
+        progress: Show a progress bar.
+        share: This process' number and how many there are: it runs every so many-th simulation.
+
+    Returns:
+        All simulations; None with several processes, which meet in the folder: `read_simulations`.
+
+    Raises:
+        ValueError: A folder that holds other simulations, or truths that do not fit.
+        FloatingPointError: Draws that are not finite; finished simulations stay in the folder.
+    """
+    if sims < 1 or n < 2:
+        raise ValueError(f"sims is {sims} and n {n}; expected sims >= 1 and n >= 2")
+    if truths is not None and tuple(truths.shape) != (sims, *prior.shape):
+        raise ValueError(
+            f"truths have shape {tuple(truths.shape)}, expected {(sims, *prior.shape)}"
+        )
+    if folder is None and share[1] > 1:
+        raise ValueError("several processes need a folder in which to meet")
+    truths = prior.sample(sims, seed) if truths is None else truths
+    store = None if folder is None else Path(folder)
+    found: dict[int, dict[str, Tensor]] = {}
+    mine = range(share[0], sims, share[1])
+    for i in tqdm(mine, disable=not progress, desc="simulations", unit="posterior"):
+        y = likelihood.simulate(truths[i : i + 1], _seed(seed, i))[0]
+        posterior = Posterior(prior, believed or likelihood, y)
+        key = fingerprint(posterior, sampler or SMC(), _seed(seed, i), n)
+        path = None if store is None else _path(store, i)
+        record = None if path is None else _read(path, key)
+        if record is None:
+            record = _simulation(posterior, truths[i], n, sampler, _seed(seed, i))
+            if path is not None:
+                _keep(path, key, record)
+        found[i] = record
+    if share[1] > 1:
+        return None
+    return _stacked([found[i] for i in range(sims)])
+
+
+def read_simulations(folder: str | Path, sims: int) -> Simulations:
+    """The first simulations of a folder of `sample_simulations`, as many as asked for.
+
+    Raises:
+        ValueError: Simulations are missing, or broken, or of different runs.
+    """
+    paths = [_path(Path(folder), i) for i in range(sims)]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {sims} simulations are not in {folder}, the first is {missing[0]}; run them first"
+        )
+    return _stacked([_read(path, None) for path in paths])
+
+
+def _stacked(records: list[dict[str, Tensor]]) -> Simulations:
+    return Simulations(**{k: torch.stack([r[k] for r in records]) for k in records[0]})
+
+
+def _path(folder: Path, i: int) -> Path:
+    return folder / f"simulation-{i:05d}.safetensors"
+
+
+def _simulation(
+    posterior: Posterior, truth: Tensor, n: int, sampler: Sampler | None, seed: int
+) -> dict[str, Tensor]:
+    """The fields of `Simulations` for one truth."""
+    draws = sample(posterior, n, sampler, seed=seed, island=min(ISLAND, n), evidence=False)
+    members = torch.cat([truth[None], draws.x]).double()
+    mean = posterior.moments.mean.to(posterior.dtype)[None]
+    return {
+        "draws": draws.x,
+        "truths": truth.to(draws.x.dtype),
+        "wiener": (mean + posterior.gaussian.shift(mean))[0].to(draws.x.dtype),
+        "dirty": posterior.data_image().to(draws.x.dtype),
+        "log_likelihood": posterior.likelihood.log_prob(posterior.y, members),
+        "evaluations": torch.tensor(draws.evaluations, dtype=torch.float64),
+        "seconds": torch.tensor(draws.seconds, dtype=torch.float64),
+    }
+
+
+def _seed(seed: int, i: int) -> int:
+    return 100_003 * seed + i
+
+
+def _keep(path: Path, key: str, record: dict[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".part{os.getpid()}")
+    try:
+        save_file({k: v.contiguous() for k, v in record.items()}, partial, metadata={"key": key})
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"could not keep {path}: {error}. The simulations finished before stay there; free some space and run again"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(path: Path, key: str | None) -> dict[str, Tensor] | None:
+    """A finished simulation; None if it is not there. Without a key, of whatever made it."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as f:
+            seen, record = f.metadata()["key"], {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a finished simulation ({error}); delete it to run it again"
+        ) from error
+    if key is not None and seen != key:
+        raise ValueError(
+            f"{path.parent} holds simulations of another problem, sampler or seed; "
+            "choose another output, or pass --overwrite to delete them"
+        )
+    return record

@@ -1,0 +1,169 @@
+"""Simulated observations from prior to verdict: samplers that are right pass, and each known mistake is found."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import scoreinv as si
+from scoreinv.cli import main
+from scoreinv.gaussian import Fourier
+from scoreinv.samplers.baselines import DPS, ConvolvedLikelihood
+from tests import analytic
+
+SHAPE = (1, 8, 8)
+POWER = Fourier(analytic.power_law(8, 8))
+PRIOR = si.GaussianPrior(torch.zeros(SHAPE), POWER)
+NOISE = float(POWER.marginal_variance(SHAPE)) ** 0.5  # as wide as the prior
+IDENTITY = si.Identity(SHAPE)
+VISIBILITIES = si.NUFFT(analytic.baselines(40), SHAPE, analytic.PIXEL)
+# noise of a drizzled image: neighbouring pixels share it
+SHARED = 0.1 + 0.9 * analytic.power_law(8, 8, slope=4.0)
+DRIZZLED = si.GaussianNoise(spectrum=SHARED)
+
+
+def verdict(likelihood, sampler=None, believed=None, sims=100, n=60, seed=0, **options):
+    found = si.sample_simulations(
+        PRIOR, likelihood, sims, n, sampler, seed=seed, believed=believed, **options
+    )
+    return found.coverage(seed)
+
+
+def white(std):
+    return si.Likelihood(IDENTITY, si.GaussianNoise(std=std))
+
+
+def thermal(std):
+    return si.Likelihood(VISIBILITIES, si.GaussianNoise(std=std))
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [white(NOISE), thermal(2.0), si.Likelihood(IDENTITY, DRIZZLED)],
+    ids=["white", "visibilities", "drizzled"],
+)
+def test_exact_posteriors_are_calibrated(likelihood):
+    """SMC of a Gaussian prior is exact: false alarms of 1 %, and a width known to a tenth."""
+    report = verdict(likelihood, si.SMC(5))
+    assert report.flagged(0.01) == [], str(report)
+    assert report.dispersion.low < 1.03 and report.dispersion.high > 0.97
+    assert 0.9 < report.detectable[0] and report.detectable[1] < 1.1
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "sampler", "believed"),
+    [
+        (white(NOISE), ConvolvedLikelihood(40), None),
+        (white(NOISE), DPS(40), None),
+        (thermal(2.0), si.SMC(5), thermal(2.0 * 0.5**0.5)),
+        (si.Likelihood(IDENTITY, DRIZZLED), si.SMC(5), white(float(SHARED.mean()) ** 0.5)),
+    ],
+    ids=["convolved likelihood", "DPS", "visibilities counted twice", "white noise assumed"],
+)
+def test_known_mistakes_are_found(likelihood, sampler, believed):
+    """p < 10^-3 for each."""
+    report = verdict(likelihood, sampler, believed)
+    assert report.flagged(1e-3) != [], str(report)
+    assert "calibrated within" not in report.verdict
+
+
+def test_a_simulation_depends_on_its_number_only(tmp_path):
+    options = {"sampler": si.SMC(4), "seed": 3}
+    one = si.sample_simulations(PRIOR, white(0.5), 12, 16, folder=tmp_path / "a", **options)
+    for process in (0, 1):
+        shared = si.sample_simulations(
+            PRIOR, white(0.5), 12, 16, folder=tmp_path / "b", share=(process, 2), **options
+        )
+        assert shared is None
+    two = si.read_simulations(tmp_path / "b", 12)
+    fewer = si.sample_simulations(PRIOR, white(0.5), 10, 16, **options)
+    for name in ("draws", "truths", "wiener", "dirty", "log_likelihood"):
+        assert torch.equal(getattr(one, name), getattr(two, name))
+        assert torch.equal(getattr(one, name)[:10], getattr(fewer, name))
+    with pytest.raises(ValueError, match="2 of 14 simulations are not in .*simulation-00012"):
+        si.read_simulations(tmp_path / "b", 14)
+
+
+def test_finished_simulations_are_found_again(tmp_path):
+    run = lambda seed=0: si.sample_simulations(
+        PRIOR, white(0.5), 10, 16, si.SMC(4), seed=seed, folder=tmp_path
+    )
+    first = run()
+    (tmp_path / "simulation-00004.safetensors").unlink()
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    again = run()
+    assert torch.equal(first.draws, again.draws)
+    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir() if p.name in before} == before
+    with pytest.raises(ValueError, match="another problem, sampler or seed"):
+        run(seed=1)
+    (tmp_path / "simulation-00002.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="00002.* is not a finished simulation"):
+        run()
+
+
+def test_bad_requests_are_explained(tmp_path):
+    for options, message in (
+        ({"sims": 0, "n": 9}, "sims is 0"),
+        ({"sims": 9, "n": 9, "truths": torch.zeros(9, 3)}, r"truths have shape \(9, 3\)"),
+        ({"sims": 9, "n": 9, "share": (0, 2)}, "need a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            si.sample_simulations(PRIOR, white(0.5), seed=0, **options)
+
+
+CONFIG = """
+exposure: {kind: galaxy, flux: 40, fwhm: 2.0, noise: 0.05}
+prior: galaxy32
+gaussian: true
+amplitude: 1.0
+smc: {levels: 4}
+sims: 12
+n: 16
+swaps: 99
+"""
+
+
+def test_the_command_writes_a_report(tmp_path, capsys):
+    config, output = tmp_path / "c.yaml", tmp_path / "out" / "report.json"
+    config.write_text(CONFIG)
+    words = ["coverage", "--config", str(config), "--output", str(output)]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    for name in ("verdict", "width", "detectable", "sharpness", "report", "figure"):
+        assert name in said
+    record = json.loads(output.read_text())
+    assert record["sims"] == 12 and record["draws"] == 16
+    assert output.with_suffix(".png").stat().st_size > 20_000
+    assert main(words) == 2 and "exists" in capsys.readouterr().err
+    output.unlink()
+    assert main(words) == 0
+    assert json.loads(output.read_text()) == record
+    assert main([*words, "--overwrite", "true", "--sims", "5"]) == 2
+    assert "at least 10 of each" in capsys.readouterr().err
+
+
+def test_processes_share_the_simulations(tmp_path):
+    """Two processes under accelerate write the report that one writes."""
+    config = tmp_path / "c.yaml"
+    config.write_text(CONFIG)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    reports = []
+    for launch in (
+        ["-m"],
+        ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"],
+    ):
+        output = tmp_path / f"{len(reports)}.json"
+        words = ["scoreinv", "coverage", "--config", str(config), "--output", str(output)]
+        done = subprocess.run(
+            [sys.executable, *launch, *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        reports.append(json.loads(output.read_text()))
+    assert reports[0] == reports[1]
