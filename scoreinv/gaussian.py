@@ -308,6 +308,28 @@ class Blocks(Covariance):
         return torch.cat([C.eigenvalues(shape[1:]) for C in self._covariances])
 
 
+@dataclass(frozen=True)
+class Modulated:
+    """A covariance of its own for each image of a batch, K = sum_b a_b rho_b a_b: stationary parts of varying strength.
+
+    Args:
+        a: Standard deviations of the parts in each pixel, with shape (B, parts, C, H, W).
+        rho: Correlations of the pixels, acting on the shape of a.
+    """
+
+    a: Tensor
+    rho: Covariance
+
+    def apply(self, x: Tensor) -> Tensor:
+        """K x, with shape (B, C, H, W)."""
+        return (self.a * self.rho.apply(self.a * x[:, None])).sum(1)
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """A draw of N(0, K) for each image, with shape (B, C, H, W)."""
+        z = torch.randn(self.a.shape, generator=generator, dtype=self.a.dtype)
+        return (self.a * self.rho.sqrt(z)).sum(1)
+
+
 def blocks(covariances: Sequence[Covariance], shape: tuple[int, ...]) -> Covariance:
     """`Blocks` on images of this shape, as one array where all are diagonal in the same basis."""
     kinds = {type(C) for C in covariances}
@@ -379,7 +401,8 @@ def conjugate_gradients(
         error: Stops when every solution is off by less, in the norm <e, (K^-1 + H) e>^1/2: the distance in standard
             deviations of the posterior. If 0, all iterations are done.
         iterations: At most so many.
-        length: Stops, too, when two updates in a row are shorter than that, for every solution.
+        length: Stops, too, when M r or two updates in a row are shorter than that, for every solution. With M = K, M r
+            bounds what is left.
 
     Returns:
         The solutions, with shape (B, *shape), and the iterations that were needed.
@@ -402,6 +425,8 @@ def conjugate_gradients(
     short = 0
     for done in range(iterations):
         z, Kz = preconditioner(r)
+        if length > 0 and bool((dot(z, z) < length**2).all()):
+            return x, done
         rz = dot(r, z)
         beta = column(rz / previous.clamp_min(tiny))
         p, Kp = z + beta * p, Kz + beta * Kp

@@ -34,7 +34,7 @@ from scoreinv.conditioning import (
     Mobility,
     conditioner,
 )
-from scoreinv.gaussian import Covariance, Gaussian
+from scoreinv.gaussian import Covariance, Gaussian, Modulated
 from scoreinv.kernels import conditional, expectation, inverse
 from scoreinv.likelihood import Likelihood
 from scoreinv.operators.information import white
@@ -161,15 +161,14 @@ class Posterior:
             return self._levels[s]
         return self._prepare(s, prior)
 
-    def around(self, s: float, error: Tensor) -> LocalConditioned:
+    def around(self, s: float, error: Modulated) -> LocalConditioned:
         """Gaussians around denoised images, with errors that the prior knows, conditioned on the data.
 
         Args:
             s: Noise level.
-            error: Standard deviations of x_0 from `Prior.denoise_with_error`, with shape (B, C, H, W).
+            error: Covariance of x_0 about the denoised images, from `Prior.error_covariance`.
         """
-        rho = self.prior.correlation(s)
-        return LocalConditioned(self.conditioner, error, rho, SHORT * s)
+        return LocalConditioned(self.conditioner, error, SHORT * s)
 
     def _prepare(self, s: float, prior: Covariance) -> Level:
         covariance = conditional(prior, s)

@@ -15,7 +15,7 @@ from scoreinv.conditioning import (
     conditioner,
     lanczos_logdet,
 )
-from scoreinv.gaussian import Dense, Diagonal, Fourier, Gaussian, LowRank, Scalar, dot
+from scoreinv.gaussian import Dense, Diagonal, Fourier, Gaussian, LowRank, Modulated, Scalar, dot
 from scoreinv.kernels import conditional, expectation, inverse
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise
@@ -49,6 +49,7 @@ def blob(n, width=1.0):
 
 
 STATIONARY = Fourier(power_law(*SHAPE[-2:]))
+PARTS = Fourier(torch.stack([power_law(*SHAPE[-2:]), torch.ones(SHAPE[-2:])])[:, None])
 EACH = Diagonal(0.2 + uniform(*SHAPE))
 MASKED = torch.where(uniform(*SHAPE) > 0.3, 0.1 + uniform(*SHAPE, seed=1), math.inf)
 PERIODIC = PSFConvolution(blob(5), SHAPE, boundary="circular")
@@ -362,20 +363,25 @@ def test_lanczos_stops_when_nothing_is_left():
     assert lanczos_logdet(lambda x: v * x, v.shape)[0] == pytest.approx(expected, rel=1e-10)
 
 
+def sum_of_parts(a):
+    """sum_b a_b rho_b a_b as a matrix, for the standard deviations of one image."""
+    rho = [dense(Fourier(power).apply, SHAPE) for power in PARTS.spectrum[:, 0]]
+    return sum(v.flatten()[:, None] * r * v.flatten() for v, r in zip(a, rho, strict=True))
+
+
 @pytest.mark.parametrize("name", ["stationary", "dense-few", "visibilities"])
 def test_a_gaussian_for_each_image(name):
-    """Shifts of two images, each with standard deviations of its own, against dense algebra; solves to 1e-8."""
+    """Shifts of two images, each with two modulated parts of its own, against dense algebra; solves to 1e-8."""
     C, A, noise = {**COMMUTING, **DATA_SPACE, **ITERATIVE}[name]
     likelihood = Likelihood(A, noise)
     y = likelihood.simulate(normal(1, *SHAPE), 3)[0]
     solver = conditioner(likelihood, y, C, torch.float64)
-    a, m = 0.2 + uniform(2, *SHAPE), normal(2, *SHAPE)
-    local = LocalConditioned(solver, a, STATIONARY, 1e-8)
-    rho = dense(STATIONARY.apply, SHAPE)
+    a, m = 0.2 + uniform(2, 2, *SHAPE), normal(2, *SHAPE)
+    local = LocalConditioned(solver, Modulated(a, PARTS), 1e-8)
     H = dense(A.information(noise, torch.float64).apply, SHAPE)
     D = likelihood.projection(y).flatten()
     for i, shift in enumerate(local.shift(m)):
-        K = a[i].flatten()[:, None] * rho * a[i].flatten()
+        K = sum_of_parts(a[i])
         exact = torch.linalg.solve(torch.linalg.inv(K) + H, D - H @ m[i].flatten())
         torch.testing.assert_close(shift.flatten(), exact, rtol=1e-5, atol=1e-6)
 
@@ -385,11 +391,10 @@ def test_draws_of_a_gaussian_for_each_image():
     likelihood = Likelihood(PERIODIC, GaussianNoise(std=0.5))
     y = likelihood.simulate(normal(1, *SHAPE), 3)[0]
     solver = conditioner(likelihood, y, STATIONARY, torch.float64)
-    n, a = 40_000, (0.2 + uniform(1, *SHAPE)).expand(40_000, *SHAPE)
-    local, g = LocalConditioned(solver, a, STATIONARY, 1e-3), rng(4)
-    z = torch.randn(n, *SHAPE, generator=g, dtype=torch.float64)
-    draws = local.draw(torch.zeros_like(z), z, solver.noise(n, g))
-    K = a[0].flatten()[:, None] * dense(STATIONARY.apply, SHAPE) * a[0].flatten()
+    n, a = 40_000, 0.2 + uniform(2, *SHAPE)
+    local = LocalConditioned(solver, Modulated(a.expand(n, 2, *SHAPE), PARTS), 1e-3)
+    draws = local.draw(torch.zeros(n, *SHAPE, dtype=torch.float64), rng(4))
+    K = sum_of_parts(a)
     H = dense(PERIODIC.information(likelihood.noise, torch.float64).apply, SHAPE)
     C = torch.linalg.inv(torch.linalg.inv(K) + H)
     mean = C @ likelihood.projection(y).flatten()

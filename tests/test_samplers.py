@@ -474,7 +474,7 @@ class Knowing(si.GaussianPrior):
 
     def denoise_with_error(self, x, sigma):
         width = conditional(self.moments.covariance, float(sigma[0])).marginal_variance(self.shape)
-        return self.denoise(x, sigma), torch.full_like(x, self.factor * width**0.5)
+        return self.denoise(x, sigma), torch.full_like(x, self.factor * width**0.5)[:, None]
 
     def correlation(self, sigma):
         C = conditional(self.moments.covariance, float(sigma))

@@ -10,6 +10,7 @@ import scoreinv as si
 from scoreinv.priors.base import stream
 from scoreinv.priors.unet import UNet
 from scoreinv.training import loop as training
+from scoreinv.training.error import bands
 from scoreinv.training.loop import (
     Network,
     Optimisation,
@@ -219,14 +220,25 @@ def test_a_network_learns_its_error(trained):
     x = x0 + 0.3 * torch.randn(x0.shape, generator=stream(2))
     denoised, a = prior.denoise_with_error(x, sigma)
     torch.testing.assert_close(denoised, prior.denoise(x, sigma))
-    a = a * float(prior.correlation(0.3).marginal_variance(prior.shape)) ** 0.5
+    scale = prior.correlation(0.3).eigenvalues(a.shape[1:]).reshape(a.shape[1:])
+    variance = (a.square() * scale.mean((-2, -1), keepdim=True)).sum(1)
+    assert a.shape == (256, 3, 1, 16, 16)
     r2 = (x0 - denoised).square()
     loss = lambda v: float((r2 / v + v.log()).mean())
     flat = r2.mean().expand(r2.shape)
-    assert loss(a.square()) < loss(flat) - 0.1
-    assert loss(a.square().flip(0)) > loss(a.square()) + 0.1
-    assert 0.5 < float(r2.mean() / a.square().mean()) < 2.0
+    assert loss(variance) < loss(flat) - 0.1
+    assert loss(variance.flip(0)) > loss(variance) + 0.1
+    assert 0.5 < float(r2.mean() / variance.mean()) < 2.0
     assert 0.0 <= prior.excess_noise <= 0.4 and prior.excess_noise == prior.error.excess_noise
+
+
+def test_bands_of_an_error_share_its_power():
+    x = torch.randn(3, 1, 16, 16, generator=stream(0), dtype=torch.float64)
+    parts = bands(x)
+    assert parts.shape == (3, 3, 1, 16, 16)
+    assert float(parts.square().sum()) == pytest.approx(float(x.square().sum()))
+    flat = bands(torch.ones(1, 1, 16, 16, dtype=torch.float64))
+    torch.testing.assert_close(flat[:, 0], torch.ones(1, 1, 16, 16, dtype=torch.float64))
 
 
 def test_an_error_is_rescaled_with_its_prior(trained):

@@ -35,6 +35,7 @@ class BenchConfig:
         problems: Of "exact" and "coverage", by their names, as in "grid 80 1"; all of the suite if left out.
         prior: Trained prior of "learned", "speed" and "scaling".
         kinds: Problems of "learned": psf, uv.
+        sources: Of the truths of "learned": prior (its own draws), held out (images that it was not trained on).
         noises: Noise of "learned", over the peak.
         truths: Of "learned": from the prior, and as many held-out images; of "coverage": problems of each kind.
         n: Draws of each posterior; if left out 400 in "exact" (a fifth from 512 pixels on), 16 in "learned", 64 in "speed".
@@ -55,6 +56,7 @@ class BenchConfig:
     problems: tuple[str, ...] | None = None
     prior: str = "galaxy64"
     kinds: tuple[str, ...] = ("psf", "uv")
+    sources: tuple[str, ...] = ("prior", "held out")
     noises: tuple[float, ...] = (0.1, 0.033, 0.01)
     truths: int = 64
     n: int | None = None
@@ -79,6 +81,8 @@ class BenchConfig:
             raise ValueError(
                 f"problems are {', '.join(sorted(unknown))}, expected some of {', '.join(exact.problems())}"
             )
+        if unknown := set(self.sources) - {"prior", "held out"}:
+            raise ValueError(f"sources are {', '.join(unknown)}, expected some of prior, held out")
         if unknown := set(self.kinds) - set(learned.PROBLEMS):
             raise ValueError(
                 f"kinds are {', '.join(unknown)}, expected some of {', '.join(learned.PROBLEMS)}"
@@ -201,12 +205,11 @@ def _learned(config: BenchConfig) -> list[dict[str, Any]]:
             f"prior is {config.prior!r}, expected one of {', '.join(cards)}: only their held-out images are known"
         )
     data = cards[config.prior]["training"]["data"]
-    images = {
-        "prior": prior.sample(config.truths, config.seed + 1),
-        "held out": learned.held_out_truths(
-            data["kind"], data["size"], config.truths, config.seed, amplitude=(1.0, 1.0)
-        ),
-    }
+    simulated = lambda: learned.held_out_truths(
+        data["kind"], data["size"], config.truths, config.seed, amplitude=(1.0, 1.0)
+    )
+    makers = {"prior": lambda: prior.sample(config.truths, config.seed + 1), "held out": simulated}
+    images = {source: makers[source]() for source in config.sources}
     rows = []
     for kind in config.kinds:
         for noise in config.noises:

@@ -1,6 +1,6 @@
 """A Gaussian of its own for each image, conditioned on the data.
 
-With K = a rho a, standard deviations a of the pixels of each image times one stationary correlation rho, the shift
+With K = sum_b a_b rho_b a_b, stationary parts that are modulated in each image by standard deviations a_b, the shift
 
     u = (K^-1 + H)^-1 (D - H m)
 
@@ -10,38 +10,36 @@ see well come first, and that is what they need: the circulant nearest to H, wit
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from scoreinv.conditioning.base import Conditioner
-from scoreinv.gaussian import Covariance, conjugate_gradients
+from scoreinv.gaussian import Modulated, conjugate_gradients
 
 
 class LocalConditioned:
-    """N(., a rho a) conditioned on the data.
+    """N(., K) conditioned on the data.
 
     Args:
         conditioner: The data.
-        a: Standard deviations, with shape (B, C, H, W).
-        rho: Correlation of the pixels.
+        K: Covariance of each image.
         length: Updates of a solve that are shorter do not matter [model unit].
     """
 
-    def __init__(
-        self, conditioner: Conditioner, a: Tensor, rho: Covariance, length: float
-    ) -> None:
-        self.conditioner, self.a, self.rho, self.length = conditioner, a, rho, length
+    def __init__(self, conditioner: Conditioner, K: Modulated, length: float) -> None:
+        self.conditioner, self.K, self.length = conditioner, K, length
 
-    def draw(self, m: Tensor, z: Tensor, noise: Tensor) -> Tensor:
-        """Draws of N(m, K) conditioned on the data, for white z and noise from `Conditioner.noise` (Matheron's rule)."""
-        x = m + self.a * self.rho.sqrt(z)
-        return x + self.shift(x, noise)
+    def draw(self, m: Tensor, generator: torch.Generator) -> Tensor:
+        """Draws of N(m, K) conditioned on the data, with shape (B, C, H, W) (Matheron's rule)."""
+        x = m + self.K.draw(generator)
+        return x + self.shift(x, self.conditioner.noise(len(m), generator))
 
     def shift(self, m: Tensor, noise: Tensor | None = None) -> Tensor:
         """By which the data move means m, with shape (B, C, H, W)."""
         u, _ = conjugate_gradients(
             self.conditioner.inform,
             self.conditioner.misfit(m, noise),
-            lambda r: (self.a * self.rho.apply(self.a * r), r),
+            lambda r: (self.K.apply(r), r),
             error=0.0,
             length=self.length,
         )

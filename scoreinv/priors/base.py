@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scoreinv.gaussian import Covariance, Gaussian
+from scoreinv.gaussian import Covariance, Gaussian, Modulated
 from scoreinv.kernels import bridge, noise_levels
 
 
@@ -52,13 +52,19 @@ class Prior(abc.ABC):
         """
 
     def denoise_with_error(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """E[x_0 | x_sigma = x] and the standard deviation of x_0 about it in each pixel, both with shape (B, C, H, W)."""
+        """E[x_0 | x_sigma = x] with shape (B, C, H, W), and how far x_0 is from it.
+
+        The second are the standard deviations of the parts of x_0 - D in each pixel, with shape (B, parts, C, H, W).
+        """
         raise NotImplementedError(f"{type(self).__name__} does not know its error")
 
     def correlation(self, sigma: float) -> Covariance | None:
-        """How these errors of x_0 go together across pixels: with a their standard deviations, a_i a_j times this covariance
-        is that of x_0 given x_sigma. None if the prior does not know its error."""
+        """How the parts of these errors go together across pixels; None if the prior does not know its error."""
         return None
+
+    def error_covariance(self, a: Tensor, sigma: float) -> Modulated:
+        """The covariance of x_0 given x_sigma, for standard deviations a from `denoise_with_error`."""
+        return Modulated(a, self.correlation(sigma))
 
     @property
     def knows_error(self) -> bool:
@@ -78,24 +84,24 @@ class Prior(abc.ABC):
         """
         for sigma, s in zip(levels, [*levels[1:], 0.0], strict=True):
             denoised, a = self.denoise_with_error(x, x.new_full((len(x),), sigma))
-            z, fresh, more = (
-                torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(3)
-            )
-            x0 = denoised + a * self.correlation(sigma).sqrt(z)
-            x = bridge(x, x0, sigma, s, self.stirred(fresh, more, a, sigma))
+            error = self.error_covariance(a, sigma)
+            x0 = denoised + error.draw(generator)
+            fresh = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+            x = bridge(x, x0, sigma, s, self.stirred(fresh, error, sigma, generator))
         return x
 
-    def stirred(self, fresh: Tensor, more: Tensor, error: Tensor, sigma: float) -> Tensor:
-        """The noise of a reverse step from level sigma, with shape (B, C, H, W), for white `fresh` and `more`.
+    def stirred(
+        self, fresh: Tensor, error: Modulated, sigma: float, generator: torch.Generator
+    ) -> Tensor:
+        """The noise of a reverse step from level sigma, with shape (B, C, H, W), for white `fresh`.
 
         A little more noise than an exact denoiser needs is how Karras et al. (2022, arXiv:2206.00364, section 4: S_noise)
-        keep the detail that trained ones lose. Along the error of the denoised image, with standard deviations `error`, it
+        keep the detail that trained ones lose. Along the error of the denoised image it
         keeps the flux, too: more noise on blank sky would lower it.
         """
         if self.excess_noise == 0:
             return fresh
-        along = error / sigma * self.correlation(sigma).sqrt(more)
-        return fresh + self.excess_noise**0.5 * along
+        return fresh + self.excess_noise**0.5 / sigma * error.draw(generator)
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
         """grad log p_sigma(x), with shape (B, C, H, W)."""

@@ -4,8 +4,9 @@
     c_skip = d^2 / (sigma^2 + d^2),  c_out = sigma d / sqrt(sigma^2 + d^2),  c_in = 1 / sqrt(sigma^2 + d^2),
     c_noise = ln(sigma) / 4,  d = sigma_data
 
-A second head says how far D is off: the covariance of x_0 given x_sigma is taken as a_i a_j rho_ij, with the standard
-deviations a(x, sigma) of the pixels from the head and a stationary rho for each level.
+A second head says how far D is off: the covariance of x_0 given x_sigma is taken as sum_b a_b rho_b a_b over a few bands b
+of frequency, with the standard deviations a_b(x, sigma) of the pixels from the head and a stationary rho_b for each level.
+Coarse errors reach far from a source and fine ones do not; one rho for both would leave faint wings too stiff.
 
 Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022, arXiv:2206.00364), table 1.
 """
@@ -35,9 +36,9 @@ class ErrorModel:
     """What a prior knows of its error.
 
     Attributes:
-        head: The logarithm of the variance of F in each pixel, from the network's features.
+        head: The logarithm of the variance of F in each pixel and band, from the network's features.
         levels: Noise levels at which rho was measured, rising, with shape (L,) [model unit].
-        power: Spectrum of rho at each, with shape (L, H, W).
+        power: Spectra of rho at each, with shape (L, bands, 1, H, W).
         excess_noise: `Prior.excess_noise`, with which draws of x_0 given x_sigma have their errors' width.
     """
 
@@ -105,7 +106,8 @@ class ScorePrior(Prior):
             h, e = self.network.look(inputs, c)
             F, log_v = self.network.read(h), self.error.head(h, e)
         F, log_v = (v.to(x.device, self.dtype) for v in (F, log_v))
-        return (skip * x + out * F).to(x.dtype), (out * (0.5 * log_v).exp()).to(x.dtype)
+        a = out[:, None] * (0.5 * log_v).exp()
+        return (skip * x + out * F).to(x.dtype), a.to(x.dtype)
 
     def correlation(self, sigma: float) -> Covariance | None:
         return None if self.error is None else self.error.correlation(sigma)

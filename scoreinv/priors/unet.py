@@ -119,35 +119,41 @@ class UNet(nn.Module):
 
 
 class ErrorHead(nn.Module):
-    """How far F is off in each pixel, read from the features that F is read from.
+    """How far F is off in each pixel and band of frequency, read from the features that F is read from.
 
     Args:
         channels: Channels C of the image.
+        bands: Bands of frequency.
         features: Channels of the last features.
         embedding: Features of the noise-level embedding.
         hidden: Channels between its two convolutions.
     """
 
-    def __init__(self, channels: int, features: int, embedding: int, hidden: int = 32) -> None:
+    def __init__(
+        self, channels: int, bands: int, features: int, embedding: int, hidden: int = 32
+    ) -> None:
         super().__init__()
+        self.bands = bands
         self.norm = nn.GroupNorm(8, features)
         self.modulation = nn.Linear(embedding, 2 * features)
         self.first = nn.Conv2d(features, hidden, 3, padding=1)
-        self.last = nn.Conv2d(hidden, 4 * channels, 3, padding=1)
+        self.last = nn.Conv2d(hidden, 4 * channels * bands, 3, padding=1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
-        """Logarithm of the variance of F, with shape (B, C, H, W)."""
+        """Logarithm of the variance of F, with shape (B, bands, C, H, W)."""
         scale, shift = self.modulation(e)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm(h), 1 + scale))
-        return F.pixel_shuffle(self.last(F.silu(self.first(h))), 2)
+        log_v = F.pixel_shuffle(self.last(F.silu(self.first(h))), 2)
+        return log_v.unflatten(1, (self.bands, -1))
 
 
-def error_head(network: UNet) -> ErrorHead:
+def error_head(network: UNet, bands: int) -> ErrorHead:
     """A head that fits a network, with weights that say 1 everywhere."""
     channels, features = network.last.out_channels // 4, network.last.in_channels
-    return ErrorHead(channels, features, network.features).to(memory_format=torch.channels_last)
+    head = ErrorHead(channels, bands, features, network.features)
+    return head.to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()

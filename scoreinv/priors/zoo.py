@@ -126,7 +126,7 @@ def _error(network: UNet, tensors: dict[str, Tensor]) -> ErrorModel | None:
     """What the prior learned of its error, if it did."""
     if "error.levels" not in tensors:
         return None
-    head = error_head(network)
+    head = error_head(network, tensors["error.power"].shape[1])
     head.load_state_dict(_part(tensors, "error.head."))
     return ErrorModel(
         head.eval().requires_grad_(False),

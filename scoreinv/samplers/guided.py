@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from scoreinv.gaussian import Covariance
+from scoreinv.gaussian import Covariance, Modulated
 from scoreinv.kernels import bridge, noise_levels
 from scoreinv.posterior import Posterior
 from scoreinv.samplers.path import Descent, Island, Request, Twisted, check_counts, not_linear
@@ -72,24 +72,24 @@ class Guided:
 class Following(Twisted):
     """Particles whose denoised images are known up to errors of their own, of which the prior knows."""
 
-    width: Tensor  # standard deviations of x_0
+    covariance: Modulated  # of x_0 about the denoised images
 
     def _step(self, i: int) -> Generator[Request, Any, int]:
         if i % (2 * SPARSE) == 0:
             self._integrate()
         s = self.levels[i + 1]
-        z = self.posterior.prior.stirred(self._white(), self._white(), self.width, self.s)
+        z = self.posterior.prior.stirred(self._white(), self.covariance, self.s, self.generator)
         self.x = bridge(self.x, self._informed(), self.s, s, z)
         yield from self._arrive(s)
         return i + 1
 
     def _arrive(self, s: float, prior: Covariance | None = None) -> Descent:
         self.s = s
-        self.denoised, self.width = yield from self._denoise_with_error(self.x, s)
+        self.denoised, a = yield from self._denoise_with_error(self.x, s)
+        self.covariance = self.posterior.prior.error_covariance(a, s)
 
     def _informed(self) -> Tensor:
-        noise = self.posterior.conditioner.noise(self.n, self.generator)
-        return self.posterior.around(self.s, self.width).draw(self.denoised, self._white(), noise)
+        return self.posterior.around(self.s, self.covariance).draw(self.denoised, self.generator)
 
     def _integrate(self) -> None:
         self.level = self.posterior.level(self.s)

@@ -1,12 +1,14 @@
 """What a trained network learns of its error: a second head, and a correlation for each noise level.
 
-The network stays as it is. From its last features the head reads the logarithm v of the variance of F in each pixel, by the
-Gaussian likelihood of the squared error,
+The network stays as it is. Its error r is cut into bands of spatial frequency, whose power adds up to that of r. From the
+last features the head reads the logarithm v of the variance of each band of F in each pixel, by the Gaussian likelihood of
+the squared error,
 
-    loss = 1/2 E [(F* - F)^2 exp(-v) + v],    F* = (x_0 - c_skip x_sigma) / c_out
+    loss = 1/2 E [(F* - F)_b^2 exp(-v_b) + v_b],    F* = (x_0 - c_skip x_sigma) / c_out
 
 (Nix & Weigend, Estimating the Mean and Variance of the Target Probability Distribution, 1994), with ln sigma uniform over
-the trained levels. With a the standard deviations that come of it, r = x_0 - D of held-out images has the correlation
+the trained levels. With a the standard deviations that come of it, a band of r = x_0 - D of held-out images has the
+correlation
 
     rho(lag) = E sum_i r_i r_(i + lag) / E sum_i a_i a_(i + lag),
 
@@ -19,6 +21,7 @@ variance of the draws grows with the excess exponentially, so two excesses tell 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,11 +36,12 @@ from scoreinv.priors.network import ErrorModel, ScorePrior, preconditioning
 from scoreinv.priors.unet import error_head, initialise
 
 RATE, EMA, WARMUP = 2e-3, 0.995, 50
+CUTS = (1 / 16, 3 / 16)  # between the bands of the error [cycles per pixel]
 LEVELS = 12  # at which the correlation is measured
 FLOOR = 1e-3  # least power of the correlation; estimates of it can fall below zero
 STARTS = (2.0, 6.0)  # levels from which reverse steps are calibrated [sigma_data]
-CHAINS, CONTINUED, STEPS = 32, 4, 80  # images, draws of each, and levels of a whole path
-TRIED, MOST = (0.0, 0.3), 0.4  # excesses of noise; much more feeds itself
+CHAINS, CONTINUED, STEPS = 192, 4, 80  # images, draws of each, and levels of a whole path
+TRIED, MOST = (0.1, 0.3), 0.4  # excesses of noise; much more feeds itself
 Batch = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -54,7 +58,7 @@ def learn_error(
         seed: Decides weights and levels.
         progress: Show a progress bar.
     """
-    head, network = error_head(prior.network), prior.network
+    head, network = error_head(prior.network, len(CUTS) + 1), prior.network
     initialise(head, stream(seed, 6))
     optimiser = torch.optim.Adam(head.parameters(), lr=RATE, betas=(0.9, 0.99))
     average = {k: v.clone() for k, v in head.state_dict().items()}
@@ -68,7 +72,8 @@ def learn_error(
             h, e = network.look((scale * x).contiguous(memory_format=torch.channels_last), c)
             F = network.read(h).float()
         log_v = head(h.float().contiguous(), e.float())
-        loss = 0.5 * (((x0 - skip * x) / out - F).square() * (-log_v).exp() + log_v).mean()
+        r = bands((x0 - skip * x) / out - F)
+        loss = 0.5 * (r.square() * (-log_v).exp() + log_v).mean()
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError("the likelihood of the network's errors is not finite")
         for group in optimiser.param_groups:
@@ -85,7 +90,7 @@ def learn_error(
     head.eval().requires_grad_(False)
     # at the ends the network is cut off, or knows nothing
     levels = torch.linspace(low + 0.3, high - 0.3, LEVELS, dtype=torch.float64).exp()
-    white = torch.ones(LEVELS, *held_out.shape[-2:], dtype=torch.float64)
+    white = torch.ones(LEVELS, head.bands, 1, *held_out.shape[-2:], dtype=torch.float64)
     knows = ScorePrior(
         network,
         prior.sigma_data,
@@ -141,20 +146,35 @@ def too_narrow(prior: ScorePrior, images: Tensor, s: float, generator: torch.Gen
     return error / variance
 
 
+def bands(r: Tensor) -> Tensor:
+    """Images cut at `CUTS`, softly, with shape (B, bands, C, H, W): their power adds up to that of the images.
+
+    Args:
+        r: Images, with shape (B, C, H, W).
+    """
+    H, W = r.shape[-2:]
+    k2 = torch.fft.fftfreq(H)[:, None] ** 2 + torch.fft.rfftfreq(W) ** 2
+    below = [torch.zeros_like(k2), *((-k2 / cut**2).exp() for cut in CUTS), torch.ones_like(k2)]
+    share = torch.stack([high - low for low, high in itertools.pairwise(below)])
+    k = torch.fft.rfft2(r)[:, None] * share.sqrt()[:, None]
+    return torch.fft.irfft2(k, s=(H, W))
+
+
 @torch.no_grad()
 def spectrum(prior: ScorePrior, images: Tensor, s: float, generator: torch.Generator) -> Tensor:
-    """Power of rho at each frequency, the same in all directions, with shape (H, W)."""
+    """Power of rho in each band at each frequency, the same in all directions, with shape (bands, 1, H, W)."""
     H, W = images.shape[-2:]
-    errors, widths = torch.zeros(H, W).double(), torch.zeros(H, W).double()
+    errors, widths = (torch.zeros(len(CUTS) + 1, H, W).double() for _ in range(2))
     for x0 in images.split(64):
         x = x0 + s * torch.randn(x0.shape, generator=generator)
         denoised, a = prior.denoise_with_error(x, x.new_full((len(x),), s))
-        unit = a.double().square().mean((1, 2, 3), keepdim=True).sqrt()
-        for total, values in ((errors, x0 - denoised), (widths, a)):
+        unit = a.double().square().mean((2, 3, 4), keepdim=True).sqrt()
+        for total, values in ((errors, bands(x0 - denoised)), (widths, a)):
             power = torch.fft.fft2(values.double() / unit).abs().square()
-            total += torch.fft.ifft2(power).real.sum((0, 1))
+            total += torch.fft.ifft2(power).real.sum((0, 2))
     power = torch.fft.fft2(errors / widths).real
     ky, kx = torch.fft.fftfreq(H) * H, torch.fft.fftfreq(W) * W
     ring = (ky[:, None] ** 2 + kx**2).sqrt().round().long()
-    total = torch.zeros(int(ring.max()) + 1).double().index_add(0, ring.flatten(), power.flatten())
-    return (total / ring.flatten().bincount()).clamp_min(FLOOR)[ring]
+    total = power.new_zeros(len(power), int(ring.max()) + 1)
+    total = total.index_add(1, ring.flatten(), power.flatten(1))
+    return (total / ring.flatten().bincount()).clamp_min(FLOOR)[:, None, ring]
