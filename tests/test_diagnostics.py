@@ -14,6 +14,7 @@ from torch.distributions import MultivariateNormal
 import scoreinv as si
 from scoreinv.diagnostics import coverage, exchange_test
 from scoreinv.diagnostics.effects import detectable, dispersion, needed, power, squared
+from scoreinv.diagnostics.population import c2st, pqmass
 from scoreinv.diagnostics.quantities import band_power, morphology, quantities
 from scoreinv.diagnostics.ranks import ecdf_band, normal_scores, pooled, ranks, weighted
 from tests.analytic import normal, rng
@@ -302,6 +303,59 @@ def test_the_same_seed_gives_the_same_report():
         coverage(*simulated(N=20, L=20), seed, swaps=99).as_dict() for seed in (0, 0, 1)
     )
     assert one == two and one != three
+
+
+# Populations
+
+
+@pytest.mark.parametrize("test", [c2st, pqmass])
+def test_two_sets_of_one_population(test):
+    """Level: 20 pairs of sets, whose p-values are uniform, give six or more below 0.05 in 3 of 10,000 suites.
+
+    Power: a shift by one standard deviation in 10 of 40 dimensions is found.
+    """
+    reference = normal(1200, 40)
+    p = [test(normal(300, 40, seed=i), reference, i)[1] for i in range(1, 21)]
+    assert sum(value < 0.05 for value in p) < 6
+    shift = 1.0 * (torch.arange(40) < 10)
+    assert test(normal(300, 40, seed=99) + shift, reference, 0)[1] < 0.01
+    with pytest.raises(ValueError, match="at least 20 of each"):
+        test(normal(10, 40), reference, 0)
+
+
+def test_repeated_draws_do_not_count_twice():
+    """Neighbours find half a standard deviation in 10 of 40 dimensions, and repeats change nothing."""
+    reference, x = normal(1200, 40), normal(100, 40, seed=3)
+    shift = 0.5 * (torch.arange(40) < 10)
+    accuracy, p = c2st(normal(300, 40, seed=2) + shift, reference, 0)
+    assert accuracy > 0.55 and p < 0.01
+    assert c2st(x.repeat(3, 1), reference, 0) == c2st(x, reference, 0)
+
+
+# Covariates and uncertain truths
+
+
+def test_errors_that_go_with_a_covariate_are_found():
+    """Draws that are right on average, but off one way for faint truths and the other for bright ones."""
+    draws, truths = vectors(300, 60)
+    signal = draws.mean((1, 2))
+    tilt = 0.5 * (signal - signal.mean()) / signal.std()
+    covariates = {"signal": signal}
+    assert coverage(draws, truths, 0, covariates=covariates).flagged(0.01) == []
+    report = coverage(draws + tilt[:, None, None], truths, 0, covariates=covariates)
+    assert "bias with signal" in {f.statistic for f in report.findings if f.adjusted < 1e-2}
+    mean = draws.mean(1, keepdim=True)
+    uneven = mean + (draws - mean) * tilt.exp()[:, None, None]
+    report = coverage(uneven, truths, 0, covariates=covariates)
+    assert "dispersion with signal" in {f.statistic for f in report.findings if f.adjusted < 1e-2}
+
+
+def test_noise_of_the_truths_is_allowed_for():
+    """Truths known up to half a posterior sd look too far off, unless their noise is added to the draws."""
+    draws, truths = vectors(300, 60)
+    noisy = truths + 0.5 * normal(300, 3, seed=9)
+    assert coverage(draws, noisy, 0).flagged(0.01) != []
+    assert coverage(draws, noisy, 0, truth_noise=0.5).flagged(0.01) == []
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,9 @@ from scoreinv.bench.problems import (
     power_law_mixture,
 )
 from scoreinv.bench.records import Records
-from scoreinv.bench.scores import c2st, mean_error, sliced_wasserstein, variance_ratio
+from scoreinv.bench.scores import mean_error, sliced_wasserstein, variance_ratio
 from scoreinv.bench.tempered import amplitudes, counts, outliers
+from scoreinv.diagnostics.population import c2st
 from scoreinv.priors.base import stream
 from scoreinv.samplers import SMC, Anneal, Guided, sample
 from scoreinv.samplers.baselines import (

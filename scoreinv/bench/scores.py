@@ -11,9 +11,6 @@ from torch import Tensor
 
 from scoreinv.priors.base import stream
 
-NEIGHBOURS = 10
-PERMUTATIONS = 200
-
 
 def sliced_wasserstein(x: Tensor, reference: Tensor, directions: int = 400) -> float:
     """Root mean square of the 2-Wasserstein distances of random one-dimensional projections.
@@ -38,30 +35,3 @@ def mean_error(x: Tensor, reference: Tensor) -> float:
 def variance_ratio(x: Tensor, reference: Tensor) -> float:
     """Total variance over that of exact draws."""
     return float(x.var(0).sum() / reference.var(0).sum())
-
-
-def c2st(x: Tensor, reference: Tensor, seed: int) -> tuple[float, float]:
-    """Accuracy of a classifier that tells draws from exact ones (0.5: it cannot), and how often chance does as well.
-
-    The classifier is the majority of the nearest neighbours, left-one-out, in units of the exact standard deviation of each
-    pixel. Repeated draws are taken once, and as many exact ones. The null is exact: labels are permuted, neighbours stay.
-    Lopez-Paz & Oquab, Revisiting Classifier Two-Sample Tests (2017, arXiv:1610.06545); Schilling, Multivariate Two-Sample
-    Tests Based on Nearest Neighbors (1986).
-    """
-    x = x.unique(dim=0)
-    n = min(len(x), len(reference))
-    both = torch.cat([x[:n], reference[:n]]) / reference.std(0)
-    label = (torch.arange(2 * n) < n).double()
-    distance = torch.cdist(both, both).fill_diagonal_(torch.inf)
-    near = distance.topk(min(NEIGHBOURS, 2 * n - 1), largest=False).indices
-
-    def accuracy(label: Tensor) -> float:
-        votes = label[near].mean(1) - 0.5
-        right = (votes * (label - 0.5) > 0).double() + 0.5 * (votes == 0).double()
-        return float(right.mean())
-
-    found, generator = accuracy(label), stream(seed)
-    null = [
-        accuracy(label[torch.randperm(2 * n, generator=generator)]) for _ in range(PERMUTATIONS)
-    ]
-    return found, (1 + sum(a >= found for a in null)) / (1 + PERMUTATIONS)

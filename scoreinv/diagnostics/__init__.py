@@ -3,5 +3,15 @@
 from scoreinv.diagnostics.battery import Coverage, Finding, coverage
 from scoreinv.diagnostics.exchange import Exchange, exchange_test
 from scoreinv.diagnostics.pixels import pixel_coverage
+from scoreinv.diagnostics.population import c2st, pqmass
 
-__all__ = ["Coverage", "Exchange", "Finding", "coverage", "exchange_test", "pixel_coverage"]
+__all__ = [
+    "Coverage",
+    "Exchange",
+    "Finding",
+    "c2st",
+    "coverage",
+    "exchange_test",
+    "pixel_coverage",
+    "pqmass",
+]

@@ -28,7 +28,7 @@ from scoreinv.diagnostics.effects import (
 )
 from scoreinv.diagnostics.exchange import exchange_test
 from scoreinv.diagnostics.quantities import Quantities, band_name, quantities
-from scoreinv.diagnostics.ranks import STATISTICS, pooled, ranks, weighted
+from scoreinv.diagnostics.ranks import STATISTICS, conditional, pooled, ranks, weighted
 from scoreinv.diagnostics.sharpness import Sharpness, sharpness
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Finding:
     Attributes:
         family: Of the quantity.
         quantity: Its name.
-        statistic: "bias", "dispersion" or "shape".
+        statistic: "bias", "dispersion" or "shape"; "bias with ..." and "dispersion with ..." a covariate.
         value: In standard deviations of its null.
         p: Its own p-value.
         adjusted: p-value corrected for all statistics of the battery.
@@ -210,6 +210,8 @@ def coverage(
     references: Tensor | None = None,
     baseline: Tensor | None = None,
     extra: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    covariates: Mapping[str, Tensor] | None = None,
+    truth_noise: float | Tensor = 0.0,
     swaps: int = 1999,
 ) -> Coverage:
     """Test whether truths are exchangeable with the draws of their posteriors.
@@ -225,6 +227,10 @@ def coverage(
             not lose to.
         extra: More quantities by name, of draws (N, L) and of truths (N,): the log density of a posterior that has one (its
             levels of highest density), shear, lens masses.
+        covariates: Of each simulation, with shape (N,), such as its signal to noise: biases and widths that go with them are
+            found even if they cancel over all simulations.
+        truth_noise: Standard deviation of the truths' own noise, broadcasting with them: real images of high signal to noise
+            are truths up to that. As much is added to the draws, which costs power and keeps the rate of false alarms.
         swaps: Draws of the null.
 
     Raises:
@@ -233,11 +239,15 @@ def coverage(
     draws, truths = (torch.as_tensor(v) for v in (draws, truths))
     _check(draws, truths, references, baseline, weights)
     extra = {k: tuple(torch.as_tensor(v) for v in pair) for k, pair in (extra or {}).items()}
-    abstained = 0
+    if any(torch.as_tensor(v).shape != (len(truths),) for v in (covariates or {}).values()):
+        raise ValueError(
+            f"covariates are {', '.join(covariates)}, expected one number for each of {len(truths)} simulations"
+        )
+    draws, abstained = _noisy(draws, torch.as_tensor(truth_noise), seed), 0
     if weights is not None:
-        if extra:
+        if extra or covariates:
             raise ValueError(
-                "quantities of weighted draws are not supported; resample the draws first"
+                "extra quantities and covariates of weighted draws are not supported; resample the draws first"
             )
         keep, draws = weighted(draws, torch.as_tensor(weights), seed)
         abstained = len(truths) - len(keep)
@@ -252,15 +262,7 @@ def coverage(
         found = found.joined(_extra(extra))
     N, members, K = found.values.shape
     rank = ranks(found.values, seed)
-    test = exchange_test(lambda who: pooled(rank, who), N, members, swaps, seed)
-    p, adjusted = test.p.tolist(), test.adjusted().tolist()
-    findings = [
-        Finding(
-            found.families[k], found.names[k], name, float(test.observed[j]), p[j], adjusted[j]
-        )
-        for i, name in enumerate(STATISTICS)
-        for k, j in ((k, i * K + k) for k in range(K))
-    ]
+    findings = _findings(found, rank, covariates or {}, swaps, seed)
     ratio, count, _ = squared(draws, truths)
     image = truths.ndim >= 3
     names = [band_name(i) if image else f"coordinate {i + 1}" for i in range(len(count))]
@@ -285,6 +287,35 @@ def coverage(
         examples=torch.stack([truths.double(), mean, sd], 1)[: EXAMPLES if image else 0],
         seed=seed,
     )
+
+
+def _noisy(draws: Tensor, std: Tensor, seed: int) -> Tensor:
+    """Draws with noise of their own."""
+    if not bool((std > 0).any()):
+        return draws
+    generator = torch.Generator().manual_seed(seed)
+    return draws + std.to(draws.dtype) * torch.randn(
+        draws.shape, generator=generator, dtype=draws.dtype
+    )
+
+
+def _findings(
+    found: Quantities, rank: Tensor, covariates: Mapping[str, Tensor], swaps: int, seed: int
+) -> list[Finding]:
+    """All statistics of all quantities under the same swaps."""
+    along = {name: torch.as_tensor(v) for name, v in covariates.items()}
+
+    def statistic(who: Tensor) -> Tensor:
+        return torch.cat(
+            [pooled(rank, who), *(conditional(rank, who, c) for c in along.values())], 1
+        )
+
+    test = exchange_test(statistic, *rank.shape[:2], swaps, seed)
+    names = [*STATISTICS, *(f"{kind} with {c}" for c in along for kind in STATISTICS[:2])]
+    quantity = list(zip(found.families, found.names, strict=True))
+    labels = [(*q, name) for name in names for q in quantity]
+    values = zip(test.observed.tolist(), test.p.tolist(), test.adjusted().tolist(), strict=True)
+    return [Finding(*label, *value) for label, value in zip(labels, values, strict=True)]
 
 
 def _extra(extra: Mapping[str, tuple[Tensor, Tensor]]) -> Quantities:

@@ -56,6 +56,21 @@ def pooled(rank: Tensor, who: Tensor) -> Tensor:
     return torch.cat([scores.mean(1), scores.square().mean(1), shape.double()], 1)
 
 
+def conditional(rank: Tensor, who: Tensor, covariate: Tensor) -> Tensor:
+    """Covariance of the scores and of their squares with a covariate, with shape (B, 2 K).
+
+    Args:
+        rank: Of every member, with shape (N, L + 1, K).
+        who: Plays the truth, with shape (B, N).
+        covariate: With shape (N,); its ranks count.
+    """
+    N, members, _ = rank.shape
+    weight = normal_scores(covariate.argsort().argsort(), N)
+    scores = normal_scores(torch.arange(members), members)[rank[torch.arange(N), who]]
+    along = lambda v: (weight[:, None] * v).mean(1)
+    return torch.cat([along(scores), along(scores.square())], 1)
+
+
 @lru_cache
 def ecdf_band(sims: int, members: int, level: float = 0.95, seed: int = 0) -> float:
     """By how many standard deviations the distribution of uniform ranks strays anywhere from the uniform one.
