@@ -14,6 +14,7 @@ from scoreinv.operators import (
     PSFConvolution,
 )
 from scoreinv.posterior import Posterior, amplitude_by_evidence
+from scoreinv.predictive import held_out, predicted, predictive_p
 from scoreinv.priors import (
     GaussianPrior,
     MixturePrior,
@@ -31,6 +32,7 @@ from scoreinv.samplers import (
     read_samples,
     read_simulations,
     sample,
+    sample_again,
     sample_simulations,
 )
 
@@ -62,13 +64,17 @@ __all__ = [
     "amplitude_by_evidence",
     "diagnostics",
     "gaussian",
+    "held_out",
     "inspect",
     "load_prior",
+    "predicted",
+    "predictive_p",
     "read_cutout",
     "read_samples",
     "read_simulations",
     "read_visibilities",
     "sample",
+    "sample_again",
     "sample_simulations",
     "shipped_priors",
     "simulators",

@@ -12,7 +12,7 @@ from scipy import stats
 from torch.distributions import MultivariateNormal
 
 import scoreinv as si
-from scoreinv.diagnostics import coverage, exchange_test
+from scoreinv.diagnostics import coverage, exchange_test, lc2st
 from scoreinv.diagnostics.effects import detectable, dispersion, needed, power, squared
 from scoreinv.diagnostics.population import c2st, pqmass
 from scoreinv.diagnostics.quantities import band_power, morphology, quantities
@@ -208,6 +208,40 @@ def test_the_battery_rarely_rejects_an_exact_posterior():
     assert "calibrated within" in reports[0].verdict
 
 
+@pytest.mark.slow
+def test_every_family_keeps_its_rate():
+    """Each family alone and the whole battery reject 5 % of 2,000 exact posteriors: 0.03 to 0.07, four standard errors.
+
+    So does each single statistic, within five (90 of them: one case in 10^4 for all).
+    """
+    rejected, single, n = {}, 0.0, 2000
+    for seed in range(n):
+        draws, truths = simulated(N=40, L=29, seed=seed)
+        q = quantities(draws[:, 1:], truths, draws[:, 0], seed)
+        r = ranks(q.values, seed)
+        test = exchange_test(lambda who, r=r: pooled(r, who), *r.shape[:2], 199, seed)
+        family = torch.tensor([sorted(set(q.families)).index(f) for f in q.families]).repeat(3)
+        for i, name in enumerate([*sorted(set(q.families)), "all"]):
+            among = family == i if name != "all" else family >= 0
+            rejected[name] = rejected.get(name, 0) + int(test.adjusted(among)[among].min() <= 0.05)
+        single = single + (test.p <= 0.05).double()
+    rates = {name: k / n for name, k in rejected.items()}
+    print(rates, float((single / n).min()), float((single / n).max()))
+    assert all(0.03 <= rate <= 0.07 for rate in rates.values()), rates
+    assert bool(((single / n - 0.05).abs() < 5 * (0.05 * 0.95 / n) ** 0.5).all()), single / n
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "least"), [(0.9, 0.9), (1.1, 0.9), (1.05, 0.5)])
+def test_power_at_a_hundred_simulations(width, least):
+    """Of 100 sets of 100 simulations of 100 draws, 64 pixels, posteriors a tenth as wide as the prior."""
+    found = sum(
+        bool(coverage(*simulated(width, seed=s), s, swaps=499).flagged(0.05)) for s in range(100)
+    )
+    print(width, found)
+    assert found / 100 >= least
+
+
 @pytest.mark.parametrize("width", [0.9, 1.1])
 def test_the_battery_finds_a_tenth(width):
     report = coverage(*simulated(width), 0, swaps=1999)
@@ -356,6 +390,25 @@ def test_noise_of_the_truths_is_allowed_for():
     noisy = truths + 0.5 * normal(300, 3, seed=9)
     assert coverage(draws, noisy, 0).flagged(0.01) != []
     assert coverage(draws, noisy, 0, truth_noise=0.5).flagged(0.01) == []
+
+
+# One observation
+
+
+def test_a_local_classifier_finds_what_averages_hide():
+    """Draws that are off one way for one half of the data and the other way for the other: found where asked, 20 seeds."""
+    rejected = {0.0: 0, 0.6: 0}
+    for tilt in rejected:
+        for seed in range(20):
+            s = normal(2000, 1, seed=seed)
+            theta = s + 0.5 * normal(2000, 2, seed=100 + seed)
+            draws = s + 0.5 * normal(2000, 2, seed=200 + seed) + 0.5 * tilt * s.sign()
+            at = 1.5 + 0.5 * normal(200, 2, seed=300 + seed) + 0.5 * tilt
+            p = lc2st(draws, theta, s, at, torch.tensor([1.5]), seed)
+            rejected[tilt] += p <= 0.05
+    assert binomial(rejected[0.0], 20) and rejected[0.6] == 20
+    with pytest.raises(ValueError, match=r"expected \(N, k\)"):
+        lc2st(draws, theta[:5], s, at, s[0], 0)
 
 
 @pytest.mark.parametrize(

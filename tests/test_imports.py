@@ -24,6 +24,7 @@ ORDER = [
     "conditioning",
     "priors",
     "posterior",
+    "predictive",
     "samplers",
     "simulators",
     "training",

@@ -70,6 +70,52 @@ def test_known_mistakes_are_found(likelihood, sampler, believed):
     assert "calibrated within" not in report.verdict
 
 
+def test_one_observation_is_tested_by_its_own_draws():
+    """Draws of one posterior, observed again: SMC passes; noise that is taken for half as wide is found."""
+    for believed, flagged in ((white(NOISE), False), (white(0.5 * NOISE), True)):
+        y = white(NOISE).simulate(PRIOR.sample(1, 7), 8)[0]
+        exact = si.sample(si.Posterior(PRIOR, white(NOISE), y), 80, si.SMC(5), seed=0).x
+        found = si.sample_again(si.Posterior(PRIOR, believed, y), exact, 40, si.SMC(5), seed=0)
+        assert bool(found.coverage(0).flagged(0.01)) == flagged
+    counts = si.Likelihood(IDENTITY, si.StudentNoise(scale=1.0, dof=3.0))
+    with pytest.raises(ValueError, match="only linear data with Gaussian noise"):
+        si.sample_again(si.Posterior(PRIOR, counts, y), exact, 16, seed=0)
+
+
+def test_predicted_data_fit_as_the_data_do():
+    """p is spread around 1/2 where the noise is right; taken for half as wide, most of ten are near the least, 1 / 201."""
+    for believed, low in ((white(NOISE), False), (white(0.5 * NOISE), True)):
+        p = []
+        for seed in range(10):
+            y = white(NOISE).simulate(PRIOR.sample(1, seed), seed)[0]
+            posterior = si.Posterior(PRIOR, believed, y)
+            p.append(si.predictive_p(posterior, si.sample(posterior, 200, si.SMC(5), seed=0).x, 1))
+        assert (sorted(p)[5] < 0.02) if low else (0.02 < min(p) and sum(p) / 10 > 0.2)
+
+
+@pytest.mark.parametrize(
+    "likelihood", [white(NOISE), thermal(2.0)], ids=["pixels", "visibilities"]
+)
+def test_held_out_data_are_predicted(likelihood):
+    """rms of 1 within five standard errors over 12 observations; more than that if the noise is taken for half as wide."""
+    for factor in (1.0, 2.0):
+        z = []
+        for seed in range(12):
+            y = likelihood.simulate(PRIOR.sample(1, seed), seed)[0]
+            said = si.GaussianNoise(variance=1 / likelihood.noise.pixel_precision / factor**2)
+            believed = si.Likelihood(likelihood.operator, said)
+            rest, mask = si.held_out(believed, 0.3, seed)
+            x = si.sample(si.Posterior(PRIOR, rest, y), 100, si.SMC(5), seed=0).x
+            z.append(si.predicted(believed, y, x, mask).z)
+        z = torch.cat(z)
+        rms = float(z.square().mean()) ** 0.5
+        assert (abs(rms - 1) < 5 / (2 * len(z)) ** 0.5) == (factor == 1.0), rms
+    with pytest.raises(ValueError, match="share is 1.5"):
+        si.held_out(likelihood, 1.5, 0)
+    with pytest.raises(ValueError, match="cannot be left out one by one"):
+        si.held_out(si.Likelihood(IDENTITY, DRIZZLED), 0.5, 0)
+
+
 def test_a_simulation_depends_on_its_number_only(tmp_path):
     options = {"sampler": si.SMC(4), "seed": 3}
     one = si.sample_simulations(PRIOR, white(0.5), 12, 16, folder=tmp_path / "a", **options)

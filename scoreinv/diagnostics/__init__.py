@@ -2,6 +2,7 @@
 
 from scoreinv.diagnostics.battery import Coverage, Finding, coverage
 from scoreinv.diagnostics.exchange import Exchange, exchange_test
+from scoreinv.diagnostics.local import lc2st
 from scoreinv.diagnostics.pixels import pixel_coverage
 from scoreinv.diagnostics.population import c2st, pqmass
 
@@ -12,6 +13,7 @@ __all__ = [
     "c2st",
     "coverage",
     "exchange_test",
+    "lc2st",
     "pixel_coverage",
     "pqmass",
 ]

@@ -4,7 +4,12 @@ from scoreinv.samplers.anneal import Anneal
 from scoreinv.samplers.guided import Guided
 from scoreinv.samplers.run import sample
 from scoreinv.samplers.samples import Samples, read_samples
-from scoreinv.samplers.simulations import Simulations, read_simulations, sample_simulations
+from scoreinv.samplers.simulations import (
+    Simulations,
+    read_simulations,
+    sample_again,
+    sample_simulations,
+)
 from scoreinv.samplers.smc import SMC
 
 __all__ = [
@@ -16,5 +21,6 @@ __all__ = [
     "read_samples",
     "read_simulations",
     "sample",
+    "sample_again",
     "sample_simulations",
 ]

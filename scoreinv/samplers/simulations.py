@@ -7,6 +7,7 @@ simulations are kept in a folder, one file each, and found again after an interr
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from scoreinv.diagnostics import Coverage, coverage
 from scoreinv.likelihood import Likelihood
+from scoreinv.noise import GaussianNoise
 from scoreinv.posterior import Posterior
 from scoreinv.priors.base import Prior
 from scoreinv.samplers.path import Sampler
@@ -108,23 +110,85 @@ def sample_simulations(
     if folder is None and share[1] > 1:
         raise ValueError("several processes need a folder in which to meet")
     truths = prior.sample(sims, seed) if truths is None else truths
-    store = None if folder is None else Path(folder)
-    found: dict[int, dict[str, Tensor]] = {}
-    mine = range(share[0], sims, share[1])
-    for i in tqdm(mine, disable=not progress, desc="simulations", unit="posterior"):
+
+    def problem(i: int) -> tuple[Posterior, Tensor]:
         y = likelihood.simulate(truths[i : i + 1], _seed(seed, i))[0]
-        posterior = Posterior(prior, believed or likelihood, y)
-        key = fingerprint(posterior, sampler or SMC(), _seed(seed, i), n)
-        path = None if store is None else _path(store, i)
+        return Posterior(prior, believed or likelihood, y), truths[i]
+
+    return _sampled(problem, sims, n, sampler or SMC(), seed, folder, progress, share)
+
+
+def sample_again(
+    posterior: Posterior,
+    truths: Tensor,
+    n: int,
+    sampler: Sampler | None = None,
+    *,
+    seed: int,
+    folder: str | Path | None = None,
+    progress: bool = False,
+    share: tuple[int, int] = (0, 1),
+) -> Simulations | None:
+    """Simulations around one observation: its draws are the truths, observed once more, and sampled given both data.
+
+    Whatever the sampler makes of this observation is tested there, not on average over the prior. Posterior simulation-based
+    calibration: Saeilynoja, Schmitt, Buerkner & Vehtari (2025, arXiv:2502.03279). Two sets of data with the same Gaussian
+    noise are as good as their mean with half its variance.
+
+    Args:
+        posterior: Of the observation, linear and Gaussian in its likelihood.
+        truths: Draws of it, with shape (N, C, H, W).
+        n: Draws of each.
+        sampler: `SMC()` if not given.
+        seed: Decides data and draws.
+        folder: As in `sample_simulations`.
+        progress: Show a progress bar.
+        share: As in `sample_simulations`.
+
+    Raises:
+        ValueError: A likelihood that is not linear and Gaussian.
+    """
+    likelihood = posterior.likelihood
+    if not likelihood.gaussian:
+        raise ValueError(
+            f"the likelihood has {type(likelihood.noise).__name__} and {type(likelihood.operator).__name__}; "
+            "only linear data with Gaussian noise can be joined with data of a second observation"
+        )
+    halved = GaussianNoise(covariance=likelihood.noise.covariance.map(lambda v: 0.5 * v))
+    both = Likelihood(likelihood.operator, halved)
+
+    def problem(i: int) -> tuple[Posterior, Tensor]:
+        y = likelihood.simulate(truths[i : i + 1], _seed(seed, i))[0]
+        return Posterior(posterior.prior, both, 0.5 * (y + posterior.y)), truths[i]
+
+    return _sampled(problem, len(truths), n, sampler or SMC(), seed, folder, progress, share)
+
+
+def _sampled(
+    problem: Callable[[int], tuple[Posterior, Tensor]],
+    sims: int,
+    n: int,
+    sampler: Sampler,
+    seed: int,
+    folder: str | Path | None,
+    progress: bool,
+    share: tuple[int, int],
+) -> Simulations | None:
+    """This process' share of the simulations, and all of them if it is the only process."""
+    found = []
+    for i in tqdm(
+        range(share[0], sims, share[1]), disable=not progress, desc="simulations", unit="posterior"
+    ):
+        posterior, truth = problem(i)
+        key = fingerprint(posterior, sampler, _seed(seed, i), n)
+        path = None if folder is None else _path(Path(folder), i)
         record = None if path is None else _read(path, key)
         if record is None:
-            record = _simulation(posterior, truths[i], n, sampler, _seed(seed, i))
+            record = _simulation(posterior, truth, n, sampler, _seed(seed, i))
             if path is not None:
                 _keep(path, key, record)
-        found[i] = record
-    if share[1] > 1:
-        return None
-    return _stacked([found[i] for i in range(sims)])
+        found.append(record)
+    return _stacked(found) if share[1] == 1 else None
 
 
 def read_simulations(folder: str | Path, sims: int) -> Simulations:
@@ -151,7 +215,7 @@ def _path(folder: Path, i: int) -> Path:
 
 
 def _simulation(
-    posterior: Posterior, truth: Tensor, n: int, sampler: Sampler | None, seed: int
+    posterior: Posterior, truth: Tensor, n: int, sampler: Sampler, seed: int
 ) -> dict[str, Tensor]:
     """The fields of `Simulations` for one truth."""
     draws = sample(posterior, n, sampler, seed=seed, island=min(ISLAND, n), evidence=False)
