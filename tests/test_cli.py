@@ -264,7 +264,7 @@ def test_sample_from_end_to_end(capsys, config):
     amplitude, recorded = draws.meta["amplitude"], draws.meta["config"]
     assert f"amplitude {amplitude:.4g} Jy/pixel" in said
     assert recorded["simulation"]["flux"] == 0.02 and recorded["n"] == 64
-    seen = observe(SampleConfig(**from_record(recorded)).simulation, (1, SIZE, SIZE))
+    seen = observe(SampleConfig(**from_record(recorded)).data, (1, SIZE, SIZE))
     assert float(draws.truth.sum()) == pytest.approx(0.02)
     assert abs(excess(draws, seen, amplitude)) < 5
     assert abs(excess(draws, seen, 2 * amplitude)) > 5

@@ -12,54 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import scoreinv as si
-from scoreinv.cli.data import CutoutData, SimulatedCutout, Simulation, VisibilityData
-from scoreinv.cli.problem import check_sections, chosen, data_section, sampler, say
+from scoreinv.cli.problem import Problem, chosen, say
 
 
-@dataclass(frozen=True)
-class CoverageConfig:
-    """An observation to imitate, a prior and a sampler to test.
+@dataclass(frozen=True, kw_only=True)
+class CoverageConfig(Problem):
+    """An observation to imitate, a prior whose draws are the truths, and a sampler to test.
 
     Args:
-        prior: Shipped prior (see `scoreinv priors`), or a folder with one; the truths are its draws.
         output: Report, ending in .json; a figure of the same name, and a folder of the simulations.
-        visibilities: Data to imitate, one of four kinds: visibilities in a file, for their uv and noise.
-        cutout: Data to imitate, one of four kinds: an optical image, for its PSF and noise.
-        simulation: Data to imitate, one of four kinds: a sky seen by ALMA.
-        exposure: Data to imitate, one of four kinds: a sky behind a PSF.
-        amplitude: Sky units per model unit of the prior; chosen by the evidence of the data if left out.
         gaussian: Take the Gaussian with the prior's moments in the prior's place: exact answers in minutes.
         sims: Simulations.
-        n: Draws of each.
-        seed: Decides truths, data and draws.
         swaps: Draws of the null distribution; no p-value is below one in so many.
-        device: Where the network runs: cpu, cuda, cuda:1.
-        smc: Sampler, one of three kinds, the default: weighted particles.
-        anneal: Sampler, one of three kinds: moves without weights, for one mode.
-        guided: Sampler, one of three kinds: one pass, fast and approximate.
-        overwrite: Replace an existing report, and forget its simulations.
     """
 
-    prior: str
     output: str
-    visibilities: VisibilityData | None = None
-    cutout: CutoutData | None = None
-    simulation: Simulation | None = None
-    exposure: SimulatedCutout | None = None
-    amplitude: float | None = None
     gaussian: bool = False
     sims: int = 128
-    n: int = 64
-    seed: int = 0
     swaps: int = 1999
-    device: str = "cpu"
-    smc: si.SMC | None = None
-    anneal: si.Anneal | None = None
-    guided: si.Guided | None = None
-    overwrite: bool = False
 
     def __post_init__(self) -> None:
-        check_sections(self)
+        super().__post_init__()
         if self.path.suffix != ".json":
             raise ValueError(f"output is {self.output}, expected a name in .json")
         if self.sims < 10 or self.n < 10:
@@ -86,7 +59,7 @@ def coverage(config: CoverageConfig) -> None:
         _prepare(config)
     process.wait_for_everyone()
     prior = si.load_prior(config.prior, config.device)
-    seen, amplitude, _ = chosen(data_section(config), config.amplitude, prior)
+    seen, amplitude, _ = chosen(config, prior)
     if config.gaussian:
         prior = si.GaussianPrior(prior.moments.mean.double(), prior.moments.covariance)
     try:
@@ -95,7 +68,7 @@ def coverage(config: CoverageConfig) -> None:
             seen.likelihood,
             config.sims,
             config.n,
-            sampler(config),
+            config.sampler,
             seed=config.seed,
             folder=config.folder,
             progress=process.is_main_process and sys.stderr.isatty(),

@@ -67,9 +67,17 @@ def _dataclass(hint: Any) -> type | None:
 
 
 def explained(config: type) -> dict[str, str]:
-    """What the docstring of a dataclass says of each field under "Args:"."""
-    block = inspect.getdoc(config).partition("\nArgs:\n")[2].partition("\n\n")[0]
-    entries = re.findall(r"^ {4}([\w, ]+): (.*(?:\n {5,}.*)*)", block, re.MULTILINE)
+    """What the docstrings of a dataclass and of those it extends say of each field under "Args:"."""
+    blocks = (
+        inspect.getdoc(kind).partition("\nArgs:\n")[2].partition("\n\n")[0]
+        for kind in reversed(config.__mro__)
+        if is_dataclass(kind)
+    )
+    entries = (
+        entry
+        for block in blocks
+        for entry in re.findall(r"^ {4}([\w, ]+): (.*(?:\n {5,}.*)*)", block, re.MULTILINE)
+    )
     return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
 
 

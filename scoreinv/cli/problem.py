@@ -3,51 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import scoreinv as si
-from scoreinv.cli.data import Observation, candidates, observe
+from scoreinv.cli.data import (
+    CutoutData,
+    Observation,
+    SimulatedCutout,
+    Simulation,
+    VisibilityData,
+    candidates,
+    observe,
+)
 
 DATA = ("visibilities", "cutout", "simulation", "exposure")
 SAMPLERS = ("smc", "anneal", "guided")
 
 
-def check_sections(config: Any) -> None:
-    """Raise unless a configuration has one data section, and one sampler at most."""
-    given = [name for name in DATA if getattr(config, name) is not None]
-    if len(given) != 1:
-        seen = " and ".join(given) or "none"
-        raise ValueError(f"expected exactly one of the sections {', '.join(DATA)}; got {seen}")
-    samplers = [name for name in SAMPLERS if getattr(config, name) is not None]
-    if len(samplers) > 1:
-        raise ValueError(
-            f"expected one sampler at most, got {' and '.join(samplers)}; "
-            f"leave one out, on the command line with --{samplers[0]} null"
-        )
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A prior, data and a sampler.
+
+    Args:
+        prior: Shipped prior (see `scoreinv priors`), or a folder with one.
+        visibilities: Data, one of four kinds: visibilities in a file.
+        cutout: Data, one of four kinds: an optical image with its PSF and its noise.
+        simulation: Data, one of four kinds: a simulated sky seen by ALMA, its truth known.
+        exposure: Data, one of four kinds: a simulated sky behind a PSF, its truth known.
+        amplitude: Sky units per model unit of the prior; chosen by the evidence if left out.
+        n: Draws wanted of a posterior.
+        seed: Decides every draw.
+        device: Where the network runs: cpu, cuda, cuda:1.
+        smc: Sampler, one of three kinds, the default: weighted particles.
+        anneal: Sampler, one of three kinds: moves without weights, for one mode.
+        guided: Sampler, one of three kinds: one pass, fast and approximate.
+        overwrite: Replace an existing result, and forget what an interrupted run has left.
+    """
+
+    prior: str
+    visibilities: VisibilityData | None = None
+    cutout: CutoutData | None = None
+    simulation: Simulation | None = None
+    exposure: SimulatedCutout | None = None
+    amplitude: float | None = None
+    n: int = 64
+    seed: int = 0
+    device: str = "cpu"
+    smc: si.SMC | None = None
+    anneal: si.Anneal | None = None
+    guided: si.Guided | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in DATA if getattr(self, name) is not None]
+        if len(given) != 1:
+            seen = " and ".join(given) or "none"
+            raise ValueError(f"expected exactly one of the sections {', '.join(DATA)}; got {seen}")
+        samplers = [name for name in SAMPLERS if getattr(self, name) is not None]
+        if len(samplers) > 1:
+            raise ValueError(
+                f"expected one sampler at most, got {' and '.join(samplers)}; "
+                f"leave one out, on the command line with --{samplers[0]} null"
+            )
+
+    @property
+    def data(self) -> VisibilityData | CutoutData | Simulation | SimulatedCutout:
+        """The data section that is given."""
+        return next(x for x in map(self.__getattribute__, DATA) if x is not None)
+
+    @property
+    def sampler(self) -> si.SMC | si.Anneal | si.Guided:
+        """The sampler that is given, or the default."""
+        given = [x for x in map(self.__getattribute__, SAMPLERS) if x is not None]
+        return given[0] if given else si.SMC()
 
 
-def data_section(config: Any) -> Any:
-    """The data section that is given."""
-    return next(x for name in DATA if (x := getattr(config, name)) is not None)
-
-
-def sampler(config: Any) -> si.SMC | si.Anneal | si.Guided:
-    """The sampler that is given, or the default."""
-    return next((x for name in SAMPLERS if (x := getattr(config, name)) is not None), si.SMC())
-
-
-def chosen(
-    section: Any, amplitude: float | None, prior: si.Prior
-) -> tuple[Observation, float, Sequence[str]]:
+def chosen(problem: Problem, prior: si.Prior) -> tuple[Observation, float, Sequence[str]]:
     """The observation and the amplitude of the prior: of several pixel scales the one under which the data are likeliest.
 
     Returns:
         Both, and a line for each of several pixel scales.
     """
-    choices = [observe(part, prior.shape) for part in candidates(section)]
-    if len(choices) == 1 and amplitude is not None:
-        return choices[0], amplitude, []
-    if len(choices) > 1 and amplitude is not None:
+    choices = [observe(part, prior.shape) for part in candidates(problem.data)]
+    if len(choices) == 1 and problem.amplitude is not None:
+        return choices[0], problem.amplitude, []
+    if len(choices) > 1 and problem.amplitude is not None:
         raise ValueError(
             "pixel scales are compared at the likeliest amplitude of each; leave amplitude out, or give one pixel_scale"
         )

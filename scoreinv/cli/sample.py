@@ -9,56 +9,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import scoreinv as si
-from scoreinv.cli.data import CutoutData, Observation, SimulatedCutout, Simulation, VisibilityData
-from scoreinv.cli.problem import check_sections, chosen, data_section, sampler, say
+from scoreinv.cli.data import Observation
+from scoreinv.cli.problem import Problem, chosen, say
 
 ENDINGS = (".fits", ".h5", ".hdf5")
 
 
-@dataclass(frozen=True)
-class SampleConfig:
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(Problem):
     """One observation, a prior and a sampler.
 
     Args:
-        prior: Shipped prior (see `scoreinv priors`), or a folder with one.
         output: Result, ending in .fits, .h5 or .hdf5.
-        visibilities: Data, one of four kinds: visibilities in a file.
-        cutout: Data, one of four kinds: an optical image with its PSF and its noise.
-        simulation: Data, one of four kinds: a simulated sky seen by ALMA, its truth known.
-        exposure: Data, one of four kinds: a simulated sky behind a PSF, its truth known.
-        amplitude: Sky units per model unit of the prior; chosen by the evidence if left out.
-        n: Draws wanted.
-        seed: Decides every draw.
         island: Draws that are made together, and kept together in case of an interruption.
         batch: Islands that share a call of the network; 1 suits a CPU, as many as fit a GPU.
-        device: Where the network runs: cpu, cuda, cuda:1.
-        smc: Sampler, one of three kinds, the default: weighted particles.
-        anneal: Sampler, one of three kinds: moves without weights, for one mode.
-        guided: Sampler, one of three kinds: one pass, fast and approximate.
         figure: true: beside the output, ending in .png; false: none; or its name.
-        overwrite: Replace an existing result, and forget the islands of an interrupted run.
     """
 
-    prior: str
     output: str
-    visibilities: VisibilityData | None = None
-    cutout: CutoutData | None = None
-    simulation: Simulation | None = None
-    exposure: SimulatedCutout | None = None
-    amplitude: float | None = None
-    n: int = 64
-    seed: int = 0
     island: int = 16
     batch: int = 1
-    device: str = "cpu"
-    smc: si.SMC | None = None
-    anneal: si.Anneal | None = None
-    guided: si.Guided | None = None
     figure: bool | str = True
-    overwrite: bool = False
 
     def __post_init__(self) -> None:
-        check_sections(self)
+        super().__post_init__()
         if self.path.suffix not in ENDINGS:
             raise ValueError(f"output is {self.output}, expected a name in {', '.join(ENDINGS)}")
 
@@ -83,7 +57,7 @@ def sample(config: SampleConfig) -> None:
     """Draw posterior images of one observation, and write them with a figure."""
     _prepare(config)
     prior = si.load_prior(config.prior, config.device)
-    seen, amplitude, compared = chosen(data_section(config), config.amplitude, prior)
+    seen, amplitude, compared = chosen(config, prior)
     for line in compared:
         say("pixel scale", line)
     say("data", f"{seen.origin['source']}, {seen.likelihood.data_size} numbers")
@@ -116,7 +90,7 @@ def _draw(config: SampleConfig, posterior: si.Posterior, seen: Observation) -> s
         return si.sample(
             posterior,
             config.n,
-            sampler(config),
+            config.sampler,
             seed=config.seed,
             island=config.island,
             batch=config.batch,
