@@ -121,25 +121,30 @@ class Coverage:
     def verdict(self) -> str:
         """In words: calibrated within so much, too narrow, too wide, biased, underpowered."""
         families = self.flagged()
+        judged = [name for name in families if name != SHARP]
+        parts = [self._miscalibrated()] if judged else []
         if SHARP in families:
             lost = self.sharpness.behind <= LEVEL
-            return "the mean loses to the baseline" if lost else "knows no more than the prior"
+            parts += ["the mean loses to the baseline" if lost else "knows no more than the prior"]
+        return "; ".join(parts) or self._calibrated()
+
+    def _miscalibrated(self) -> str:
         width = self.dispersion
-        if families:
-            if not width.low <= 1 <= width.high:
-                word, factor = (
-                    ("narrow", 1 - width.value) if width.value < 1 else ("wide", width.value - 1)
-                )
-                return f"too {word} by {100 * factor:.0f} %{self._also()}"
-            f = self.worst
-            return f"not calibrated: {f.statistic} of the {f.quantity} (p = {f.adjusted:.2g})"
+        if not width.low <= 1 <= width.high:
+            narrow = width.value < 1
+            off = 1 - width.value if narrow else width.value - 1
+            return f"too {'narrow' if narrow else 'wide'} by {100 * off:.0f} %{self._also()}"
+        f = self.worst
+        return f"not calibrated: {f.statistic} of the {f.quantity} (p = {f.adjusted:.2g})"
+
+    def _calibrated(self) -> str:
         if not 1 / WANTED <= self.detectable[0] <= self.detectable[1] <= WANTED:
             least = needed(self.sims, self.detectable, WANTED)
             return (
                 f"underpowered: nothing found, but {100 * (WANTED - 1):.0f} % in width would need "
                 f"about {least} simulations"
             )
-        within = max(width.high - 1, 1 - width.low)
+        within = max(self.dispersion.high - 1, 1 - self.dispersion.low)
         return f"calibrated within {100 * within:.0f} %"
 
     def _also(self) -> str:
