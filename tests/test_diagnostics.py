@@ -15,7 +15,7 @@ import scoreinv as si
 from scoreinv.diagnostics import coverage, exchange_test, lc2st
 from scoreinv.diagnostics.effects import detectable, dispersion, needed, power, squared
 from scoreinv.diagnostics.population import c2st, pqmass
-from scoreinv.diagnostics.quantities import band_power, morphology, quantities
+from scoreinv.diagnostics.quantities import band_names, band_power, morphology, quantities
 from scoreinv.diagnostics.ranks import ecdf_band, normal_scores, pooled, ranks, weighted
 from tests.analytic import normal, rng
 
@@ -143,8 +143,19 @@ def test_morphology_of_gaussians():
 def test_bands_hold_all_power(shape):
     x = normal(*shape)
     mean, count = band_power(x)
+    assert len(count) == len(band_names(*shape[-2:]))
     assert float(count.sum()) == shape[-2] * shape[-1]
     torch.testing.assert_close((mean * count).sum(1), x.square().flatten(1).sum(1))
+
+
+WAVES = ["power above 32 px", "power at 8 to 16 px", "power at 4 to 8 px", "power at up to 4 px"]
+
+
+@pytest.mark.parametrize(("k", "name"), list(enumerate(WAVES)))
+def test_bands_go_by_their_wavelengths(k, name):
+    """Waves of no, 12, 6 and 4 pixels, on a grid that has no wave between 12 and 32."""
+    wave = torch.cos(2 * math.pi * k * torch.arange(12) / 12).expand(1, 12, 12)
+    assert band_names(12, 12)[int(band_power(wave)[0][0].argmax())] == name
 
 
 def test_quantities_treat_truth_and_draws_alike():

@@ -27,7 +27,7 @@ from scoreinv.diagnostics.effects import (
     squared,
 )
 from scoreinv.diagnostics.exchange import exchange_test
-from scoreinv.diagnostics.quantities import Quantities, band_name, quantities
+from scoreinv.diagnostics.quantities import Quantities, band_names, quantities
 from scoreinv.diagnostics.ranks import STATISTICS, conditional, pooled, ranks, weighted
 from scoreinv.diagnostics.sharpness import Sharpness, sharpness
 
@@ -270,7 +270,11 @@ def coverage(
     findings = _findings(found, rank, covariates or {}, swaps, seed)
     ratio, count, _ = squared(draws, truths)
     image = truths.ndim >= 3
-    names = [band_name(i) if image else f"coordinate {i + 1}" for i in range(len(count))]
+    names = (
+        band_names(*truths.shape[-2:])
+        if image
+        else [f"coordinate {i + 1}" for i in range(len(count))]
+    )
     scalars = [k for k in range(K) if found.families[k] in ("scalars", "given")]
     radius = found.of("whitened distance" if image else "distance in units of sd")
     mean, sd = draws.double().mean(1), draws.double().std(1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scoreinv.diagnostics.quantities import band_power
-from scoreinv.diagnostics.ranks import normal_scores, ranks
+from scoreinv.diagnostics.ranks import normal_scores
 
 POWER, LEVEL = 0.8, 0.05  # with which a factor counts as detectable
 Z = 1.959964  # two-sided, 95 %
@@ -127,8 +127,3 @@ def needed(N: int, detectable: tuple[float, float], factor: float = 1.1) -> int:
     """Simulations that would find a factor, if the detectable one falls as 1 / sqrt(N)."""
     worst = max(abs(math.log(v)) if 0 < v < math.inf else math.log(8.0) for v in detectable)
     return math.ceil(N * (worst / math.log(factor)) ** 2)
-
-
-def truth_ranks(q: Tensor, seed: int) -> Tensor:
-    """Rank of the truth, member 0, with shape (N, K)."""
-    return ranks(q, seed)[:, 0]

@@ -11,6 +11,7 @@ Estimators for General Inference (TARP, 2023, arXiv:2302.03026); where none is g
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -112,8 +113,8 @@ def _image(members: Tensor) -> Named:
         )
     )
     power, count = band_power(members - members.mean(0))
-    for i, v in enumerate(power.T):
-        yield ("power spectrum", band_name(i)), v
+    for name, v in zip(band_names(*members.shape[-2:]), power.T, strict=True):
+        yield ("power spectrum", name), v
     # each band in units of its own mean: the residual as if it were white
     scale = power.mean(0).clamp_min(torch.finfo(power.dtype).tiny)
     yield ("distance", "whitened distance"), (power * count / scale).sum(1)
@@ -144,37 +145,44 @@ def morphology(image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def band_power(r: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean power in each of `BANDS`, and the modes of each, of images with shape (B, ..., H, W).
+    """Mean power in each band of spatial frequency, and its modes, of images with shape (B, ..., H, W).
 
     Returns:
-        Power with shape (B, bands) and counts with shape (bands,); bands without modes are left out.
+        Power with shape (B, bands) and counts with shape (bands,), for the bands of `band_names`.
     """
     H, W = r.shape[-2:]
-    k = (torch.fft.fftfreq(H)[:, None] ** 2 + torch.fft.rfftfreq(W) ** 2).sqrt()
-    # columns of the half plane that stand for two
-    twice = torch.full((W // 2 + 1,), 2.0)
-    twice[0] = 1.0
-    if W % 2 == 0:
-        twice[-1] = 1.0
-    band = torch.bucketize(k, torch.tensor(BANDS[1:-1]), right=True)
-    weight = torch.stack([(band == b) * twice for b in range(len(BANDS) - 1)]).flatten(1).double()
+    weight = _modes(H, W)
     counts = weight.sum(1)
     power = torch.fft.rfft2(r, norm="ortho").abs().square().double()
     power = power.flatten(1, -3).sum(1) if r.ndim > 3 else power
-    total = power.flatten(1) @ weight.T
-    seen = counts > 0
-    return total[:, seen] / counts[seen], counts[seen]
+    return power.flatten(1) @ weight.T / counts, counts
 
 
-def band_name(i: int) -> str:
-    """Of band i of `BANDS`."""
-    low, high = BANDS[i], BANDS[i + 1]
-    return (
-        f"power at {1 / high:.3g} px and more"
-        if low == 0
-        else (
-            f"power at {1 / high:.3g} to {1 / low:.3g} px"
-            if high < 1
-            else f"power below {1 / low:.3g} px"
-        )
-    )
+def band_names(H: int, W: int) -> list[str]:
+    """Wavelengths of the bands that images of H x W pixels have [pixel]."""
+    named = []
+    for low, high in itertools.pairwise(BANDS):
+        if low == 0:
+            named.append(f"power above {1 / high:.3g} px")
+        else:
+            least = f"{1 / high:.3g} to " if high < 1 else "up to "
+            named.append(f"power at {least}{1 / low:.3g} px")
+    return [
+        name for name, seen in zip(named, _in_band(H, W).flatten(1).any(1), strict=True) if seen
+    ]
+
+
+def _in_band(H: int, W: int) -> Tensor:
+    """Which frequencies of the half plane belong to each of `BANDS`, with shape (bands, H, W // 2 + 1)."""
+    k = (torch.fft.fftfreq(H)[:, None] ** 2 + torch.fft.rfftfreq(W) ** 2).sqrt()
+    return torch.stack([(k >= low) & (k < high) for low, high in itertools.pairwise(BANDS)])
+
+
+def _modes(H: int, W: int) -> Tensor:
+    """How many modes each frequency of the half plane stands for in each band that has any, with shape (bands, -1)."""
+    twice = torch.full((W // 2 + 1,), 2.0, dtype=torch.float64)
+    twice[0] = 1.0
+    if W % 2 == 0:
+        twice[-1] = 1.0
+    weight = (_in_band(H, W) * twice).flatten(1)
+    return weight[weight.any(1)]

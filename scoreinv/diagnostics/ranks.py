@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 STATISTICS = ("bias", "dispersion", "shape")
+LEAST = 50  # effective draws below which weighted ranks say little
 
 
 def ranks(q: Tensor, seed: int) -> Tensor:
@@ -119,6 +120,3 @@ def weighted(draws: Tensor, weights: Tensor, seed: int) -> tuple[Tensor, Tensor]
     generator = torch.Generator().manual_seed(seed)
     index = torch.multinomial(w[keep], m, replacement=True, generator=generator)
     return keep, torch.stack([draws[k][i] for k, i in zip(keep, index, strict=True)])
-
-
-LEAST = 50  # effective draws below which weighted ranks say little
