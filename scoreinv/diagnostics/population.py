@@ -63,7 +63,7 @@ def pqmass(x: Tensor, reference: Tensor, seed: int) -> tuple[float, float]:
     both = torch.cat([x, reference]) / reference.std(0)
     label = (torch.arange(len(both)) < len(x)).double()
     order = torch.randperm(len(both), generator=generator)
-    cells = min(CELLS, len(both) // 10)
+    cells = min(CELLS, max(2, len(both) // 10))
     centres, rest = order[:cells], order[cells:]
     cell = torch.cdist(both[rest], both[centres]).argmin(1)
     label = label[rest]
@@ -83,9 +83,9 @@ def pqmass(x: Tensor, reference: Tensor, seed: int) -> tuple[float, float]:
 
 
 def _flat(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    if x.shape[1:] != reference.shape[1:] or min(len(x), len(reference)) < 20:
+    if x.shape[1:] != reference.shape[1:] or min(len(x), len(reference)) < 2:
         raise ValueError(
             f"the sets have shapes {tuple(x.shape)} and {tuple(reference.shape)}; "
-            "expected (n, *shape) and (m, *shape), at least 20 of each"
+            "expected (n, *shape) and (m, *shape), at least 2 of each"
         )
     return x.flatten(1), reference.flatten(1)
