@@ -315,19 +315,26 @@ class Modulated:
     Args:
         a: Standard deviations of the parts in each pixel, with shape (B, parts, C, H, W).
         rho: Correlations of the pixels, acting on the shape of a.
+        white: Standard deviations of one more part, without correlation, with shape (B, C, H, W), if there is one.
     """
 
     a: Tensor
     rho: Covariance
+    white: Tensor | None = None
 
     def apply(self, x: Tensor) -> Tensor:
         """K x, with shape (B, C, H, W)."""
-        return (self.a * self.rho.apply(self.a * x[:, None])).sum(1)
+        stationary = (self.a * self.rho.apply(self.a * x[:, None])).sum(1)
+        return stationary if self.white is None else stationary + self.white.square() * x
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """A draw of N(0, K) for each image, with shape (B, C, H, W)."""
         z = torch.randn(self.a.shape, generator=generator, dtype=self.a.dtype)
-        return (self.a * self.rho.sqrt(z)).sum(1)
+        stationary = (self.a * self.rho.sqrt(z)).sum(1)
+        if self.white is None:
+            return stationary
+        own = torch.randn(self.white.shape, generator=generator, dtype=self.white.dtype)
+        return stationary + self.white * own
 
 
 def blocks(covariances: Sequence[Covariance], shape: tuple[int, ...]) -> Covariance:

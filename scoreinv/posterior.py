@@ -44,6 +44,7 @@ ROUNDS = 8  # of conditioning that find the Gaussian likelihood near data that a
 SHORT = 0.2  # of the noise of one pixel: what iterative solves for a whole image may leave out under it
 AMPLITUDES = 3  # for which that Gaussian is found
 DRAWS = 64  # of the Gaussian posterior, over which each averages
+NOISES = 128  # draws of the data's noise, over which its scatter in a pixel is measured
 SLACK = 10.0  # on the tolerance of solves in the upper half of the path, whose errors fresh noise forgets
 
 
@@ -168,7 +169,15 @@ class Posterior:
             s: Noise level.
             error: Covariance of x_0 about the denoised images, from `Prior.error_covariance`.
         """
-        return LocalConditioned(self.conditioner, error, SHORT * s)
+        return LocalConditioned(self.conditioner, error, s, self.noise_image, SHORT * s)
+
+    @cached_property
+    def noise_image(self) -> Tensor:
+        """Standard deviation of A^T S^-1 n in each pixel, with shape (C, H, W), over draws n of the data's noise."""
+        nothing = torch.zeros(NOISES, *self.shape, dtype=self.dtype)
+        noise = self.conditioner.noise(NOISES, torch.Generator().manual_seed(0))
+        seen = self.conditioner.misfit(nothing, noise) - self.conditioner.misfit(nothing[:1])
+        return seen.square().mean(0).sqrt()
 
     def _prepare(self, s: float, prior: Covariance) -> Level:
         covariance = conditional(prior, s)

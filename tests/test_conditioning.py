@@ -377,7 +377,7 @@ def test_a_gaussian_for_each_image(name):
     y = likelihood.simulate(normal(1, *SHAPE), 3)[0]
     solver = conditioner(likelihood, y, C, torch.float64)
     a, m = 0.2 + uniform(2, 2, *SHAPE), normal(2, *SHAPE)
-    local = LocalConditioned(solver, Modulated(a, PARTS), 1e-8)
+    local = LocalConditioned(solver, Modulated(a, PARTS), 1.0, torch.full(SHAPE, math.inf), 1e-8)
     H = dense(A.information(noise, torch.float64).apply, SHAPE)
     D = likelihood.projection(y).flatten()
     for i, shift in enumerate(local.shift(m)):
@@ -392,7 +392,9 @@ def test_draws_of_a_gaussian_for_each_image():
     y = likelihood.simulate(normal(1, *SHAPE), 3)[0]
     solver = conditioner(likelihood, y, STATIONARY, torch.float64)
     n, a = 40_000, 0.2 + uniform(2, *SHAPE)
-    local = LocalConditioned(solver, Modulated(a.expand(n, 2, *SHAPE), PARTS), 1e-3)
+    local = LocalConditioned(
+        solver, Modulated(a.expand(n, 2, *SHAPE), PARTS), 1.0, torch.full(SHAPE, math.inf), 1e-3
+    )
     draws = local.draw(torch.zeros(n, *SHAPE, dtype=torch.float64), rng(4))
     K = sum_of_parts(a)
     H = dense(PERIODIC.information(likelihood.noise, torch.float64).apply, SHAPE)
@@ -403,3 +405,27 @@ def test_draws_of_a_gaussian_for_each_image():
     )
     assert float((white.mean(1) * n**0.5).abs().max()) < 5.0  # one in 4e4 of 42
     assert float(white.square().sum(0).mean() / D) == pytest.approx(1.0, abs=0.005)
+
+
+def test_data_that_an_error_does_not_foresee_are_believed():
+    """A source of 30 standard deviations on a sky that is thought to be blank; a blank sky stays as it was."""
+    likelihood = Likelihood(PERIODIC, GaussianNoise(std=0.02))
+    H = dense(PERIODIC.information(likelihood.noise, torch.float64).apply, SHAPE)
+    noise = H.diagonal().sqrt().reshape(SHAPE)
+    n, s = 400, 1.0
+    a = torch.full((n, 2, *SHAPE), 1e-3, dtype=torch.float64)
+    found, y = {}, {}
+    for flux in (0.0, 1.0):
+        truth = torch.zeros(1, *SHAPE, dtype=torch.float64)
+        truth[0, 0, 3, 3] = flux
+        y[flux] = likelihood.simulate(truth, 3)[0]
+        solver = conditioner(likelihood, y[flux], STATIONARY, torch.float64)
+        for scale in (1.0, math.inf):
+            local = LocalConditioned(solver, Modulated(a, PARTS), s, scale * noise, 1e-6)
+            found[flux, scale] = local.draw(0 * a[:, 0], rng(4))
+    chi2 = lambda scale: float(likelihood.chi2(y[1.0], found[1.0, scale]).mean()) / D
+    assert chi2(math.inf) > 5
+    assert chi2(1.0) < 1.5
+    # one pixel in 16,000 of a blank sky is beyond 4 standard deviations
+    changed = (found[0.0, 1.0] != found[0.0, math.inf]).flatten(1).any(1)
+    assert float(changed.double().mean()) < 0.02

@@ -179,7 +179,7 @@ def test_dispersion_is_the_width(width):
     """Its 95 % interval holds the factor, in 40 of 40 sets but for a chance below 10^-3 (at most 7 misses)."""
     misses = 0
     for seed in range(40):
-        ratio, count, _ = squared(*simulated(width, N=60, L=30, seed=seed))
+        ratio, count = squared(*simulated(width, N=60, L=30, seed=seed))
         found = dispersion(ratio, count)
         assert found.value == pytest.approx(width, rel=0.1)
         misses += not found.low <= width <= found.high
@@ -188,7 +188,7 @@ def test_dispersion_is_the_width(width):
 
 def test_dispersion_of_vectors():
     draws, truths = normal(2000, 20, 3), normal(2000, 3, seed=1)
-    ratio, count, _ = squared(1.2 * draws, truths)
+    ratio, count = squared(1.2 * draws, truths)
     assert dispersion(ratio, count).value == pytest.approx(1.2, rel=0.03)
 
 

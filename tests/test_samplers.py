@@ -7,7 +7,13 @@ import torch
 
 import scoreinv as si
 from scoreinv.bench.exact import score
-from scoreinv.bench.problems import four_fields, grid_mixture, power_law_mixture
+from scoreinv.bench.problems import (
+    four_fields,
+    gaussian_psf,
+    grid_mixture,
+    power_law_mixture,
+)
+from scoreinv.conditioning.local import DOUBT
 from scoreinv.gaussian import Dense, Diagonal, Fourier
 from scoreinv.kernels import conditional
 from scoreinv.priors.base import Prior, stream
@@ -530,3 +536,25 @@ def test_excess_noise_makes_up_for_detail_that_a_prior_loses():
     more_noisy, more_data = widths()
     assert more_noisy > 1.2 * given_noisy and more_data > 1.1 * given_data
     assert prior.rescaled(2.0).excess_noise == 0.5
+
+
+def test_a_companion_that_the_prior_does_not_expect_is_found(monkeypatch):
+    """A second source far from the galaxy, of 25 standard deviations in the data; every draw must have it."""
+    prior = si.load_prior("galaxy64")
+    galaxy = prior.sample(1, seed=5)
+    companion = torch.zeros_like(galaxy)
+    companion[0, 0, 9:12, 52:55] = 0.15
+    likelihood = si.Likelihood(
+        si.PSFConvolution(gaussian_psf(3.8), prior.shape), si.GaussianNoise(std=0.02)
+    )
+    y = likelihood.simulate(galaxy + companion, seed=6)[0]
+    seen = {}
+    for doubt in (DOUBT, math.inf):
+        monkeypatch.setattr("scoreinv.conditioning.local.DOUBT", doubt)
+        draws = si.sample(
+            si.Posterior(prior, likelihood, y), 8, si.Guided(levels=15), seed=7, island=8
+        )
+        seen[doubt] = draws.x[:, 0, 5:16, 48:59].sum((1, 2)) / companion.sum()
+    assert (seen[DOUBT] > 0.8).all()
+    # without the data's doubt some draws lose it: the test can fail
+    assert (seen[math.inf] < 0.8).any()

@@ -59,7 +59,7 @@ def coverage(config: CoverageConfig) -> None:
         _prepare(config)
     process.wait_for_everyone()
     prior = si.load_prior(config.prior, config.device)
-    seen, amplitude, _ = chosen(config, prior)
+    seen, amplitude, compared = chosen(config, prior)
     if config.gaussian:
         prior = si.GaussianPrior(prior.moments.mean.double(), prior.moments.covariance)
     try:
@@ -83,9 +83,11 @@ def coverage(config: CoverageConfig) -> None:
     if not process.is_main_process:
         return
     if found is None:
-        # other processes have finished what was missing when this one looked
+        # each process has its share in hand, the folder has them all
         found = si.read_simulations(config.folder, config.sims)
     report = found.coverage(config.seed, config.swaps)
+    for line in compared:
+        say("pixel scale", line)
     say("data", f"like {seen.origin['source']}, {seen.likelihood.data_size} numbers")
     say(
         "prior",

@@ -55,7 +55,10 @@ class _Commuting(Conditioned):
         self.gain = joint(lambda h, k: k / (1 + h * k), parent.H, K)
 
     def shift(self, m: Tensor, noise: Tensor | None = None) -> Tensor:
-        return self.gain.apply(self.parent.misfit(m, noise))
+        return self.respond(self.parent.misfit(m, noise))
+
+    def respond(self, e: Tensor) -> Tensor:
+        return self.gain.apply(e)
 
     def log_growth(self) -> float:
         growth = joint(lambda h, k: 1 + h * k, self.parent.H, self.K)

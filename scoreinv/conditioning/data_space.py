@@ -70,6 +70,11 @@ class _InDataSpace(Conditioned):
         pull = torch.cholesky_solve(r.T, self.L).T @ self.parent.B
         return self.K.apply(pull.reshape(m.shape)).to(m.dtype)
 
+    def respond(self, e: Tensor) -> Tensor:
+        Ke = self.K.apply(e.double())
+        seen = torch.cholesky_solve(self.parent.predict(Ke).T, self.L).T @ self.parent.B
+        return (Ke - self.K.apply(seen.reshape(e.shape))).to(e.dtype)
+
     def log_growth(self) -> float:
         return 2 * float(self.L.diagonal().log().sum())
 

@@ -181,6 +181,10 @@ class _Iterative(Conditioned):
         more, _ = conjugate_gradients(self.H, left, self.preconditioner, 0.0, self.iterations)
         return u + more
 
+    def respond(self, e: Tensor) -> Tensor:
+        u, _ = conjugate_gradients(self.H, e, self.preconditioner, 0.0, self.iterations)
+        return u
+
     def log_growth(self) -> float:
         return self.parent.log_growth(self.K)
 

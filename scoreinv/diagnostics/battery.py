@@ -268,7 +268,7 @@ def coverage(
     N, members, K = found.values.shape
     rank = ranks(found.values, seed)
     findings = _findings(found, rank, covariates or {}, swaps, seed)
-    ratio, count, _ = squared(draws, truths)
+    ratio, count = squared(draws, truths)
     image = truths.ndim >= 3
     names = (
         band_names(*truths.shape[-2:])

@@ -28,7 +28,7 @@ class Effect(NamedTuple):
     high: float
 
 
-def squared(draws: Tensor, truths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def squared(draws: Tensor, truths: Tensor) -> tuple[Tensor, Tensor]:
     """Squared errors of the draws' mean over what calibration expects of them, in groups.
 
     Args:
@@ -36,10 +36,10 @@ def squared(draws: Tensor, truths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         truths: With shape (N, *shape).
 
     Returns:
-        Ratios with shape (N, groups), 1 on average; the numbers of each group, with shape (groups,); and the squared errors
-        in their unit. Groups are bands of spatial frequency, or coordinates.
+        Ratios with shape (N, groups), 1 on average, and the numbers of each group, with shape (groups,). Groups are bands of
+        spatial frequency, or coordinates.
     """
-    L, ratios, errors = draws.shape[1], [], []
+    L, ratios = draws.shape[1], []
     for x, t in zip(draws, truths, strict=True):
         m = x.mean(0)
         if x.ndim >= 3:
@@ -53,8 +53,7 @@ def squared(draws: Tensor, truths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         free = (L - 1) * count
         unbiased = torch.where(free > 2, (free - 2) / free, 1.0)
         ratios.append(unbiased * error[0] / expected.clamp_min(torch.finfo(torch.float64).tiny))
-        errors.append(error[0])
-    return torch.stack(ratios), count, torch.stack(errors)
+    return torch.stack(ratios), count
 
 
 def dispersion(ratio: Tensor, count: Tensor) -> Effect:

@@ -19,14 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BANDS = (
-    0.0,
-    1 / 32,
-    1 / 16,
-    1 / 8,
-    1 / 4,
-    1.0,
-)  # edges of bands of spatial frequency [cycles per pixel]
+# edges of bands of spatial frequency [cycles per pixel]
+BANDS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
+SHAPES = ("total flux", "peak", "half-light radius", "ellipticity")
 PROJECTIONS = 8
 
 
@@ -104,23 +99,15 @@ def _vector(members: Tensor) -> Named:
 
 
 def _image(members: Tensor) -> Named:
-    yield from (
-        (("scalars", name), v)
-        for name, v in zip(
-            SHAPES,
-            morphology(members.flatten(1, -3).sum(1) if members.ndim > 3 else members),
-            strict=True,
-        )
-    )
+    flat = members.flatten(1, -3).sum(1) if members.ndim > 3 else members
+    for name, v in zip(SHAPES, morphology(flat), strict=True):
+        yield ("scalars", name), v
     power, count = band_power(members - members.mean(0))
     for name, v in zip(band_names(*members.shape[-2:]), power.T, strict=True):
         yield ("power spectrum", name), v
     # each band in units of its own mean: the residual as if it were white
     scale = power.mean(0).clamp_min(torch.finfo(power.dtype).tiny)
     yield ("distance", "whitened distance"), (power * count / scale).sum(1)
-
-
-SHAPES = ("total flux", "peak", "half-light radius", "ellipticity")
 
 
 def morphology(image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -195,7 +195,7 @@ def read_simulations(folder: str | Path, sims: int) -> Simulations:
     """The first simulations of a folder of `sample_simulations`, as many as asked for.
 
     Raises:
-        ValueError: Simulations are missing, or broken, or of different runs.
+        ValueError: Simulations are missing or broken.
     """
     paths = [_path(Path(folder), i) for i in range(sims)]
     missing = [path.name for path in paths if not path.exists()]
