@@ -2,6 +2,7 @@
 
 from scoreinv import diagnostics, gaussian, simulators
 from scoreinv.data import Cutout, Grid, Visibilities, inspect, read_cutout, read_visibilities
+from scoreinv.finetune import Amortised, finetune, load_amortised
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise, PoissonNoise, StudentNoise
 from scoreinv.operators import (
@@ -39,6 +40,7 @@ from scoreinv.samplers import (
 __all__ = [
     "NUFFT",
     "SMC",
+    "Amortised",
     "Amplitude",
     "Anneal",
     "Cutout",
@@ -63,9 +65,11 @@ __all__ = [
     "Visibilities",
     "amplitude_by_evidence",
     "diagnostics",
+    "finetune",
     "gaussian",
     "held_out",
     "inspect",
+    "load_amortised",
     "load_prior",
     "predicted",
     "predictive_p",

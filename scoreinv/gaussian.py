@@ -308,6 +308,41 @@ class Blocks(Covariance):
         return torch.cat([C.eigenvalues(shape[1:]) for C in self._covariances])
 
 
+class Mixed(Covariance):
+    """One of several covariances for each image of a batch.
+
+    Args:
+        covariances: To choose from.
+        which: The number of each image's, with shape (B,).
+    """
+
+    def __init__(self, covariances: Sequence[Covariance], which: Tensor) -> None:
+        self._covariances, self._which = tuple(covariances), which
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._covariances[0].shape
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Mixed:
+        used = set(self._which.tolist())
+        mapped = [C.map(f) if i in used else C for i, C in enumerate(self._covariances)]
+        return Mixed(mapped, self._which)
+
+    def apply(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        for i in self._which.unique().tolist():
+            here = self._which == i
+            out[here] = self._covariances[i].apply(x[here])
+        return out
+
+    def power(self, x: Tensor) -> Tensor:
+        raise ValueError("images of several covariances have no eigenbasis in common")
+
+    def eigenvalues(self, shape: tuple[int, ...]) -> Tensor:
+        """Of each image, with shape (B, d)."""
+        return torch.stack([self._covariances[i].eigenvalues(shape) for i in self._which.tolist()])
+
+
 @dataclass(frozen=True)
 class Modulated:
     """A covariance of its own for each image of a batch, K = sum_b a_b rho_b a_b: stationary parts of varying strength.

@@ -50,6 +50,10 @@ class Conditioned(abc.ABC):
     def respond(self, e: Tensor) -> Tensor:
         """(K^-1 + H)^-1 e, with shape (B, C, H, W): the shift for misfits e = A^T S^-1 (y - A m) to any data."""
 
+    def covariance(self) -> Covariance | None:
+        """(K^-1 + H)^-1, where it is known direction by direction."""
+        return None
+
     @abc.abstractmethod
     def log_growth(self) -> float:
         """log det(I + H K): how much wider the data are than their noise [nat]."""

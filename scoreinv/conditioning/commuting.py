@@ -60,6 +60,9 @@ class _Commuting(Conditioned):
     def respond(self, e: Tensor) -> Tensor:
         return self.gain.apply(e)
 
+    def covariance(self) -> Covariance:
+        return self.gain
+
     def log_growth(self) -> float:
         growth = joint(lambda h, k: 1 + h * k, self.parent.H, self.K)
         return growth.logdet(self.parent.information.shape)

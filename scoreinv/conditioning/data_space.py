@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from scoreinv.conditioning.base import Conditioned, Conditioner, Mobility, cholesky
-from scoreinv.gaussian import Covariance, Gaussian
+from scoreinv.gaussian import Covariance, Dense, Gaussian
 from scoreinv.operators.information import white
+
+LARGEST = 512  # pixels up to which covariances are worth an eigenbasis
 
 
 class DataSpaceConditioner(Conditioner):
@@ -74,6 +76,14 @@ class _InDataSpace(Conditioned):
         Ke = self.K.apply(e.double())
         seen = torch.cholesky_solve(self.parent.predict(Ke).T, self.L).T @ self.parent.B
         return (Ke - self.K.apply(seen.reshape(e.shape))).to(e.dtype)
+
+    def covariance(self) -> Covariance | None:
+        d = self.parent.B.shape[1]
+        if d > LARGEST:
+            return None
+        eye = torch.eye(d, dtype=torch.float64).reshape(d, *self.parent.shape)
+        C = self.respond(eye).flatten(1)
+        return Dense(0.5 * (C + C.T))
 
     def log_growth(self) -> float:
         return 2 * float(self.L.diagonal().log().sum())

@@ -1,0 +1,17 @@
+"""Learned posteriors: controls of a prior's chain, or of a process that knows nothing, and what their paths prove."""
+
+from scoreinv.finetune.amortised import Amortised, Conditioned, Steered, finetune, load_amortised
+from scoreinv.finetune.evidence import Evidence, evidence
+from scoreinv.finetune.training import Plan, Recipe
+
+__all__ = [
+    "Amortised",
+    "Conditioned",
+    "Evidence",
+    "Plan",
+    "Recipe",
+    "Steered",
+    "evidence",
+    "finetune",
+    "load_amortised",
+]

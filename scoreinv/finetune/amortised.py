@@ -1,0 +1,366 @@
+"""The verb `finetune`: a control for all data of a measurement, or for one observation, and posteriors drawn with it.
+
+    amortised = si.finetune(prior, likelihood, steps=50, seed=0)
+    draws = amortised.condition(y).sample(64, seed=1)
+
+Paths of the control carry weights, so draws are exact in the limit of many, and the evidence comes with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scoreinv.finetune.control import (
+    Control,
+    ImageControl,
+    VectorControl,
+    guidance,
+    guidance_by_gradient,
+)
+from scoreinv.finetune.evidence import Evidence, evidence
+from scoreinv.finetune.paths import Engine, log_density
+from scoreinv.finetune.proposals import JointSimulations, OnPolicy
+from scoreinv.finetune.reference import PriorChain, TwistedChain
+from scoreinv.finetune.training import Plan, Recipe, Simulate, train_control
+from scoreinv.likelihood import Likelihood
+from scoreinv.posterior import Posterior
+from scoreinv.priors.base import Prior, stream
+from scoreinv.samplers.path import Descent, Island, Request
+from scoreinv.samplers.run import sample
+from scoreinv.samplers.samples import Samples
+
+FEW = 256  # pixels up to which a control is a perceptron
+IMAGES = 1024  # draws of the prior from which training data are simulated
+
+
+@dataclass(frozen=True)
+class Amortised:
+    """A control that serves any data of one measurement.
+
+    Attributes:
+        likelihood: Of the measurement.
+        chain: The prior's reverse chain.
+        control: Trained.
+        y: The only data it serves; None if it serves all.
+        history: Of the training.
+    """
+
+    likelihood: Likelihood
+    chain: PriorChain
+    control: Control
+    y: Tensor | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def engine(self) -> Engine:
+        """Its paths and their weights."""
+        reward = lambda x, y: self.likelihood.log_prob(y, x)
+        return Engine(self.chain, self.control, reward)
+
+    def condition(self, y: Tensor | None = None) -> Conditioned:
+        """The posterior of one observation, with shape (*data).
+
+        Raises:
+            ValueError: Data that it was not trained for.
+        """
+        if self.y is not None and y is not None and not torch.equal(y, self.y):
+            raise ValueError(
+                "this control was trained for one observation, and these are other data; "
+                "call finetune without y for a control that serves all"
+            )
+        y = self.y if y is None else y
+        if y is None:
+            raise ValueError("which data? This control serves all: pass y")
+        return Conditioned(Posterior(self.chain.prior, self.likelihood, y), self)
+
+    def bounds(self, sims: int, paths: int, seed: int) -> list[Evidence]:
+        """Evidence reports for simulated data, each with an upper bound that is strict for the chain.
+
+        An image of the chain and the path that made it are, given the data simulated from it, an exact draw of the target.
+
+        Args:
+            sims: Data sets.
+            paths: Of the control for each.
+            seed: Decides all.
+        """
+        engine, reports = self.engine, []
+        for i in range(sims):
+            g = stream(seed, 5, i)
+            free = Engine(self.chain, self.control, lambda x, y: torch.zeros(len(x)))
+            one, _ = free.paths(1, None, g, controlled=False)
+            y = self.likelihood.simulate(one.x, int(torch.randint(2**62, (1,), generator=g)))
+            _, target = engine.onwards(one.states, y, g)
+            _, log_w = engine.paths(paths, y.expand(paths, *y.shape[1:]), g)
+            reports.append(evidence(log_w, target))
+        return reports
+
+    def save(self, folder: str | Path) -> None:
+        """Keep the control; `load_amortised` reads it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.contiguous() for k, v in self.control.state_dict().items()}
+        if self.y is not None:
+            tensors["y"] = torch.view_as_real(self.y) if self.y.is_complex() else self.y
+        save_file(tensors, folder / "control.safetensors")
+        (folder / "control.json").write_text(json.dumps(_card(self), indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Conditioned:
+    """The posterior of one observation, under a control.
+
+    Attributes:
+        posterior: The target.
+        amortised: What draws from it.
+    """
+
+    posterior: Posterior
+    amortised: Amortised
+
+    def sample(self, n: int, seed: int, **options: Any) -> Samples:
+        """n draws, weighted and resampled, as `scoreinv.sample` makes them; see there for the options."""
+        return sample(self.posterior, n, Steered(self.amortised), seed=seed, **options)
+
+    def evidence(self, n: int, seed: int) -> Evidence:
+        """What n paths prove."""
+        y = self.posterior.y
+        _, log_w = self.amortised.engine.paths(n, y.expand(n, *y.shape), stream(seed, 6))
+        return evidence(log_w)
+
+
+@dataclass(frozen=True)
+class Steered:
+    """Paths of a control, weighted: a sampler like the others.
+
+    Args:
+        amortised: The control.
+    """
+
+    amortised: Amortised
+
+    particles: ClassVar[int] = 1
+    label: ClassVar[str] = "paths of a learned control, weighted"
+
+    def refuses(self, posterior: Posterior) -> str:
+        """Why this posterior is not for it; empty if it is."""
+        prior = self.amortised.chain.prior
+        if posterior.prior is not prior:
+            return (
+                f"the control was trained on {prior.identity}, not on {posterior.prior.identity}"
+            )
+        return ""
+
+    def noise_levels(self, posterior: Posterior) -> list[float]:
+        """Of the chain."""
+        return self.amortised.chain.levels
+
+    def island(self, posterior: Posterior, n: int, generator: torch.Generator) -> Island:
+        """n particles at the start, with their stream."""
+        return Walk(posterior, self.amortised, n, generator)
+
+
+class Walk(Island):
+    """Particles on paths of a control."""
+
+    def __init__(
+        self, posterior: Posterior, amortised: Amortised, n: int, generator: torch.Generator
+    ) -> None:
+        super().__init__(posterior, amortised.chain.levels, n, generator)
+        self.chain, self.control = amortised.chain, amortised.control
+        self.y = posterior.y.expand(n, *posterior.y.shape)
+
+    def _begin(self) -> Descent:
+        start, z = self.chain.start(self.n, self.y), self._white()
+        self.x = start.taken(z)
+        self.log_ratio = -start.log_ratio(self.x, z)
+        yield from ()
+
+    def _step(self, i: int) -> Generator[Request, Tensor, int]:
+        denoised = yield from self._denoise(self.x, self.levels[i])
+        k = torch.full((self.n,), i)
+        step = self.chain.around(self.x, denoised, k, self.y)
+        g = self.control.guide(step, k, self.y)
+        u = self.control(self.x, denoised, g, k, self.y)
+        z = u + self._white()
+        self.x = step.taken(z)
+        self.log_ratio += log_density(u, z) - step.log_ratio(self.x, z)
+        return i + 1
+
+    def _end(self) -> Descent:
+        yield from self._step(len(self.levels) - 1)
+        log_w = self.posterior.likelihood.log_prob(self.posterior.y, self.x) - self.log_ratio
+        log_w = log_w - self.posterior.gaussian_log_evidence
+        self.trace.log_weights = log_w.tolist()
+        self.trace.log_evidence = float(torch.logsumexp(log_w, 0)) - math.log(self.n)
+
+
+def finetune(
+    prior: Prior,
+    likelihood: Likelihood,
+    *,
+    seed: int,
+    steps: int = 50,
+    y: Tensor | None = None,
+    images: Tensor | None = None,
+    guided: bool = True,
+    control: Control | None = None,
+    plan: Plan | None = None,
+    recipe: Recipe | None = None,
+    folder: str | Path | None = None,
+    progress: bool = False,
+) -> Amortised:
+    """Train a control of the prior's chain on simulated data, or on one observation.
+
+    Args:
+        prior: Its network stays as it is.
+        likelihood: Simulates the data, and is the reward.
+        seed: Decides everything random, that of the plan included.
+        steps: T of the chain, 50 or more for results.
+        y: The only data to serve, with shape (*data); any data of the likelihood if not given.
+        images: Images to simulate data of, with shape (N, C, H, W); 1,024 draws of the prior if not given.
+        guided: Start from the chain pulled by the data.
+        control: See `scoreinv.finetune.control`; a perceptron for up to 256 pixels, else a U-Net, if not given.
+        plan: How long and how fast.
+        recipe: Objective and proposals; the log-variance if not given, on paths of the control, half of them joint
+            simulations where it serves all data.
+        folder: Where the training is kept, and goes on from after an interruption.
+        progress: Show a progress bar.
+    """
+    chain = new_chain(prior, steps, likelihood if guided else None)
+    images = prior.sample(IMAGES, seed) if images is None else images
+    if tuple(images.shape[1:]) != tuple(prior.shape):
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}, expected (N, {', '.join(map(str, prior.shape))})"
+        )
+    examples = None if y is not None else likelihood.simulate(images, seed)
+    control = control or new_control(chain, likelihood, examples, guided)
+    plan = plan or Plan()
+    shared = (
+        [(1.0, OnPolicy())] if y is not None else [(1.0, OnPolicy()), (1.0, JointSimulations())]
+    )
+    recipe = recipe or Recipe(proposals=shared)
+    amortised = Amortised(likelihood, chain, control, y)
+    history = train_control(
+        amortised.engine,
+        _simulator(likelihood, images, y),
+        plan,
+        recipe,
+        folder=folder,
+        progress=progress,
+    )
+    amortised.history.extend(history)
+    return amortised
+
+
+def new_chain(prior: Prior, steps: int, likelihood: Likelihood | None) -> PriorChain:
+    """The twisted chain where covariances given data are known, else the plain one."""
+    if likelihood is not None:
+        try:
+            return TwistedChain(prior, steps, likelihood)
+        except ValueError:
+            pass  # it says why, and that a plain chain with guidance will do
+    return PriorChain(prior, steps)
+
+
+def new_control(
+    chain: PriorChain, likelihood: Likelihood, examples: Tensor | None, guided: bool
+) -> Control:
+    """A control that suits the images' size and the data."""
+    reward = lambda x, y: likelihood.log_prob(y, x)
+    guide = None
+    if guided and not isinstance(chain, TwistedChain):
+        guide = (
+            guidance(chain, likelihood)
+            if likelihood.gaussian
+            else guidance_by_gradient(chain, reward)
+        )
+    if math.prod(chain.shape) <= FEW:
+        return VectorControl(chain, examples, guide)
+    return ImageControl(chain, None if examples is None else data_image(likelihood), guide)
+
+
+def data_image(likelihood: Likelihood) -> Callable[[Tensor], Tensor]:
+    """Data as images of about unit scale, A^T S^-1 y over the noise of a pixel, with shape (B, C, H, W)."""
+    operator = likelihood.operator
+    back = lambda y: operator.transpose(likelihood.noise.weigh(y))
+    noise = likelihood.noise.observe(
+        torch.zeros(64, *operator.data_shape, dtype=operator_dtype(likelihood)),
+        torch.Generator().manual_seed(0),
+    )
+    scale = back(noise).square().mean().sqrt()
+    return lambda y: torch.asinh(back(y.to(operator_dtype(likelihood))) / scale)
+
+
+def operator_dtype(likelihood: Likelihood) -> torch.dtype:
+    """Of the data's algebra."""
+    return torch.complex128 if likelihood.operator.complex else torch.float64
+
+
+def load_amortised(folder: str | Path, prior: Prior, likelihood: Likelihood) -> Amortised:
+    """A control that `Amortised.save` has kept.
+
+    Raises:
+        ValueError: Another prior or measurement than it was trained for, or a broken file.
+    """
+    folder = Path(folder)
+    try:
+        card = json.loads((folder / "control.json").read_text())
+        tensors = load_file(folder / "control.safetensors")
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no control that can be read: {error}") from error
+    chain = new_chain(prior, card["steps"], likelihood if card["guided"] else None)
+    y = tensors.pop("y", None)
+    if y is not None and likelihood.operator.complex:
+        y = torch.view_as_complex(y)
+    zero = None if y is not None else _nothing(2, likelihood)
+    control = new_control(chain, likelihood, zero, card["guided"])
+    found = Amortised(likelihood, chain, control, y)
+    if (seen := _card(found)) != card:
+        other = [k for k in card if seen.get(k) != card[k]]
+        raise ValueError(
+            f"{folder} holds a control of another problem: its {', '.join(other)} differ; "
+            "pass the prior and the likelihood that it was trained with"
+        )
+    control.load_state_dict(tensors)
+    return found
+
+
+def _card(amortised: Amortised) -> dict[str, Any]:
+    control, chain = amortised.control, amortised.chain
+    probe = torch.linspace(-1, 1, math.prod(chain.shape), dtype=torch.float64)
+    probe = probe.reshape(1, *chain.shape)
+    clean = amortised.likelihood.operator(probe)
+    seen = amortised.likelihood.log_prob(torch.zeros_like(clean[0]), probe)
+    return {
+        "format": 1,
+        "control": type(control).__name__,
+        "chain": type(chain).__name__,
+        "guided": control.guided or isinstance(chain, TwistedChain),
+        "steps": chain.steps,
+        "prior": dict(chain.prior.identity),
+        "likelihood": hashlib.sha256(f"{float(seen):.7g}".encode()).hexdigest()[:16],
+    }
+
+
+def _simulator(likelihood: Likelihood, images: Tensor, y: Tensor | None) -> Simulate:
+    def simulate(n: int, seed: int) -> tuple[Tensor, Tensor]:
+        chosen = torch.randint(len(images), (n,), generator=stream(seed, 1))
+        x = images[chosen]
+        return x, likelihood.simulate(x, seed) if y is None else y.expand(n, *y.shape)
+
+    return simulate
+
+
+def _nothing(n: int, likelihood: Likelihood) -> Tensor:
+    return torch.zeros(n, *likelihood.operator.data_shape, dtype=operator_dtype(likelihood))

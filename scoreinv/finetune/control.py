@@ -1,0 +1,213 @@
+"""Controls: networks that move the steps of a reference chain.
+
+    u  =  F(x / scale, denoised / scale, g, clock, y)  +  gate(clock) g
+
+with F zero at first, so that training starts from the reference, and from the reference pulled by the data where there is
+guidance g: the shift of the denoised image that linear data with Gaussian noise make, known up to the error C_sigma that a
+Gaussian prior would leave,
+
+    g  =  V^-1/2 (1 - a) (C_sigma^-1 + H)^-1 A^T S^-1 (y - A D),
+
+the proposal that `scoreinv.samplers.path` draws from. It is all of u for a Gaussian prior.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from scoreinv.finetune.reference import PriorChain, Reference, Step, foreseen, pulled
+from scoreinv.kernels import conditional
+from scoreinv.likelihood import Likelihood
+from scoreinv.priors.base import stream
+from scoreinv.priors.unet import UNet, initialise, sinusoidal
+
+LONGEST = 10.0  # of guidance, in units of a step's noise
+TIMES = 32  # features of the clock
+Guide = Callable[[Step, Tensor, Tensor], Tensor]
+
+
+class Control(nn.Module, abc.ABC):
+    """u(x_k, k, y), in units of the step's own noise V^1/2.
+
+    Args:
+        reference: The chain that is moved.
+        guide: g of a step, its number k and the data; none if not given.
+    """
+
+    def __init__(self, reference: Reference, guide: Guide | None = None) -> None:
+        super().__init__()
+        self.reference, self._guide = reference, guide
+        self.gate = nn.Sequential(nn.Linear(TIMES, 64), nn.SiLU(), nn.Linear(64, 1))
+        initialise(self.gate, stream(0, 1))
+        nn.init.zeros_(self.gate[-1].weight)
+        nn.init.ones_(self.gate[-1].bias)
+
+    @property
+    def guided(self) -> bool:
+        """Whether it is told how the data pull."""
+        return self._guide is not None
+
+    @abc.abstractmethod
+    def correction(
+        self, inputs: list[Tensor], clock: Tensor, features: Tensor, y: Tensor | None
+    ) -> Tensor:
+        """F, with shape (B, *shape).
+
+        Args:
+            inputs: Images of about unit scale, each with shape (B, *shape).
+            clock: With shape (B,).
+            features: Of the clock, with shape (B, TIMES).
+            y: Data, with shape (B, *data), or None.
+        """
+
+    def guide(self, step: Step, k: Tensor, y: Tensor | None) -> Tensor | None:
+        """g of these steps, no longer than `LONGEST`, with shape (B, *shape); None without guidance."""
+        if self._guide is None:
+            return None
+        g = self._guide(step, k, y)
+        length = g.flatten(1).double().square().mean(1).sqrt()
+        cut = (LONGEST / length.clamp_min(LONGEST)).to(g.dtype)
+        return g * cut.reshape(-1, *[1] * (g.ndim - 1))
+
+    def forward(
+        self, x: Tensor, denoised: Tensor, g: Tensor | None, k: Tensor, y: Tensor | None
+    ) -> Tensor:
+        """u, with shape (B, *shape)."""
+        clock = self.reference.clock(k).float()
+        features = sinusoidal(clock, TIMES)
+        over = lambda s: s.float().reshape(-1, *[1] * (x.ndim - 1))
+        last = torch.full_like(k, self.reference.steps)
+        inputs = [
+            x.float() / over(self.reference.scale(k)),
+            denoised.float() / over(self.reference.scale(last)),
+            *([] if g is None else [g.float()]),
+        ]
+        u = self.correction(inputs, clock, features, y)
+        if g is not None:
+            u = u + over(self.gate(features)[:, 0]) * g.float()
+        return u.to(x.dtype)
+
+
+class VectorControl(Control):
+    """A perceptron over all pixels: for images of few numbers.
+
+    Args:
+        reference: The chain that is moved.
+        examples: Data like those to come, with shape (n, *data), which set the scale of y; None if there is no y.
+        guide: See `Control`.
+        width: Of each hidden layer.
+        layers: Hidden ones.
+        seed: Of the first weights.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        examples: Tensor | None = None,
+        guide: Guide | None = None,
+        width: int = 64,
+        layers: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(reference, guide)
+        d = math.prod(reference.shape)
+        seen = torch.zeros(1, 0) if examples is None else numbers(examples)
+        self.register_buffer("middle", seen.mean(0))
+        self.register_buffer("unit", (seen - self.middle).square().mean(0).sqrt().clamp_min(1e-12))
+        sizes = [d * (2 if guide is None else 3) + TIMES + seen.shape[1], *[width] * layers]
+        body: list[nn.Module] = []
+        for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+            body += [nn.Linear(a, b), nn.SiLU()]
+        self.body = nn.Sequential(*body)
+        initialise(self.body, stream(seed))
+        self.last = nn.Linear(width, d)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def correction(
+        self, inputs: list[Tensor], clock: Tensor, features: Tensor, y: Tensor | None
+    ) -> Tensor:
+        flat = [v.flatten(1) for v in (*inputs, features)]
+        if len(self.middle):
+            flat.append((numbers(y) - self.middle) / self.unit)
+        return self.last(self.body(torch.cat(flat, 1))).reshape(inputs[0].shape)
+
+
+class ImageControl(Control):
+    """The U-Net of the shipped priors, over the images stacked as channels.
+
+    Data enter as an image, A^T S^-1 y over the mean weight of a pixel, and through the guidance.
+
+    Args:
+        reference: The chain that is moved.
+        image: The image of data y, with shape (B, C, H, W); none if not given.
+        guide: See `Control`.
+        widths: See `scoreinv.priors.unet.UNet`.
+        seed: Of the first weights.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        image: Callable[[Tensor], Tensor] | None = None,
+        guide: Guide | None = None,
+        widths: tuple[int, ...] = (32, 64),
+        seed: int = 0,
+    ) -> None:
+        super().__init__(reference, guide)
+        self._image, self.channels = image, reference.shape[0]
+        stacked = 2 + (guide is not None) + (image is not None)
+        self.network = UNet(stacked * self.channels, widths, embedding=64)
+        initialise(self.network, stream(seed))
+
+    def correction(
+        self, inputs: list[Tensor], clock: Tensor, features: Tensor, y: Tensor | None
+    ) -> Tensor:
+        if self._image is not None:
+            inputs = [*inputs, self._image(y).float()]
+        return self.network(torch.cat(inputs, 1), clock)[:, : self.channels]
+
+
+def numbers(y: Tensor) -> Tensor:
+    """Data as real numbers, with shape (B, m), in float32."""
+    return (torch.view_as_real(y) if y.is_complex() else y).flatten(1).float()
+
+
+def guidance(chain: PriorChain, likelihood: Likelihood) -> Guide:
+    """g of linear data with Gaussian noise, with the chain's own covariance for C.
+
+    Raises:
+        ValueError: A likelihood that is not linear and Gaussian.
+    """
+    if not likelihood.gaussian:
+        raise ValueError(
+            f"guidance needs linear data with Gaussian noise, got {type(likelihood.operator).__name__} and "
+            f"{type(likelihood.noise).__name__}; leave it out, or use guidance_by_gradient"
+        )
+    C = chain.prior.moments.covariance
+    given = foreseen(likelihood, C, [conditional(C, s) for s in chain.levels], chain.dtype)
+
+    def g(step: Step, k: Tensor, y: Tensor) -> Tensor:
+        shift = pulled(chain, likelihood, given, step.denoised, k, y)
+        return step.covariance.map(torch.rsqrt).apply(shift)
+
+    return g
+
+
+def guidance_by_gradient(
+    chain: Reference, reward: Callable[[Tensor, Tensor | None], Tensor]
+) -> Guide:
+    """V^1/2 grad log r at the denoised image, for rewards of which nothing else is known."""
+
+    def g(step: Step, k: Tensor, y: Tensor | None) -> Tensor:
+        with torch.enable_grad():
+            x = step.denoised.detach().requires_grad_(True)
+            slope = torch.autograd.grad(reward(x, y).sum(), x)[0]
+        return step.covariance.sqrt(slope.nan_to_num())
+
+    return g

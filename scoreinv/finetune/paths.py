@@ -1,0 +1,182 @@
+"""Paths of a controlled chain, and their weights relative to the reference: the one quantity of this package.
+
+With z_k = V_k^-1/2 (x_{k+1} - mean_k(x_k)), a control that moves the mean by V_k^1/2 u_k has the path density
+
+    log p_u - log p_ref  =  sum_k  u_k . z_k - |u_k|^2 / 2
+
+and a path of the target p_ref(path) r(x_T) / Z has the weight
+
+    log w  =  log r(x_T) - log p_T(x_T) - sum_k (u_k . z_k - |u_k|^2 / 2),
+
+with p_T the terminal density that the reward is freed of (`Reference.log_terminal`). No normalisation of a Gaussian enters,
+so nothing large cancels; sums are in float64. The mean of w over paths of the control is Z; log w is constant, log Z, where
+the control is right. No density of how paths were proposed enters either: any paths will do to train on.
+
+Relative trajectory balance: Venkatraman et al., Amortizing Intractable Inference in Diffusion Models for Vision, Language
+and Control (2024, arXiv:2405.20971); diffusion samplers: Sendera et al., Improved Off-Policy Training of Diffusion Samplers
+(2024, arXiv:2402.05098).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scoreinv.finetune.control import Control
+from scoreinv.finetune.reference import Reference
+from scoreinv.operators.information import white
+
+CHUNK = 4096  # pixels times images times steps, over 64: what one call of the control with a gradient holds
+
+Reward = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Paths, with what the reference says of every step.
+
+    Attributes:
+        states: x_0, ..., x_T, with shape (T + 1, B, *shape).
+        z: Their steps in units of the reference's, with shape (T, B, *shape).
+        denoised: Of all states but the last, with shape (T, B, *shape).
+        guidance: What data say of each step, in units of V^1/2, with shape (T, B, *shape); None for controls without.
+        y: Data of each path, with shape (B, *data); None if there are none.
+        log_reward: log r(x_T) - log p_T(x_T), with shape (B,) [nat].
+    """
+
+    states: Tensor
+    z: Tensor
+    denoised: Tensor
+    guidance: Tensor | None
+    y: Tensor | None
+    log_reward: Tensor
+
+    @property
+    def x(self) -> Tensor:
+        """The images that paths lead to, with shape (B, *shape)."""
+        return self.states[-1]
+
+    def __len__(self) -> int:
+        return self.states.shape[1]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A reference, a control and a reward.
+
+    Args:
+        reference: The chain.
+        control: What moves its means.
+        reward: log r(x, y) of images with shape (B, *shape) and data (B, *data) or None, with shape (B,).
+    """
+
+    reference: Reference
+    control: Control
+    reward: Reward
+
+    @torch.no_grad()
+    def paths(
+        self,
+        n: int,
+        y: Tensor | None,
+        generator: torch.Generator,
+        spread: float = 1.0,
+        controlled: bool = True,
+    ) -> tuple[Paths, Tensor]:
+        """Paths of the control, and their log-weights.
+
+        Args:
+            n: Paths.
+            y: Data of each, with shape (n, *data).
+            generator: Of the noise.
+            spread: Factor on the fresh noise of each step, > 1 to explore.
+            controlled: Without, paths of the reference.
+
+        Returns:
+            The paths, and log w with shape (n,) in float64 [nat].
+        """
+        ref = self.reference
+        start = ref.start(n, y).taken(white(ref.shape, n, generator, ref.dtype))
+        return self.onwards(start[None], y, generator, spread, controlled)
+
+    @torch.no_grad()
+    def onwards(
+        self,
+        states: Tensor,
+        y: Tensor | None,
+        generator: torch.Generator,
+        spread: float = 1.0,
+        controlled: bool = True,
+    ) -> tuple[Paths, Tensor]:
+        """Paths that begin with given states, with shape (k + 1, n, *shape), and are completed by the control."""
+        ref, xs = self.reference, list(states)
+        zs, denoised, guides = [], [], []
+        start = ref.start(len(xs[0]), y)
+        log_ratio = 0.0 if start.plain is None else -start.log_ratio(xs[0], start.normal(xs[0]))
+        for i in range(ref.steps):
+            k = torch.full((len(xs[i]),), i)
+            step = ref.step(xs[i], k, y)
+            g = self.control.guide(step, k, y) if controlled else None
+            u = self.control(xs[i], step.denoised, g, k, y) if controlled else 0 * xs[i]
+            if i + 1 == len(xs):
+                fresh = white(ref.shape, len(xs[i]), generator, xs[i].dtype)
+                z = u + spread * fresh
+                xs.append(step.taken(z))
+            else:
+                z = step.normal(xs[i + 1])
+            log_ratio = log_ratio + log_density(u, z) - step.log_ratio(xs[i + 1], z)
+            zs.append(z)
+            denoised.append(step.denoised)
+            guides.append(g)
+        found = Paths(
+            torch.stack(xs),
+            torch.stack(zs),
+            torch.stack(denoised),
+            None if guides[0] is None else torch.stack(guides),
+            y,
+            self.reward(xs[-1], y) - ref.log_terminal(xs[-1]),
+        )
+        return found, found.log_reward - log_ratio
+
+    def through(
+        self, x: Tensor, y: Tensor | None, generator: torch.Generator
+    ) -> tuple[Paths, Tensor]:
+        """Paths of the reference's noising that lead to images x, with shape (B, *shape), and their log-weights.
+
+        Where x are draws of the posterior, these are paths of the target.
+        """
+        return self.onwards(
+            self.reference.noised(x, self.reference.steps, generator), y, generator
+        )
+
+    def learn(self, paths: Paths, weights: Tensor, steps: Tensor | None = None) -> None:
+        """Add the gradient of -sum_i weights_i log w_i to that of the control's parameters.
+
+        A few steps at a time, so that memory does not grow with T.
+
+        Args:
+            paths: Any.
+            weights: With shape (B,).
+            steps: Which steps of the chain count, scaled up to all of them; all if not given.
+        """
+        T, B = self.reference.steps, len(paths)
+        chosen = torch.arange(T) if steps is None else steps
+        pixels = paths.x[0].numel()
+        size = max(1, 64 * CHUNK // (pixels * B))
+        for part in chosen.split(size):
+            k = part.repeat_interleave(B)
+            flat = lambda v, part=part: v[part].flatten(0, 1)
+            y = None if paths.y is None else paths.y.repeat(len(part), *[1] * (paths.y.ndim - 1))
+            g = None if paths.guidance is None else flat(paths.guidance)
+            u = self.control(flat(paths.states), flat(paths.denoised), g, k, y)
+            log_ratio = log_density(u, flat(paths.z)).reshape(len(part), B).sum(0)
+            (T / len(chosen) * (weights * log_ratio).sum()).backward()
+
+
+def log_density(u: Tensor, z: Tensor) -> Tensor:
+    """u . z - |u|^2 / 2 for each image, with shape (B,), in float64."""
+    u, z = u.flatten(1).double(), z.flatten(1).double()
+    return (u * (z - 0.5 * u)).sum(1)

@@ -1,0 +1,389 @@
+"""Reference processes: Markov chains with Gaussian steps, from which a control departs.
+
+A chain x_0, x_1, ..., x_T is drawn in the order of generation: x_0 is noise, x_T the image. Step k is
+
+    x_{k+1}  ~  N(mean_k(x_k), V_k),
+
+and a control u moves its mean by V_k^1/2 u. The reverse chain of a prior (`PriorChain`) makes images of the prior; a
+Brownian motion or an Ornstein-Uhlenbeck process makes Gaussian noise of a known density, which stands for no prior at all.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scoreinv.conditioning import Conditioned, conditioner
+from scoreinv.gaussian import Covariance, Dense, Diagonal, Fourier, Mixed, Scalar
+from scoreinv.kernels import conditional, noise_levels, reverse_covariance
+from scoreinv.likelihood import Likelihood
+from scoreinv.operators.information import white
+from scoreinv.priors.base import Prior
+
+
+@dataclass(frozen=True)
+class Step:
+    """N(mean, V) for each image of a batch.
+
+    Attributes:
+        mean: With shape (B, *shape).
+        covariance: V, one for each image.
+        denoised: What x is known to become, with shape (B, *shape): E[x_T | x_k] of a prior, x itself where nothing is
+            known.
+        plain: The step of the chain that this one stands for, and 1/2 log det of its covariance over this one's; None if
+            it stands for itself.
+    """
+
+    mean: Tensor
+    covariance: Covariance
+    denoised: Tensor
+    plain: tuple[Step, Tensor] | None = None
+
+    def taken(self, z: Tensor) -> Tensor:
+        """mean + V^1/2 z."""
+        return self.mean + self.covariance.sqrt(z)
+
+    def normal(self, x: Tensor) -> Tensor:
+        """z of the images that a step has led to, with shape (B, *shape)."""
+        return self.covariance.map(torch.rsqrt).apply(x - self.mean)
+
+    def log_ratio(self, x: Tensor, z: Tensor) -> Tensor:
+        """log-density of the plain step over this one's, at images x with their z, with shape (B,), in float64."""
+        if self.plain is None:
+            return torch.zeros(len(x), dtype=torch.float64)
+        step, log_volume = self.plain
+        square = lambda v: v.double().flatten(1).square().sum(1)
+        return 0.5 * (square(z) - square(step.normal(x))) - log_volume
+
+
+class Reference(abc.ABC):
+    """A Markov chain with Gaussian steps.
+
+    Attributes:
+        steps: T.
+        shape: Of an image.
+        dtype: Of the states.
+    """
+
+    steps: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @abc.abstractmethod
+    def start(self, n: int, y: Tensor | None) -> Step:
+        """The law of n states x_0, given data (n, *data) if there are any."""
+
+    @abc.abstractmethod
+    def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> Step:
+        """Step k of each state, for x with shape (B, *shape), k with shape (B,) and data (B, *data), if there are any."""
+
+    @abc.abstractmethod
+    def noised(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+        """States x_0, ..., x_k that lead to states x_k = x, with shape (k + 1, B, *shape)."""
+
+    @abc.abstractmethod
+    def clock(self, k: Tensor) -> Tensor:
+        """A time for the control's network, rising from -1 to 1 or so, with shape (B,)."""
+
+    @abc.abstractmethod
+    def scale(self, k: Tensor) -> Tensor:
+        """Standard deviation of a pixel of x_k, with shape (B,)."""
+
+    def log_terminal(self, x: Tensor) -> Tensor:
+        """log-density of x_T that a reward must be freed of, with shape (B,); 0 for a prior, which is part of the target."""
+        return torch.zeros(len(x), dtype=torch.float64)
+
+
+class PriorChain(Reference):
+    """The reverse chain of a prior, with the covariance-aware kernel.
+
+    Args:
+        prior: Its denoiser makes the mean, D + a (x - D).
+        steps: T; the last one leads to noise level 0.
+        covariance: C of the kernel's V. The prior's moments if not given, which makes a Gaussian prior exact at any T;
+            Scalar(v) with a small v and Scalar(inf) are the usual small and large variances.
+        sigma_max: First level; ten times the widest direction of the prior if not given, or its own if that is less.
+
+    Raises:
+        ValueError: A covariance that is not known direction by direction, or that leaves some of them without variance.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        steps: int,
+        covariance: Covariance | None = None,
+        sigma_max: float | None = None,
+    ) -> None:
+        if steps < 2:
+            raise ValueError(f"steps is {steps}, expected at least 2")
+        self.prior, self.steps = prior, steps
+        self.shape, self.dtype = tuple(prior.shape), prior.dtype
+        moments = prior.moments
+        widest = float(moments.covariance.eigenvalues(self.shape).max()) ** 0.5
+        top = min(10 * widest, prior.sigma_max) if sigma_max is None else sigma_max
+        self.levels = noise_levels(steps, top, prior.sigma_min)
+        self._sigma = torch.tensor([*self.levels, 0.0], dtype=torch.float64)
+        self.covariance = whole(covariance or moments.covariance, self.shape)
+        if not float(self.covariance.eigenvalues(self.shape).min()) > 0:
+            raise ValueError(
+                "the chain's covariance has directions without variance, in which the last step would have no density; "
+                "expected all above 0"
+            )
+        self._pixel = moments.covariance.marginal_variance(self.shape)
+
+    def start(self, n: int, y: Tensor | None) -> Step:
+        mean = self.prior.moments.mean.to(self.dtype).expand(n, *self.shape)
+        C = self.prior.moments.covariance.map(lambda v: v + self.levels[0] ** 2)
+        return Step(mean, C, mean)
+
+    def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> Step:
+        return self.around(x, self.prior.denoise(x, self._sigma[k].to(x.dtype)), k, y)
+
+    def around(self, x: Tensor, denoised: Tensor, k: Tensor, y: Tensor | None) -> Step:
+        """Step k of each state, for images that the prior's network has denoised."""
+        sigma, s = self._sigma[k], self._sigma[k + 1]
+        V = reverse_covariance(self.covariance, sigma, s)
+        a = (s / sigma).square().to(x.dtype).reshape(-1, *[1] * len(self.shape))
+        return Step(denoised + a * (x - denoised), V, denoised)
+
+    def noised(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+        states = [x]
+        for i in range(k - 1, -1, -1):
+            more = math.sqrt(float(self._sigma[i] ** 2 - self._sigma[i + 1] ** 2))
+            states.append(states[-1] + more * white(self.shape, len(x), generator, x.dtype))
+        return torch.stack(states[::-1])
+
+    def sigma(self, k: Tensor) -> Tensor:
+        """Noise level of x_k, with shape (B,)."""
+        return self._sigma[k]
+
+    def clock(self, k: Tensor) -> Tensor:
+        low, high = math.log(self.levels[-1]), math.log(self.levels[0])
+        return 1 - 2 * (self._sigma[k].clamp_min(self.levels[-1]).log() - low) / (high - low)
+
+    def scale(self, k: Tensor) -> Tensor:
+        return (self._sigma[k].square() + self._pixel).sqrt()
+
+
+class TwistedChain(PriorChain):
+    """The reverse chain of a prior under the data: its steps times the likelihood that a Gaussian prior foresees.
+
+    x_0 is drawn of N(D, C_sigma) conditioned on y, the proposal of `scoreinv.samplers.path`; so means and covariances are
+    both exact for a Gaussian prior, at any T. Steps remember the plain ones that they stand for.
+
+    Args:
+        prior: See `PriorChain`; its moments make the covariance.
+        steps: T.
+        likelihood: Linear, with Gaussian noise, and so few pixels or so simple that covariances given data are known.
+        sigma_max: See `PriorChain`.
+
+    Raises:
+        ValueError: Another likelihood.
+    """
+
+    def __init__(
+        self, prior: Prior, steps: int, likelihood: Likelihood, sigma_max: float | None = None
+    ) -> None:
+        super().__init__(prior, steps, None, sigma_max)
+        self.likelihood = likelihood
+        C = prior.moments.covariance
+        given = foreseen(likelihood, C, [conditional(C, s) for s in self.levels] + [C], self.dtype)
+        known = None if given is None else [g.covariance() for g in given]
+        if known is None or any(C is None for C in known):
+            raise ValueError(
+                f"covariances given data of {type(likelihood.operator).__name__} and {type(likelihood.noise).__name__} are "
+                f"not known at {self.shape}; take a PriorChain and guidance"
+            )
+        self._posterior, top = given.pop(), self.levels[0] ** 2
+        self._start = known.pop().map(lambda v: v + top)
+        first = C.map(lambda v: v + top).logdet(self.shape) - self._start.logdet(self.shape)
+        self._first = 0.5 * first
+        self._given, self._steps, volumes = given, [], []
+        for C, sigma, s in zip(known, self.levels, [*self.levels[1:], 0.0], strict=True):
+            a = (s / sigma) ** 2
+            here = whole(C, self.shape).map(lambda v, a=a, s=s: s**2 * (1 - a) + (1 - a) ** 2 * v)
+            at = lambda u: torch.tensor([u], dtype=torch.float64)
+            plain = reverse_covariance(self.covariance, at(sigma), at(s)).eigenvalues(
+                (1, *self.shape)
+            )
+            volumes.append(0.5 * float(plain.log().sum()) - 0.5 * here.logdet(self.shape))
+            self._steps.append(here)
+        self._volumes = torch.tensor(volumes, dtype=torch.float64)
+
+    def start(self, n: int, y: Tensor | None) -> Step:
+        plain = super().start(n, None)
+        if y is None:
+            return plain
+        e = weighed(self.likelihood, y, plain.mean)
+        mean = plain.mean + self._posterior.respond(e)
+        return Step(mean, self._start, mean, (plain, torch.tensor(self._first)))
+
+    def around(self, x: Tensor, denoised: Tensor, k: Tensor, y: Tensor | None) -> Step:
+        plain = super().around(x, denoised, k, None)
+        if y is None:
+            return plain
+        mean = plain.mean + pulled(self, self.likelihood, self._given, denoised, k, y)
+        return Step(mean, Mixed(self._steps, k), denoised, (plain, self._volumes[k]))
+
+
+def foreseen(
+    likelihood: Likelihood, C: Covariance, covariances: Sequence[Covariance], dtype: torch.dtype
+) -> list[Conditioned] | None:
+    """Gaussians of these covariances conditioned on data; None if the likelihood is not linear and Gaussian.
+
+    Args:
+        likelihood: Of any data.
+        C: Covariance of the prior, with whose basis the others share theirs.
+        covariances: Of the Gaussians.
+        dtype: Of the images.
+    """
+    if not likelihood.gaussian:
+        return None
+    operator = likelihood.operator
+    wide = torch.complex128 if operator.complex else torch.float64
+    solver = conditioner(likelihood, torch.zeros(operator.data_shape, dtype=wide), C, dtype)
+    return [solver.given(K) for K in covariances]
+
+
+def weighed(likelihood: Likelihood, y: Tensor, x: Tensor) -> Tensor:
+    """A^T S^-1 (y - A x) for data of each image, with shape (B, *shape)."""
+    misfit = y - likelihood.operator(x.double())
+    return likelihood.operator.transpose(likelihood.noise.weigh(misfit)).to(x.dtype)
+
+
+def pulled(
+    chain: PriorChain,
+    likelihood: Likelihood,
+    given: Sequence[Conditioned],
+    denoised: Tensor,
+    k: Tensor,
+    y: Tensor,
+) -> Tensor:
+    """By which data move the means of steps, (1 - a) (C_sigma^-1 + H)^-1 A^T S^-1 (y - A D), with shape (B, *shape)."""
+    e = weighed(likelihood, y, denoised)
+    shift = torch.empty_like(denoised)
+    for i in k.unique().tolist():
+        shift[k == i] = given[i].respond(e[k == i])
+    share = 1 - (chain.sigma(k + 1) / chain.sigma(k)).square()
+    return share.to(shift.dtype).reshape(-1, *[1] * (shift.ndim - 1)) * shift
+
+
+class Brownian(Reference):
+    """Brownian motion from 0 to variance v: a chain of equal steps that knows nothing.
+
+    Zhang & Chen, Path Integral Sampler (2022, arXiv:2111.15141).
+
+    Args:
+        shape: Of an image.
+        steps: T.
+        variance: v of x_T.
+    """
+
+    dtype = torch.float64
+
+    def __init__(self, shape: Sequence[int], steps: int, variance: float) -> None:
+        if steps < 2 or not variance > 0:
+            raise ValueError(
+                f"steps is {steps} and variance {variance:g}; expected at least 2 steps and a variance > 0"
+            )
+        self.shape, self.steps, self.variance = tuple(shape), steps, float(variance)
+
+    def start(self, n: int, y: Tensor | None) -> Step:
+        nothing = torch.zeros(n, *self.shape, dtype=self.dtype)
+        return Step(nothing, Scalar(0.0), nothing)
+
+    def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> Step:
+        return Step(x, whole(Scalar(self.variance / self.steps), self.shape), x)
+
+    def noised(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+        states = [x]
+        for i in range(k - 1, -1, -1):  # a bridge to 0
+            spread = math.sqrt(self.variance / self.steps * i / (i + 1))
+            z = white(self.shape, len(x), generator, x.dtype)
+            states.append(states[-1] * (i / (i + 1)) + spread * z)
+        return torch.stack(states[::-1])
+
+    def clock(self, k: Tensor) -> Tensor:
+        return 2 * k.double() / self.steps - 1
+
+    def scale(self, k: Tensor) -> Tensor:
+        return torch.full((len(k),), math.sqrt(self.variance), dtype=self.dtype)
+
+    def log_terminal(self, x: Tensor) -> Tensor:
+        return _log_normal(x, self.variance)
+
+
+class OrnsteinUhlenbeck(Reference):
+    """A stationary process of variance v: x_{k+1} = x_k e^-h + sqrt(v (1 - e^-2h)) z.
+
+    Args:
+        shape: Of an image.
+        steps: T.
+        variance: v.
+        time: T h, over which a start is forgotten as e^-time.
+    """
+
+    dtype = torch.float64
+
+    def __init__(
+        self, shape: Sequence[int], steps: int, variance: float = 1.0, time: float = 3.0
+    ) -> None:
+        if steps < 2 or not variance > 0 or not time > 0:
+            raise ValueError(
+                f"steps is {steps}, variance {variance:g} and time {time:g}; "
+                "expected at least 2 steps, a variance > 0 and a time > 0"
+            )
+        self.shape, self.steps, self.variance = tuple(shape), steps, float(variance)
+        self.decay = math.exp(-time / steps)
+
+    def start(self, n: int, y: Tensor | None) -> Step:
+        nothing = torch.zeros(n, *self.shape, dtype=self.dtype)
+        return Step(nothing, Scalar(self.variance), nothing)
+
+    def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> Step:
+        V = whole(Scalar(self.variance * (1 - self.decay**2)), self.shape)
+        left = (self.decay ** (self.steps - k.double())).reshape(-1, *[1] * len(self.shape))
+        return Step(self.decay * x, V, left * x)
+
+    def noised(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+        states, spread = [x], math.sqrt(self.variance * (1 - self.decay**2))
+        for _ in range(k):  # it runs backwards as it runs forwards
+            z = white(self.shape, len(x), generator, x.dtype)
+            states.append(self.decay * states[-1] + spread * z)
+        return torch.stack(states[::-1])
+
+    def clock(self, k: Tensor) -> Tensor:
+        return 2 * k.double() / self.steps - 1
+
+    def scale(self, k: Tensor) -> Tensor:
+        return torch.full((len(k),), math.sqrt(self.variance), dtype=self.dtype)
+
+    def log_terminal(self, x: Tensor) -> Tensor:
+        return _log_normal(x, self.variance)
+
+
+def whole(C: Covariance, shape: tuple[int, ...]) -> Covariance:
+    """C known by the eigenvalues of every direction of an image, so that a map may give each image of a batch its own."""
+    if isinstance(C, Scalar):
+        return Diagonal(torch.as_tensor(C.variance, dtype=torch.float64).expand(shape))
+    if isinstance(C, Diagonal):
+        return Diagonal(C.variance.expand(shape))
+    if isinstance(C, Fourier):
+        return Fourier(C.spectrum.expand(shape))
+    if isinstance(C, Dense):
+        return C
+    raise ValueError(
+        f"the chain's covariance is a {type(C).__name__}, expected Scalar, Diagonal, Fourier or Dense"
+    )
+
+
+def _log_normal(x: Tensor, variance: float) -> Tensor:
+    flat = x.double().flatten(1)
+    norm = flat.shape[1] * math.log(2 * math.pi * variance)
+    return -0.5 * (flat.square().sum(1) / variance + norm)

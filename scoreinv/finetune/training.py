@@ -1,0 +1,243 @@
+"""The one training loop of controls, whatever the reference, the objective and the proposals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from scoreinv.finetune.objectives import LogVariance, Objective
+from scoreinv.finetune.paths import Engine
+from scoreinv.finetune.proposals import OnPolicy, Proposal
+from scoreinv.priors.base import stream
+
+CHECKPOINT = "checkpoint.safetensors"
+SAVE_EVERY = 200  # iterations
+Simulate = Callable[[int, int], tuple[Tensor, Tensor | None]]  # (n, seed) -> images and their data
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast.
+
+    Args:
+        iterations: Of the optimiser.
+        groups: Different y in a batch; 1 where there is only one.
+        paths: Paths of each, G.
+        rate: First learning rate; constant for 60 % of the iterations, then falling to a fiftieth.
+        rate_log_z: Of the objective's own parameters.
+        clip: Longest gradient.
+        steps: Steps of the chain whose gradient counts in an iteration, K of T; all if not given.
+        ema: Of the weights that are kept.
+        seed: Decides everything random.
+    """
+
+    iterations: int = 1000
+    groups: int = 1
+    paths: int = 128
+    rate: float = 2e-3
+    rate_log_z: float = 0.1
+    clip: float = 1.0
+    steps: int | None = None
+    ema: float = 0.99
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.groups < 1 or self.paths < 2:
+            raise ValueError(
+                f"iterations is {self.iterations}, groups {self.groups} and paths {self.paths}; "
+                "expected at least 1, 1 and 2"
+            )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is learned from what.
+
+    Args:
+        objective: See `scoreinv.finetune.objectives`.
+        proposals: Each with its share of the iterations, or of every group if `mixed`.
+        temper: Share of the iterations in which the reward rises from a twentieth of itself to all of it; 0 for none.
+    """
+
+    objective: Objective = field(default_factory=LogVariance)
+    proposals: Sequence[tuple[float, Proposal]] = field(
+        default_factory=lambda: [(1.0, OnPolicy())]
+    )
+    temper: float = 0.0
+
+
+def train_control(
+    engine: Engine,
+    simulate: Simulate,
+    plan: Plan,
+    recipe: Recipe | None = None,
+    folder: str | Path | None = None,
+    progress: bool = False,
+) -> list[dict[str, float]]:
+    """Train a control; its parameters are changed, and end as their running mean.
+
+    Args:
+        engine: Reference, control and reward.
+        simulate: Images of the prior and their data, for a number and a seed; data may be None, or the same for all.
+        plan: How long and how fast.
+        recipe: Objective and proposals; the log-variance on paths of the control if not given.
+        folder: Where the training is kept every so often; one that is there is continued, bit for bit.
+        progress: Show a progress bar.
+
+    Returns:
+        For each iteration the mean of log w of the paths and its standard deviation over those of one y [nat].
+
+    Raises:
+        ValueError: The folder holds another training.
+        FloatingPointError: Log-weights that are not finite.
+    """
+    recipe = recipe or Recipe()
+    state = _State(engine, plan, recipe)
+    path = None if folder is None else Path(folder) / CHECKPOINT
+    if path is not None and path.exists():
+        state.load(path)
+    with tqdm(
+        total=plan.iterations,
+        initial=state.step,
+        disable=not progress,
+        unit="batch",
+        desc="control",
+    ) as bar:
+        while state.step < plan.iterations:
+            i = state.step
+            state.optimiser.param_groups[0]["lr"] = plan.rate * falling(i / plan.iterations)
+            state.optimiser.zero_grad()
+            log_w = _batch(engine, simulate, plan, recipe, i)
+            nn.utils.clip_grad_norm_(engine.control.parameters(), plan.clip)
+            state.optimiser.step()
+            state.follow(log_w)
+            bar.set_postfix({k: f"{v:.2f}" for k, v in state.history[-1].items()})
+            bar.update()
+            if path is not None and (
+                state.step % SAVE_EVERY == 0 or state.step == plan.iterations
+            ):
+                state.save(path)
+    engine.control.load_state_dict(state.average)
+    return state.history
+
+
+class _State:
+    """Everything that a training goes on from: weights, their running mean, moments, buffers, what happened so far."""
+
+    def __init__(self, engine: Engine, plan: Plan, recipe: Recipe) -> None:
+        self.control, self.plan, self.recipe = engine.control, plan, recipe
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.own = recipe.objective.learned()
+        self.optimiser = torch.optim.Adam(
+            [
+                {"params": list(self.control.parameters()), "lr": plan.rate},
+                *([{"params": self.own, "lr": plan.rate_log_z}] if self.own else []),
+            ]
+        )
+        self.average = {k: v.clone() for k, v in self.control.state_dict().items()}
+        self.key = (
+            f"{plan} {recipe.temper} {type(recipe.objective).__name__} {engine.reference.steps}"
+        )
+
+    def follow(self, log_w: Tensor) -> None:
+        """After a step: the running mean, and what is remembered."""
+        decay = min(self.plan.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for k, v in self.control.state_dict().items():
+                self.average[k].lerp_(v, 1 - decay)
+        self.step += 1
+        self.history.append({"log_w": float(log_w.mean()), "spread": float(log_w.std(1).mean())})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {f"average.{k}": v for k, v in self.average.items()}
+        found |= {f"weight.{k}": v for k, v in self.control.state_dict().items()}
+        found |= {f"own.{i}": p.detach() for i, p in enumerate(self.own)}
+        for i, moments in self.optimiser.state_dict()["state"].items():
+            found |= {f"moment.{i}.{k}": v for k, v in moments.items()}
+        for i, (_, proposal) in enumerate(self.recipe.proposals):
+            found |= {f"proposal.{i}.{k}": v for k, v in proposal.state().items()}
+        return found
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        record = {"step": str(self.step), "key": self.key, "history": json.dumps(self.history)}
+        tensors = {k: v.detach().clone().contiguous() for k, v in self._tensors().items()}
+        save_file(tensors, partial, metadata=record)
+        partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        with safe_open(path, "pt") as f:
+            record, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+        if record["key"] != self.key:
+            raise ValueError(
+                f"{path} is of another training ({record['key']}, not {self.key}); choose another folder, or delete it"
+            )
+        part = lambda name: {
+            k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")
+        }
+        self.step, self.history = int(record["step"]), json.loads(record["history"])
+        self.control.load_state_dict(part("weight"))
+        self.average = part("average")
+        for i, p in enumerate(self.own):
+            p.data.copy_(tensors[f"own.{i}"])
+        state = self.optimiser.state_dict()
+        for name, v in part("moment").items():
+            i, _, kind = name.partition(".")
+            state["state"].setdefault(int(i), {})[kind] = v
+        self.optimiser.load_state_dict(state)
+        for i, (_, proposal) in enumerate(self.recipe.proposals):
+            proposal.restore(part(f"proposal.{i}"))
+
+
+def _batch(engine: Engine, simulate: Simulate, plan: Plan, recipe: Recipe, i: int) -> Tensor:
+    """The gradient of batch i; returns log w, with shape (groups, G)."""
+    done, generator = i / plan.iterations, stream(plan.seed, 2, i)
+    x, y = simulate(plan.groups, int(torch.randint(2**62, (1,), generator=generator)))
+    shares = torch.tensor([share for share, _ in recipe.proposals], dtype=torch.float64)
+    counts = _split(shares / shares.sum(), plan.paths, generator)
+    found = []
+    for count, (_, proposal) in zip(counts, recipe.proposals, strict=True):
+        if count:
+            repeat = lambda v, n=count: None if v is None else v.repeat_interleave(n, 0)
+            found.append((count, *proposal.propose(engine, repeat(x), repeat(y), done, generator)))
+    for _, paths, _ in found:
+        for _, proposal in recipe.proposals:
+            proposal.saw(paths)
+    log_w = torch.cat([lw.reshape(plan.groups, count) for count, _, lw in found], 1)
+    if recipe.temper and done < recipe.temper:
+        reward = torch.cat([p.log_reward.reshape(plan.groups, n) for n, p, _ in found], 1)
+        log_w = log_w - 0.95 * (1 - done / recipe.temper) * reward
+    if not bool(torch.isfinite(log_w).all()):
+        raise FloatingPointError("log-weights of paths are not finite: is the reward?")
+    c = recipe.objective.coefficients(log_w, y)
+    steps = None
+    if plan.steps is not None:
+        steps = torch.randperm(engine.reference.steps, generator=generator)[: plan.steps]
+    for (_, paths, _), part in zip(found, c.split([n for n, _, _ in found], 1), strict=True):
+        engine.learn(paths, part.flatten(), steps)
+    return log_w
+
+
+def _split(shares: Tensor, n: int, generator: torch.Generator) -> list[int]:
+    """n paths over proposals: the whole parts of their shares, and the rest at random."""
+    counts = (shares * n).floor().long()
+    rest = n - int(counts.sum())
+    if rest:
+        more = torch.multinomial(shares, rest, replacement=True, generator=generator)
+        counts = counts + more.bincount(minlength=len(shares))
+    return counts.tolist()
+
+
+def falling(done: float) -> float:
+    """The learning rate over its first value."""
+    return 1.0 if done < 0.6 else max(0.02, (1 - done) / 0.4)

@@ -1,0 +1,479 @@
+"""Path weights relative to a reference process: exact where the answer is known, trained where it is not."""
+
+import math
+
+import pytest
+import torch
+
+import scoreinv as si
+from scoreinv.finetune import paths as engine_of_paths
+from scoreinv.finetune import training
+from scoreinv.finetune.control import VectorControl, guidance, guidance_by_gradient
+from scoreinv.finetune.evidence import evidence, extrapolated, k_hat
+from scoreinv.finetune.objectives import ForwardKL, LogVariance, TrajectoryBalance
+from scoreinv.finetune.paths import Engine, log_density
+from scoreinv.finetune.proposals import (
+    Backtracking,
+    Given,
+    JointSimulations,
+    LocalSearch,
+    OnPolicy,
+)
+from scoreinv.finetune.reference import Brownian, OrnsteinUhlenbeck, PriorChain, TwistedChain
+from scoreinv.finetune.training import Plan, Recipe, train_control
+from scoreinv.gaussian import Dense, Diagonal, Fourier, Scalar
+from scoreinv.priors.base import stream
+
+SHAPE = (1, 1, 2)
+
+
+def gaussian(d=2, seed=0):
+    root = torch.randn(d, d, generator=stream(seed), dtype=torch.float64)
+    return si.GaussianPrior(
+        torch.ones(1, 1, d).double(), Dense(root @ root.T + 0.3 * torch.eye(d))
+    )
+
+
+def grid():
+    """25 modes on a grid, each of variance 0.3."""
+    v = torch.tensor([-10.0, -5.0, 0.0, 5.0, 10.0])
+    means = torch.cartesian_prod(v, v)
+    return si.MixturePrior(
+        torch.ones(25), [si.GaussianPrior(m.reshape(SHAPE), 0.3) for m in means]
+    )
+
+
+def measured(matrix, std):
+    matrix = torch.as_tensor(matrix, dtype=torch.float64)
+    return si.Likelihood(
+        si.DenseOperator(matrix, (1, 1, matrix.shape[1])), si.GaussianNoise(std=std)
+    )
+
+
+def grid_evidence(matrix, y, std):
+    """log p(y) of data on the grid of modes."""
+    A = torch.as_tensor(matrix, dtype=torch.float64)
+    v = torch.tensor([-10.0, -5.0, 0.0, 5.0, 10.0], dtype=torch.float64)
+    S = 0.3 * A @ A.T + std**2 * torch.eye(len(A), dtype=torch.float64)
+    each = torch.distributions.MultivariateNormal(torch.cartesian_prod(v, v) @ A.T, S).log_prob(y)
+    return float(each.logsumexp(0)) - math.log(25)
+
+
+def for_one(guide, y):
+    """Guidance of one y for all paths."""
+    return lambda step, k, _: guide(step, k, y.expand(len(k), *y.shape))
+
+
+def engine(prior, likelihood, y, steps, covariance=None, guided=True, **options):
+    chain = PriorChain(prior, steps, covariance, **options)
+    guide = for_one(guidance(chain, likelihood), y) if guided else None
+    return Engine(chain, VectorControl(chain, guide=guide), lambda x, _: likelihood.log_prob(y, x))
+
+
+def nothing(n, seed):
+    return torch.zeros(n, *SHAPE, dtype=torch.float64), None
+
+
+@pytest.mark.parametrize("covariance", [None, Scalar(math.inf), Scalar(0.1)])
+@pytest.mark.parametrize("steps", [2, 7])
+def test_without_data_and_control_every_path_weighs_the_same(covariance, steps):
+    chain = PriorChain(grid(), steps, covariance)
+    _, log_w = Engine(chain, VectorControl(chain), lambda x, _: torch.zeros(len(x))).paths(
+        50, None, stream(1)
+    )
+    assert log_w.abs().max() == 0
+    assert evidence(log_w).ess == pytest.approx(1)
+
+
+def test_a_free_process_reaches_its_own_density_with_equal_weights():
+    for reference in (Brownian(SHAPE, 9, 4.0), OrnsteinUhlenbeck(SHAPE, 9, 4.0)):
+        reward = torch.distributions.Normal(0.0, torch.tensor(2.0, dtype=torch.float64))
+        free = Engine(
+            reference,
+            VectorControl(reference),
+            lambda x, _, r=reward: r.log_prob(x).sum((1, 2, 3)),
+        )
+        paths, log_w = free.paths(20000, None, stream(2))
+        assert log_w.abs().max() < 1e-9
+        # 5 standard errors of a variance
+        assert paths.x.var(0).sub(4).abs().max() < 5 * 4 * math.sqrt(2 / 20000)
+
+
+def test_the_weight_of_a_step_is_the_ratio_of_two_gaussian_densities():
+    g = stream(3)
+    u, z = (torch.randn(6, 1, 3, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    normal = torch.distributions.Normal(torch.zeros_like(u), 1.0)
+    expected = (normal.log_prob(z - u) - normal.log_prob(z)).sum((1, 2, 3))
+    assert torch.allclose(log_density(u, z), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["dense", "diagonal", "fourier", "white"])
+def test_steps_of_every_level_have_the_kernel_of_a_gaussian_prior(kind):
+    """x_s of an exact reverse step from x_sigma ~ p_sigma is distributed as p_s, whatever the steps of a batch."""
+    g = torch.Generator().manual_seed(0)
+    ky, kx = torch.fft.fftfreq(2)[:, None].double(), torch.fft.fftfreq(4).double()
+    C = {
+        "dense": Dense(torch.diag(torch.linspace(0.1, 3, 8)).double()),
+        "diagonal": Diagonal(torch.linspace(0.1, 3, 8).double().reshape(1, 2, 4)),
+        "fourier": Fourier(1 / (0.2 + ky**2 + kx**2)),
+        "white": Scalar(0.7),
+    }[kind]
+    prior = si.GaussianPrior(torch.zeros(1, 2, 4), C)
+    chain = PriorChain(prior, 5)
+    n = 40000
+    x0 = prior.sample(n, seed=1)
+    k = torch.arange(n) % 5
+    sigma = torch.tensor([*chain.levels, 0.0], dtype=torch.float64)
+    x = x0 + sigma[k].reshape(-1, 1, 1, 1) * torch.randn(
+        x0.shape, generator=g, dtype=torch.float64
+    )
+    step = chain.step(x, k, None)
+    new = step.taken(torch.randn(x0.shape, generator=g, dtype=torch.float64))
+    for i in range(5):
+        total = C.map(lambda v, i=i: v + sigma[i + 1] ** 2)
+        seen = total.map(torch.rsqrt).apply(new[k == i])
+        # 5 standard errors of each of 8 variances
+        assert (seen.var(0) - 1).abs().max() < 5 * math.sqrt(2 / (n / 5))
+    assert torch.allclose(step.normal(step.taken(x0)), x0, atol=1e-8)
+
+
+def test_paths_through_images_have_the_marginals_of_the_chain():
+    chain, x = PriorChain(gaussian(), 6), gaussian().sample(20000, seed=4)
+    states = chain.noised(x, 6, stream(5))
+    assert states.shape == (7, 20000, *SHAPE)
+    assert torch.equal(states[-1], x)
+    for k, s in enumerate(chain.levels):
+        spread = (states[k] - x).var(0)
+        assert (spread / s**2 - 1).abs().max() < 5 * math.sqrt(2 / 20000)
+    motion = Brownian(SHAPE, 8, 3.0).noised(2 + 0 * x, 8, stream(6))
+    assert motion[0].abs().max() == 0
+    assert motion[4].mean() == pytest.approx(1.0, abs=0.03)
+    assert motion[4].var() == pytest.approx(0.75, rel=0.05)
+
+
+def test_guided_paths_find_the_evidence_of_a_gaussian_and_their_bound_closes_with_the_steps():
+    prior, likelihood = gaussian(), measured([[1.0, -0.5]], 0.4)
+    y = torch.tensor([1.7], dtype=torch.float64)
+    exact = si.Posterior(prior, likelihood, y).gaussian_log_evidence
+    gaps, fine = [], []
+    for steps in (20, 40, 80):
+        _, log_w = engine(prior, likelihood, y, steps).paths(4000, None, stream(7))
+        found = evidence(log_w)
+        error = (log_w - log_w.max()).exp()
+        assert (
+            abs(found.log_z - exact)
+            < 4 * float(error.std() / error.mean()) / math.sqrt(4000) + 1e-3
+        )
+        gaps.append(exact - found.elbo)
+        fine.append(found.log_z)
+    assert 1.6 < gaps[0] / gaps[1] < 2.4
+    assert 1.6 < gaps[1] / gaps[2] < 2.4
+    assert extrapolated(fine[1], fine[2]) == pytest.approx(exact, abs=0.05)
+    # negative control: without the data's pull the bound is far off, and says so
+    _, log_w = engine(prior, likelihood, y, 20, guided=False).paths(4000, None, stream(7))
+    assert exact - evidence(log_w).elbo > 3 * gaps[0]
+
+
+def test_the_covariance_aware_kernel_raises_the_effective_size_at_few_steps():
+    """The same guided control on a Gaussian prior of uneven variances, 10 steps."""
+    prior = si.GaussianPrior(
+        torch.zeros(SHAPE), Dense(torch.diag(torch.tensor([9.0, 0.04])).double())
+    )
+    likelihood, y = measured([[1.0, 1.0]], 0.5), torch.tensor([2.0], dtype=torch.float64)
+    ess = {}
+    for name, C in {"aware": None, "large": Scalar(math.inf), "small": Scalar(1e-3)}.items():
+        _, log_w = engine(prior, likelihood, y, 10, C).paths(4000, None, stream(8))
+        ess[name] = evidence(log_w).ess
+    assert ess["aware"] > 1.2 * max(ess["large"], ess["small"])
+
+
+def test_the_gradient_is_that_of_the_log_variance_however_it_is_chunked(monkeypatch):
+    likelihood, y = measured([[1.0, 1.0]], 1.0), torch.tensor([5.0], dtype=torch.float64)
+    learner = engine(grid(), likelihood, y, 6)
+    with torch.no_grad():
+        learner.control.last.weight.normal_(0, 0.3, generator=stream(9))
+    paths, log_w = learner.paths(12, None, stream(10))
+
+    def weights():
+        """log w with a gradient, all steps at once."""
+        total = paths.log_reward
+        for i in range(6):
+            k = torch.full((12,), i)
+            u = learner.control(paths.states[i], paths.denoised[i], paths.guidance[i], k, None)
+            total = total - log_density(u, paths.z[i])
+        return total
+
+    assert torch.allclose(weights(), log_w, atol=1e-5)
+    learner.control.zero_grad()
+    groups = weights().reshape(3, 4)
+    (0.5 * groups.var(1)).mean().backward()
+    expected = [p.grad.clone() for p in learner.control.parameters()]
+    c = LogVariance(huber=1e9).coefficients(log_w.reshape(3, 4), None).flatten()
+    for chunk in (1, 4096):
+        monkeypatch.setattr(engine_of_paths, "CHUNK", chunk)
+        learner.control.zero_grad()
+        learner.learn(paths, c)
+        for p, e in zip(learner.control.parameters(), expected, strict=True):
+            assert torch.allclose(p.grad, e, rtol=1e-3, atol=1e-4 * float(e.abs().max()) + 1e-9)
+    # a part of the steps is right on average: over all steps, one by one
+    learner.control.zero_grad()
+    for i in range(6):
+        learner.learn(paths, c, torch.tensor([i]))
+    for p, e in zip(learner.control.parameters(), expected, strict=True):
+        assert torch.allclose(p.grad / 6, e, rtol=1e-3, atol=1e-4 * float(e.abs().max()) + 1e-9)
+
+
+def test_other_objectives_have_the_gradients_of_their_losses():
+    log_w = torch.tensor(
+        [[1.0, 2.0, 4.0], [0.0, 0.5, -1.0]], dtype=torch.float64, requires_grad=True
+    )
+    balance = TrajectoryBalance(huber=1e9)
+    c = balance.coefficients(log_w.detach(), None)
+    assert float(balance.level.detach()) == pytest.approx(float(log_w.detach().mean()))
+    balance.level.data.fill_(0.3)
+    balance.zero_grad()
+    c = balance.coefficients(log_w.detach(), None)
+    level = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    (0.5 * (level - log_w).square()).mean().backward()
+    assert torch.allclose(-c, log_w.grad)
+    assert float(balance.level.grad) == pytest.approx(float(level.grad))
+    # -log p_u has the gradient of log w, since log w = log r - log p_u + ...
+    assert torch.allclose(
+        ForwardKL().coefficients(log_w.detach(), None), torch.full((2, 3), -1 / 6).double()
+    )
+    with pytest.raises(ValueError, match="at least 2 paths"):
+        LogVariance().coefficients(log_w[:, :1].detach(), None)
+
+
+def test_a_line_through_the_grid_is_learned_to_its_floor():
+    likelihood, y = measured([[1.0, 1.0]], 1.0), torch.tensor([5.0], dtype=torch.float64)
+    exact = grid_evidence([[1.0, 1.0]], y, 1.0)
+    learner = engine(grid(), likelihood, y, 20, sigma_max=30.0)
+    train_control(learner, nothing, Plan(iterations=250))
+    paths, log_w = learner.paths(4000, None, stream(11))
+    found = evidence(log_w)
+    assert found.elbo - exact > -1.6
+    assert abs(found.log_z - exact) < 0.25
+    # the four modes have equal weights once the paths are weighed
+    means = torch.cartesian_prod(*[torch.tensor([-10.0, -5.0, 0.0, 5.0, 10.0]).double()] * 2)
+    near = torch.cdist(paths.x.flatten(1), means).argmin(1)
+    share = torch.zeros(25).double().index_add(0, near, torch.softmax(log_w, 0))
+    on_line = means.sum(1) == 5
+    assert (share[on_line] - 0.25).abs().sum() / 2 < 0.06
+
+
+def test_a_collapsed_control_is_found_out_by_the_upper_bound():
+    """Trained on one of two modes: bound and effective size look well, the gap does not."""
+    prior = si.MixturePrior(
+        [0.5, 0.5], [si.GaussianPrior(torch.full(SHAPE, m), 0.1) for m in (-3.0, 3.0)]
+    )
+    likelihood = measured([[1.0, -1.0]], 0.5)
+    y = torch.zeros(1, dtype=torch.float64)
+    learner = engine(prior, likelihood, y, 15)
+    one = si.GaussianPrior(torch.full(SHAPE, 3.0), 0.05).sample(500, seed=1)
+    train_control(
+        learner, nothing, Plan(iterations=300, paths=64), Recipe(ForwardKL(), [(1.0, Given(one))])
+    )
+    _, log_w = learner.paths(3000, None, stream(12))
+    both = torch.cat([one, -one])
+    _, target = learner.through(both, None, stream(13))
+    found = evidence(log_w, target)
+    assert found.ess > 0.1
+    assert found.gap > 5
+    assert "misses modes" in found.warnings[0]
+
+
+def test_evidence_bounds_hold_and_bad_weights_are_named():
+    log_w = torch.randn(1000, generator=stream(14), dtype=torch.float64) - 0.5
+    found = evidence(log_w)
+    # log-normal weights of unit variance and log Z = 0
+    assert abs(found.log_z) < 0.15
+    assert found.at_least < 0
+    assert found.elbo == pytest.approx(-0.5, abs=0.1)
+    assert not found.warnings
+    wild = evidence(8 * log_w)
+    assert "count as" in wild.warnings[0]
+    heavy = -torch.rand(2000, generator=stream(15), dtype=torch.float64).log()
+    assert k_hat(heavy) == pytest.approx(1.0, abs=0.3)
+    with pytest.raises(ValueError, match="finite"):
+        evidence(torch.full((20,), math.nan))
+
+
+def test_joint_simulations_train_a_control_for_every_y():
+    """A Gaussian prior: the control must learn how the data pull, without being told by guidance."""
+    prior, likelihood = gaussian(), measured([[1.0, -0.5]], 0.2)
+    chain = PriorChain(prior, 12)
+
+    def simulate(n, seed):
+        x = prior.sample(n, seed)
+        return x, likelihood.simulate(x, seed)
+
+    _, examples = simulate(500, 1)
+    learner = Engine(chain, VectorControl(chain, examples), lambda x, y: likelihood.log_prob(y, x))
+    x, y = simulate(200, 2)
+
+    def elbo():
+        posterior = [si.Posterior(prior, likelihood, v).gaussian_log_evidence for v in y]
+        _, log_w = learner.paths(200, y, stream(16))
+        return float((log_w - torch.tensor(posterior)).mean())
+
+    before = elbo()
+    recipe = Recipe(LogVariance(), [(0.5, OnPolicy()), (0.5, JointSimulations())])
+    train_control(learner, simulate, Plan(iterations=300, groups=16, paths=8), recipe)
+    after = elbo()
+    print(before, after)
+    assert before < -3
+    assert after > -1.0
+
+
+def test_guidance_by_gradient_agrees_with_the_exact_one_where_errors_are_small():
+    prior, likelihood = gaussian(), measured([[1.0, -0.5]], 3.0)
+    y = torch.tensor([1.0], dtype=torch.float64)
+    chain = PriorChain(prior, 10)
+    x, k = prior.sample(5, seed=1), torch.full((5,), 9)
+    step = chain.step(x, k, None)
+    exact = guidance(chain, likelihood)(step, k, y.expand(5, 1))
+    slope = guidance_by_gradient(chain, lambda x, _: likelihood.log_prob(y, x))(step, k, None)
+    assert torch.allclose(exact, slope, rtol=0.02)
+
+
+def problem(d=8, m=3, modes=6, std=0.3, seed=1):
+    """A mixture in d dimensions, of which m are measured."""
+    g = stream(seed)
+    draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)
+    components = []
+    for _ in range(modes):
+        root = 0.6 * draw(d, d) / math.sqrt(d)
+        mean = 2 * draw(1, 1, d)
+        components.append(si.GaussianPrior(mean, Dense(root @ root.T + 0.1 * torch.eye(d))))
+    prior = si.MixturePrior(torch.rand(modes, generator=g) + 0.5, components)
+    matrix = torch.linalg.qr(draw(d, d))[0][:m]
+    return prior, si.Likelihood(si.DenseOperator(matrix, (1, 1, d)), si.GaussianNoise(std=std))
+
+
+def test_an_amortised_control_samples_any_data_like_the_other_samplers():
+    prior, likelihood = problem(d=4, m=2, modes=3)
+    learned = si.finetune(
+        prior, likelihood, seed=0, steps=20, plan=Plan(iterations=150, groups=16, paths=8)
+    )
+    y = likelihood.simulate(prior.sample(1, seed=3), seed=4)[0]
+    found = learned.condition(y).sample(2000, seed=5, island=500)
+    exact = si.sample(
+        si.Posterior(prior, likelihood, y), 4000, si.SMC(levels=40), seed=6, island=1000
+    )
+    assert found.log_evidence == pytest.approx(exact.log_evidence, abs=0.3)
+    spread = exact.x.std(0)
+    assert ((found.x.mean(0) - exact.x.mean(0)).abs() / spread).max() < 0.25
+    assert ((found.x.std(0) / spread) - 1).abs().max() < 0.25
+    # the sampler's own islands and the engine's paths know the same evidence
+    assert learned.condition(y).evidence(2000, seed=7).log_z == pytest.approx(
+        found.log_evidence, abs=0.3
+    )
+    bounds = learned.bounds(sims=20, paths=100, seed=8)
+    gaps = torch.tensor([b.gap for b in bounds])
+    assert 0 < gaps.mean() < 8
+
+
+def test_training_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    prior, likelihood = problem(d=4, m=2, modes=3)
+    y = likelihood.simulate(prior.sample(1, seed=3), seed=4)[0]
+    plan = Plan(iterations=12, paths=16)
+
+    def run(folder):
+        recipe = Recipe(
+            TrajectoryBalance(),
+            [
+                (0.4, OnPolicy(1.2)),
+                (0.3, Backtracking()),
+                (0.3, LocalSearch(prior.log_prob, 3, 2)),
+            ],
+        )
+        return si.finetune(
+            prior, likelihood, seed=0, steps=6, y=y, plan=plan, recipe=recipe, folder=folder
+        )
+
+    monkeypatch.setattr(training, "SAVE_EVERY", 5)
+    whole = run(tmp_path / "whole")
+    propose, calls = OnPolicy.propose, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return propose(*arguments)
+
+    monkeypatch.setattr(OnPolicy, "propose", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts")
+    again = run(tmp_path / "parts")
+    assert len(calls) == 8 + 7  # from iteration 5 on
+    assert again.history == whole.history
+    for k, v in again.control.state_dict().items():
+        assert torch.equal(v, whole.control.state_dict()[k])
+    with pytest.raises(ValueError, match="another training"):
+        si.finetune(prior, likelihood, seed=0, steps=7, y=y, plan=plan, folder=tmp_path / "parts")
+
+
+def test_a_control_is_kept_and_found_again(tmp_path):
+    prior, likelihood = problem(d=4, m=2, modes=3)
+    plan = Plan(iterations=3, groups=2, paths=4)
+    learned = si.finetune(prior, likelihood, seed=0, steps=6, plan=plan)
+    learned.save(tmp_path)
+    found = si.load_amortised(tmp_path, prior, likelihood)
+    y = likelihood.simulate(prior.sample(1, seed=3), seed=4)[0]
+    ours, theirs = (v.condition(y).evidence(50, seed=1) for v in (learned, found))
+    assert ours == theirs
+    other = si.Likelihood(likelihood.operator, si.GaussianNoise(std=0.1))
+    with pytest.raises(ValueError, match="another problem: its likelihood"):
+        si.load_amortised(tmp_path, prior, other)
+    (tmp_path / "control.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="no control"):
+        si.load_amortised(tmp_path, prior, likelihood)
+    with pytest.raises(ValueError, match="which data"):
+        learned.condition()
+
+
+def test_images_have_a_control_of_convolutions():
+    """A Gaussian field seen through a PSF, whose posterior guidance alone makes nearly exactly."""
+    ky, kx = torch.fft.fftfreq(20)[:, None].double(), torch.fft.fftfreq(20).double()
+    prior = si.GaussianPrior(
+        torch.zeros(1, 20, 20), Fourier(1 / (0.05 + ky**2 + kx**2) ** 1.5 / 50)
+    )
+    psf = torch.ones(3, 3) / 9
+    likelihood = si.Likelihood(
+        si.PSFConvolution(psf, prior.shape, boundary="circular"), si.GaussianNoise(std=0.5)
+    )
+    plan = Plan(iterations=3, groups=2, paths=4, rate=1e-4)
+    learned = si.finetune(prior, likelihood, seed=0, steps=12, plan=plan)
+    assert type(learned.control).__name__ == "ImageControl"
+    y = likelihood.simulate(prior.sample(1, seed=3), seed=4)[0]
+    found = learned.condition(y).sample(200, seed=5, island=100)
+    posterior = si.Posterior(prior, likelihood, y)
+    exact = posterior.gaussian_draw(4000, stream(1))
+    error = (found.x.mean(0) - exact.mean(0)) / exact.std(0)
+    # 1 / 200 for exact draws, thrice as much for what weights cost
+    assert float(error.square().mean()) < 0.015
+    assert learned.condition(y).evidence(100, seed=1).std < 0.5
+    free = si.finetune(prior, likelihood, seed=0, steps=12, plan=plan, guided=False)
+    # negative control: three iterations teach nothing
+    assert free.condition(y).evidence(100, seed=1).elbo < found.log_evidence - 50
+
+
+@pytest.mark.parametrize("steps", [2, 9])
+def test_the_twisted_chain_of_a_gaussian_prior_is_its_posterior(steps):
+    """Every path weighs the evidence, at any number of steps; the plain chain's do not."""
+    prior, likelihood = gaussian(3), measured([[1.0, -0.5, 0.3]], 0.1)
+    y = torch.tensor([1.7], dtype=torch.float64)
+    exact = si.Posterior(prior, likelihood, y).gaussian_log_evidence
+    spread = {}
+    for chain in (TwistedChain(prior, steps, likelihood), PriorChain(prior, steps)):
+        guide = None if isinstance(chain, TwistedChain) else guidance(chain, likelihood)
+        learner = Engine(
+            chain, VectorControl(chain, guide=guide), lambda x, v: likelihood.log_prob(v, x)
+        )
+        _, log_w = learner.paths(100, y.expand(100, 1), stream(17))
+        spread[type(chain).__name__] = float((log_w - exact).abs().max())
+        noised = learner.through(prior.sample(100, seed=1), y.expand(100, 1), stream(18))[1]
+        assert bool(torch.isfinite(noised).all())
+    assert spread["TwistedChain"] < 1e-6
+    assert spread["PriorChain"] > 0.5
