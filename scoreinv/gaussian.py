@@ -343,6 +343,19 @@ class Mixed(Covariance):
         return torch.stack([self._covariances[i].eigenvalues(shape) for i in self._which.tolist()])
 
 
+def selected(
+    covariances: Sequence[Covariance], which: Tensor, shape: tuple[int, ...]
+) -> Covariance:
+    """`Mixed` on images of this shape, as one array where all are diagonal in pixels, or all in Fourier space."""
+    kinds = {type(C) for C in covariances}
+    for kind in (Diagonal, Fourier):
+        if kinds <= {Scalar, kind}:
+            return kind(
+                torch.stack([C.eigenvalues(shape).reshape(shape) for C in covariances])[which]
+            )
+    return Mixed(covariances, which)
+
+
 @dataclass(frozen=True)
 class Modulated:
     """A covariance of its own for each image of a batch, K = sum_b a_b rho_b a_b: stationary parts of varying strength.

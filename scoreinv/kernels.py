@@ -43,26 +43,17 @@ def expectation(C: Covariance, sigma: float) -> Covariance:
 
 def conditional(C: Covariance, sigma: float) -> Covariance:
     """C_sigma = sigma^2 C (C + sigma^2)^-1, of x_0 given x_sigma under a Gaussian prior."""
-    return C.map(lambda v: torch.where(v > 0, sigma**2 * v / (v + sigma**2), 0.0))
+    return C.map(lambda v: sigma**2 / (1 + sigma**2 / v))
 
 
-def reverse_covariance(C: Covariance, sigma: Tensor, s: Tensor) -> Covariance:
-    """V = s^2 (1 - a) I + (1 - a)^2 C_sigma of a step to s < sigma, for each image of a batch.
+def reverse_covariance(C: Covariance, sigma: float, s: float) -> Covariance:
+    """V = s^2 (1 - a) I + (1 - a)^2 C_sigma of the step from sigma to s < sigma.
 
-    Args:
-        C: Known by the eigenvalues of all directions of one image. A white C in the place of the prior's gives the two
-            usual choices of Ho et al. (2020): a variance of 0 the small one, s^2 (1 - a), an infinite one the large,
-            sigma^2 - s^2.
-        sigma: With shape (B,).
-        s: With shape (B,).
+    A white C in the place of the prior's gives the two usual choices of Ho et al. (2020): a variance of 0 the small one,
+    s^2 (1 - a), an infinite one the large, sigma^2 - s^2.
     """
-
-    def variance(v: Tensor) -> Tensor:
-        sigma2, s2 = (u.to(v.dtype).square().reshape(-1, *[1] * v.ndim) for u in (sigma, s))
-        a = s2 / sigma2
-        return s2 * (1 - a) + (1 - a).square() * sigma2 / (1 + sigma2 / v)
-
-    return C.map(variance)
+    a = (s / sigma) ** 2
+    return C.map(lambda v: s**2 * (1 - a) + (1 - a) ** 2 * sigma**2 / (1 + sigma**2 / v))
 
 
 def inverse(C: Covariance) -> Covariance:

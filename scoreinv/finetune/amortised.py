@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,8 +31,9 @@ from scoreinv.finetune.control import (
 from scoreinv.finetune.evidence import Evidence, evidence
 from scoreinv.finetune.paths import Engine, log_density
 from scoreinv.finetune.proposals import JointSimulations, OnPolicy
-from scoreinv.finetune.reference import PriorChain, TwistedChain
+from scoreinv.finetune.reference import PriorChain, TwistedChain, measured
 from scoreinv.finetune.training import Plan, Recipe, Simulate, train_control
+from scoreinv.gaussian import Covariance
 from scoreinv.likelihood import Likelihood
 from scoreinv.posterior import Posterior
 from scoreinv.priors.base import Prior, stream
@@ -41,6 +42,7 @@ from scoreinv.samplers.run import sample
 from scoreinv.samplers.samples import Samples
 
 FEW = 256  # pixels up to which a control is a perceptron
+PROBES = 256  # of them that measure how sure the prior is at each level
 IMAGES = 1024  # draws of the prior from which training data are simulated
 
 
@@ -110,6 +112,8 @@ class Amortised:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.contiguous() for k, v in self.control.state_dict().items()}
+        values = [C.eigenvalues(self.chain.shape) for C in self.chain.covariances]
+        tensors["eigenvalues"] = torch.stack(values)
         if self.y is not None:
             tensors["y"] = torch.view_as_real(self.y) if self.y.is_complex() else self.y
         save_file(tensors, folder / "control.safetensors")
@@ -237,12 +241,14 @@ def finetune(
         folder: Where the training is kept, and goes on from after an interruption.
         progress: Show a progress bar.
     """
-    chain = new_chain(prior, steps, likelihood if guided else None)
     images = prior.sample(IMAGES, seed) if images is None else images
     if tuple(images.shape[1:]) != tuple(prior.shape):
         raise ValueError(
             f"images have shape {tuple(images.shape)}, expected (N, {', '.join(map(str, prior.shape))})"
         )
+    levels = PriorChain(prior, steps).levels
+    covariances = measured(prior, levels, images[:PROBES].to(prior.dtype), seed)
+    chain = new_chain(prior, covariances, likelihood if guided else None)
     examples = None if y is not None else likelihood.simulate(images, seed)
     control = control or new_control(chain, likelihood, examples, guided)
     plan = plan or Plan()
@@ -263,14 +269,16 @@ def finetune(
     return amortised
 
 
-def new_chain(prior: Prior, steps: int, likelihood: Likelihood | None) -> PriorChain:
+def new_chain(
+    prior: Prior, covariances: Sequence[Covariance], likelihood: Likelihood | None
+) -> PriorChain:
     """The twisted chain where covariances given data are known, else the plain one."""
     if likelihood is not None:
         try:
-            return TwistedChain(prior, steps, likelihood)
+            return TwistedChain(prior, len(covariances), likelihood, covariances)
         except ValueError:
             pass  # it says why, and that a plain chain with guidance will do
-    return PriorChain(prior, steps)
+    return PriorChain(prior, len(covariances), covariances)
 
 
 def new_control(
@@ -319,7 +327,9 @@ def load_amortised(folder: str | Path, prior: Prior, likelihood: Likelihood) -> 
         tensors = load_file(folder / "control.safetensors")
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no control that can be read: {error}") from error
-    chain = new_chain(prior, card["steps"], likelihood if card["guided"] else None)
+    C, values = prior.moments.covariance, tensors.pop("eigenvalues")
+    covariances = [C.map(lambda v, w=w: w.reshape(v.shape).to(v.dtype)) for w in values]
+    chain = new_chain(prior, covariances, likelihood if card["guided"] else None)
     y = tensors.pop("y", None)
     if y is not None and likelihood.operator.complex:
         y = torch.view_as_complex(y)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from scoreinv.finetune.reference import PriorChain, Reference, Step, foreseen, pulled
-from scoreinv.kernels import conditional
 from scoreinv.likelihood import Likelihood
 from scoreinv.priors.base import stream
 from scoreinv.priors.unet import UNet, initialise, sinusoidal
@@ -189,8 +188,7 @@ def guidance(chain: PriorChain, likelihood: Likelihood) -> Guide:
             f"guidance needs linear data with Gaussian noise, got {type(likelihood.operator).__name__} and "
             f"{type(likelihood.noise).__name__}; leave it out, or use guidance_by_gradient"
         )
-    C = chain.prior.moments.covariance
-    given = foreseen(likelihood, C, [conditional(C, s) for s in chain.levels], chain.dtype)
+    given = foreseen(chain, likelihood)
 
     def g(step: Step, k: Tensor, y: Tensor) -> Tensor:
         shift = pulled(chain, likelihood, given, step.denoised, k, y)

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scoreinv.conditioning import Conditioned, conditioner
-from scoreinv.gaussian import Covariance, Dense, Diagonal, Fourier, Mixed, Scalar
+from scoreinv.conditioning import Conditioned, Conditioner, conditioner
+from scoreinv.gaussian import Covariance, Scalar, selected
 from scoreinv.kernels import conditional, noise_levels, reverse_covariance
 from scoreinv.likelihood import Likelihood
 from scoreinv.operators.information import white
-from scoreinv.priors.base import Prior
+from scoreinv.priors.base import Prior, stream
+from scoreinv.samplers.smc import DIFFERENCE, local_covariance
 
 
 @dataclass(frozen=True)
@@ -105,19 +106,19 @@ class PriorChain(Reference):
     Args:
         prior: Its denoiser makes the mean, D + a (x - D).
         steps: T; the last one leads to noise level 0.
-        covariance: C of the kernel's V. The prior's moments if not given, which makes a Gaussian prior exact at any T;
-            Scalar(v) with a small v and Scalar(inf) are the usual small and large variances.
+        covariance: C of the kernel's V, or one for each step (`measured`). The prior's moments if not given, which makes a
+            Gaussian prior exact at any T; Scalar(v) with a small v and Scalar(inf) are the usual small and large variances.
         sigma_max: First level; ten times the widest direction of the prior if not given, or its own if that is less.
 
     Raises:
-        ValueError: A covariance that is not known direction by direction, or that leaves some of them without variance.
+        ValueError: A covariance that leaves directions without variance, or not one for each step.
     """
 
     def __init__(
         self,
         prior: Prior,
         steps: int,
-        covariance: Covariance | None = None,
+        covariance: Covariance | Sequence[Covariance] | None = None,
         sigma_max: float | None = None,
     ) -> None:
         if steps < 2:
@@ -129,12 +130,21 @@ class PriorChain(Reference):
         top = min(10 * widest, prior.sigma_max) if sigma_max is None else sigma_max
         self.levels = noise_levels(steps, top, prior.sigma_min)
         self._sigma = torch.tensor([*self.levels, 0.0], dtype=torch.float64)
-        self.covariance = whole(covariance or moments.covariance, self.shape)
-        if not float(self.covariance.eigenvalues(self.shape).min()) > 0:
+        given = moments.covariance if covariance is None else covariance
+        self.covariances = [given] * steps if isinstance(given, Covariance) else list(given)
+        if len(self.covariances) != steps:
+            raise ValueError(
+                f"{len(self.covariances)} covariances for {steps} steps, expected as many"
+            )
+        if not all(float(C.eigenvalues(self.shape).min()) > 0 for C in self.covariances):
             raise ValueError(
                 "the chain's covariance has directions without variance, in which the last step would have no density; "
                 "expected all above 0"
             )
+        self._V = [
+            reverse_covariance(C, a, b)
+            for C, a, b in zip(self.covariances, *self._spans, strict=True)
+        ]
         self._pixel = moments.covariance.marginal_variance(self.shape)
 
     def start(self, n: int, y: Tensor | None) -> Step:
@@ -147,10 +157,14 @@ class PriorChain(Reference):
 
     def around(self, x: Tensor, denoised: Tensor, k: Tensor, y: Tensor | None) -> Step:
         """Step k of each state, for images that the prior's network has denoised."""
-        sigma, s = self._sigma[k], self._sigma[k + 1]
-        V = reverse_covariance(self.covariance, sigma, s)
-        a = (s / sigma).square().to(x.dtype).reshape(-1, *[1] * len(self.shape))
-        return Step(denoised + a * (x - denoised), V, denoised)
+        a = (self._sigma[k + 1] / self._sigma[k]).square().to(x.dtype)
+        mean = denoised + a.reshape(-1, *[1] * len(self.shape)) * (x - denoised)
+        return Step(mean, selected(self._V, k, self.shape), denoised)
+
+    @property
+    def _spans(self) -> tuple[list[float], list[float]]:
+        """Levels from which the steps lead, and to which."""
+        return self.levels, [*self.levels[1:], 0.0]
 
     def noised(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
         states = [x]
@@ -178,9 +192,10 @@ class TwistedChain(PriorChain):
     both exact for a Gaussian prior, at any T. Steps remember the plain ones that they stand for.
 
     Args:
-        prior: See `PriorChain`; its moments make the covariance.
+        prior: See `PriorChain`.
         steps: T.
         likelihood: Linear, with Gaussian noise, and so few pixels or so simple that covariances given data are known.
+        covariance: See `PriorChain`.
         sigma_max: See `PriorChain`.
 
     Raises:
@@ -188,33 +203,37 @@ class TwistedChain(PriorChain):
     """
 
     def __init__(
-        self, prior: Prior, steps: int, likelihood: Likelihood, sigma_max: float | None = None
+        self,
+        prior: Prior,
+        steps: int,
+        likelihood: Likelihood,
+        covariance: Covariance | Sequence[Covariance] | None = None,
+        sigma_max: float | None = None,
     ) -> None:
-        super().__init__(prior, steps, None, sigma_max)
+        super().__init__(prior, steps, covariance, sigma_max)
         self.likelihood = likelihood
+        given = foreseen(self, likelihood)
         C = prior.moments.covariance
-        given = foreseen(likelihood, C, [conditional(C, s) for s in self.levels] + [C], self.dtype)
+        if given is not None:
+            given.append(solver(likelihood, C, self.dtype).given(C))
         known = None if given is None else [g.covariance() for g in given]
         if known is None or any(C is None for C in known):
             raise ValueError(
                 f"covariances given data of {type(likelihood.operator).__name__} and {type(likelihood.noise).__name__} are "
                 f"not known at {self.shape}; take a PriorChain and guidance"
             )
-        self._posterior, top = given.pop(), self.levels[0] ** 2
-        self._start = known.pop().map(lambda v: v + top)
-        first = C.map(lambda v: v + top).logdet(self.shape) - self._start.logdet(self.shape)
-        self._first = 0.5 * first
-        self._given, self._steps, volumes = given, [], []
-        for C, sigma, s in zip(known, self.levels, [*self.levels[1:], 0.0], strict=True):
+        top = self.levels[0] ** 2
+        self._posterior, self._start = given.pop(), known.pop().map(lambda v: v + top)
+        self._first = self._volume(C.map(lambda v: v + top), self._start)
+        self._given, self._twisted = given, []
+        for K, sigma, s in zip(known, *self._spans, strict=True):
             a = (s / sigma) ** 2
-            here = whole(C, self.shape).map(lambda v, a=a, s=s: s**2 * (1 - a) + (1 - a) ** 2 * v)
-            at = lambda u: torch.tensor([u], dtype=torch.float64)
-            plain = reverse_covariance(self.covariance, at(sigma), at(s)).eigenvalues(
-                (1, *self.shape)
-            )
-            volumes.append(0.5 * float(plain.log().sum()) - 0.5 * here.logdet(self.shape))
-            self._steps.append(here)
+            self._twisted.append(K.map(lambda v, a=a, s=s: s**2 * (1 - a) + (1 - a) ** 2 * v))
+        volumes = [self._volume(*pair) for pair in zip(self._V, self._twisted, strict=True)]
         self._volumes = torch.tensor(volumes, dtype=torch.float64)
+
+    def _volume(self, plain: Covariance, twisted: Covariance) -> float:
+        return 0.5 * (plain.logdet(self.shape) - twisted.logdet(self.shape))
 
     def start(self, n: int, y: Tensor | None) -> Step:
         plain = super().start(n, None)
@@ -229,26 +248,47 @@ class TwistedChain(PriorChain):
         if y is None:
             return plain
         mean = plain.mean + pulled(self, self.likelihood, self._given, denoised, k, y)
-        return Step(mean, Mixed(self._steps, k), denoised, (plain, self._volumes[k]))
+        V = selected(self._twisted, k, self.shape)
+        return Step(mean, V, denoised, (plain, self._volumes[k]))
 
 
-def foreseen(
-    likelihood: Likelihood, C: Covariance, covariances: Sequence[Covariance], dtype: torch.dtype
-) -> list[Conditioned] | None:
-    """Gaussians of these covariances conditioned on data; None if the likelihood is not linear and Gaussian.
+def measured(prior: Prior, levels: Sequence[float], images: Tensor, seed: int) -> list[Covariance]:
+    """Covariances C under which a Gaussian prior is, at each level, as sure of x_0 as the prior is on average.
+
+    Around the modes of a prior that has several this is far less than its moments say.
 
     Args:
-        likelihood: Of any data.
-        C: Covariance of the prior, with whose basis the others share theirs.
-        covariances: Of the Gaussians.
-        dtype: Of the images.
+        prior: Its denoiser is probed.
+        levels: Noise levels.
+        images: Of the prior, with shape (n, C, H, W).
+        seed: Of the noise and the probes.
     """
-    if not likelihood.gaussian:
-        return None
+    found, generator = [], stream(seed, 7)
+    for s in levels:
+        x = images + s * white(prior.shape, len(images), generator, images.dtype)
+        z = white(prior.shape, len(images), generator, images.dtype)
+        at = x.new_full((len(x),), s)
+        response = (prior.denoise(x + DIFFERENCE * s * z, at) - prior.denoise(x, at)) / (
+            DIFFERENCE * s
+        )
+        found.append(local_covariance(prior.moments.covariance, z, response, s))
+    return found
+
+
+def solver(likelihood: Likelihood, C: Covariance, dtype: torch.dtype) -> Conditioner:
+    """Conditions Gaussians on any data of a likelihood, through `Conditioned.respond`."""
     operator = likelihood.operator
     wide = torch.complex128 if operator.complex else torch.float64
-    solver = conditioner(likelihood, torch.zeros(operator.data_shape, dtype=wide), C, dtype)
-    return [solver.given(K) for K in covariances]
+    return conditioner(likelihood, torch.zeros(operator.data_shape, dtype=wide), C, dtype)
+
+
+def foreseen(chain: PriorChain, likelihood: Likelihood) -> list[Conditioned] | None:
+    """N(., C_sigma) conditioned on data, for each step; None if the likelihood is not linear and Gaussian."""
+    if not likelihood.gaussian:
+        return None
+    given = solver(likelihood, chain.prior.moments.covariance, chain.dtype).given
+    pairs = zip(chain.covariances, chain.levels, strict=True)
+    return [given(conditional(C, s)) for C, s in pairs]
 
 
 def weighed(likelihood: Likelihood, y: Tensor, x: Tensor) -> Tensor:
@@ -299,7 +339,7 @@ class Brownian(Reference):
         return Step(nothing, Scalar(0.0), nothing)
 
     def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> Step:
-        return Step(x, whole(Scalar(self.variance / self.steps), self.shape), x)
+        return Step(x, Scalar(self.variance / self.steps), x)
 
     def noised(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
         states = [x]
@@ -347,7 +387,7 @@ class OrnsteinUhlenbeck(Reference):
         return Step(nothing, Scalar(self.variance), nothing)
 
     def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> Step:
-        V = whole(Scalar(self.variance * (1 - self.decay**2)), self.shape)
+        V = Scalar(self.variance * (1 - self.decay**2))
         left = (self.decay ** (self.steps - k.double())).reshape(-1, *[1] * len(self.shape))
         return Step(self.decay * x, V, left * x)
 
@@ -366,21 +406,6 @@ class OrnsteinUhlenbeck(Reference):
 
     def log_terminal(self, x: Tensor) -> Tensor:
         return _log_normal(x, self.variance)
-
-
-def whole(C: Covariance, shape: tuple[int, ...]) -> Covariance:
-    """C known by the eigenvalues of every direction of an image, so that a map may give each image of a batch its own."""
-    if isinstance(C, Scalar):
-        return Diagonal(torch.as_tensor(C.variance, dtype=torch.float64).expand(shape))
-    if isinstance(C, Diagonal):
-        return Diagonal(C.variance.expand(shape))
-    if isinstance(C, Fourier):
-        return Fourier(C.spectrum.expand(shape))
-    if isinstance(C, Dense):
-        return C
-    raise ValueError(
-        f"the chain's covariance is a {type(C).__name__}, expected Scalar, Diagonal, Fourier or Dense"
-    )
 
 
 def _log_normal(x: Tensor, variance: float) -> Tensor:
