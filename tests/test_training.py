@@ -9,19 +9,18 @@ import torch
 import scoreinv as si
 from scoreinv.priors.base import stream
 from scoreinv.priors.unet import UNet
-from scoreinv.training import loop as training
-from scoreinv.training.error import bands
-from scoreinv.training.loop import (
+from scoreinv.training import (
     Network,
     Optimisation,
     TrainingData,
     TrainingRun,
-    _median_power,
     augment,
     image_moments,
-    learning_rate,
     train,
 )
+from scoreinv.training import loop as training
+from scoreinv.training.error import bands
+from scoreinv.training.loop import _median_power, learning_rate
 
 RUN = TrainingRun(
     name="tiny",

@@ -1,14 +1,8 @@
 """How priors are trained: the one loop, and what a trained network learns of its error."""
 
-from scoreinv.training.loop import (
-    Network,
-    Optimisation,
-    TrainingData,
-    TrainingRun,
-    augment,
-    image_moments,
-    train,
-)
+from scoreinv.training.images import augment, image_moments
+from scoreinv.training.loop import train
+from scoreinv.training.run import Network, Optimisation, TrainingData, TrainingRun
 
 __all__ = [
     "Network",

@@ -9,195 +9,37 @@ step t depends on (seed, t) only, so a run that was stopped resumes exactly.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from scoreinv.gaussian import Fourier, Gaussian
+from scoreinv.gaussian import Gaussian
 from scoreinv.priors.base import stream
 from scoreinv.priors.network import ErrorModel, ScorePrior, preconditioning
 from scoreinv.priors.unet import UNet, initialise
 from scoreinv.priors.zoo import save_prior
-from scoreinv.simulators import simulate_images
 from scoreinv.training.error import learn_error
+from scoreinv.training.images import augment, image_moments, load_images
+from scoreinv.training.run import Optimisation, TrainingRun
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG_EVERY = 50
 ERROR_IMAGES = 1024  # held-out images on which the correlation of errors is measured
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """Simulated images, augmented by the eight flips and rotations, a shift and an amplitude.
-
-    Args:
-        kind: "galaxy" or "disc".
-        size: Pixels on a side.
-        images: How many to simulate for training.
-        held_out: How many more to simulate for the held-out figures.
-        amplitude: Peak of an image, log-uniform between these two [model unit].
-        shift: Whole-pixel shift, uniform in [-shift, shift] on each axis.
-        workers: Processes that simulate.
-    """
-
-    kind: str
-    size: int
-    images: int
-    held_out: int = 4096
-    amplitude: tuple[float, float] = (0.5, 2.0)
-    shift: int = 2
-    workers: int = 2
-
-
-@dataclass(frozen=True)
-class Optimisation:
-    """How the network is fitted.
-
-    Args:
-        steps: Optimiser steps of the whole schedule.
-        batch: Images in a step, over all processes.
-        rate: Peak learning rate, reached after `warmup` steps and decayed to zero by a cosine.
-        warmup: Steps of linear warm-up.
-        ema: Decay of the moving average of the weights.
-        log_sigma: Mean and standard deviation of ln sigma in training.
-        save_every: Steps between checkpoints.
-    """
-
-    steps: int
-    batch: int = 64
-    rate: float = 2e-3
-    warmup: int = 200
-    ema: float = 0.9985
-    log_sigma: tuple[float, float] = (-2.3, 1.7)
-    save_every: int = 500
-
-
-@dataclass(frozen=True)
-class Network:
-    """Architecture of the U-Net, see `scoreinv.priors.unet.UNet`.
-
-    Args:
-        widths: Channels at each resolution, the first at half that of the image.
-        blocks: Residual blocks at each resolution, on the way down and on the way up.
-        embedding: Features of the noise level.
-    """
-
-    widths: tuple[int, ...] = (48, 96, 192)
-    blocks: int = 1
-    embedding: int = 128
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """A prior to train: what it learns, how, and what its card says in the end.
-
-    Args:
-        name: Name of the prior, for its card.
-        data: What it learns.
-        optimisation: How it is fitted.
-        network: Its architecture.
-        sigma_min: Lowest noise level it is trained at [model unit].
-        sigma_max: Highest noise level it is trained at [model unit].
-        draws: Draws of the finished prior whose power spectra its card compares with held-out images; 0 for none.
-        error_steps: Optimiser steps in which the finished network learns its error, which `Guided` follows; 0 for none.
-        seed: Decides images, initial weights and batches.
-    """
-
-    name: str
-    data: TrainingData
-    optimisation: Optimisation
-    network: Network = field(default_factory=Network)
-    sigma_min: float = 0.002
-    sigma_max: float = 20.0
-    draws: int = 1000
-    error_steps: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        data, network, (low, high) = self.data, self.network, self.data.amplitude
-        smallest = 2 ** len(network.widths)
-        for wrong, message in (
-            (data.size % smallest, f"size is {data.size}, expected a multiple of {smallest}: {len(network.widths)} "
-             "levels of the network each halve the image"),
-            (any(w % 8 for w in network.widths), f"widths are {network.widths}, expected multiples of 8"),
-            (data.images < 1 or data.held_out < 2, f"images is {data.images} and held_out {data.held_out}, "
-             "expected at least 1 and 2"),
-            (not 0 < low <= high, f"amplitude is {data.amplitude}, expected 0 < lowest <= highest"),
-            (self.optimisation.warmup < 1, f"warmup is {self.optimisation.warmup}, expected at least 1 step"),
-            (not 0 < self.sigma_min < self.sigma_max, f"sigma goes from {self.sigma_min:g} to {self.sigma_max:g}, "
-             "expected 0 < sigma_min < sigma_max"),
-        ):  # fmt: skip
-            if wrong:
-                raise ValueError(message)
-
-
-def augment(
-    images: Tensor, generator: torch.Generator, shift: int, amplitude: tuple[float, float]
-) -> Tensor:
-    """Random flips, rotation, shift and amplitude of each image, with shape (B, C, H, W)."""
-    draw = lambda *shape: torch.rand(shape, generator=generator)
-    out = torch.empty(images.shape)
-    turns, flips = (4 * draw(len(images))).int(), draw(len(images)) < 0.5
-    moves = torch.floor((2 * shift + 1) * draw(len(images), 2)).int() - shift
-    low, high = math.log(amplitude[0]), math.log(amplitude[1])
-    peak = (low + (high - low) * draw(len(images))).exp()
-    for i, x in enumerate(images):
-        x = x.float().rot90(int(turns[i]), (-2, -1))
-        x = x.flip(-1) if flips[i] else x
-        out[i] = peak[i] * x.roll((int(moves[i, 0]), int(moves[i, 1])), (-2, -1))
-    return out
-
-
-def image_moments(images: Tensor) -> Gaussian:
-    """Mean image and stationary covariance of images with shape (n, C, H, W)."""
-    mean = images.mean(0)
-    power = torch.zeros(images.shape[1:], dtype=torch.float64)
-    for part in images.split(1024):
-        power += torch.fft.fft2(part - mean, norm="ortho").abs().double().square().sum(0)
-    power = power / len(images)
-    # every orientation is equally likely under the augmentation: impose it, and P(k) = P(-k) with it
-    power = sum(p.rot90(k, (-2, -1)) for p in _unshifted(power) for k in range(4)) / 8
-    return Gaussian(mean, Fourier(torch.fft.ifftshift(power[..., :-1, :-1], (-2, -1))))
-
-
-def _unshifted(power: Tensor) -> tuple[Tensor, Tensor]:
-    """The spectrum on a grid of odd size centred on k = 0 (Nyquist row repeated), and its mirror image."""
-    centred = torch.fft.fftshift(power, (-2, -1))
-    centred = torch.cat([centred, centred[..., :1, :]], -2)
-    centred = torch.cat([centred, centred[..., :, :1]], -1)
-    return centred, centred.flip(-1)
-
-
 def learning_rate(step: int, plan: Optimisation) -> float:
     """Linear warm-up, then a cosine to zero."""
     warm = min(1.0, (step + 1) / plan.warmup)
     return plan.rate * warm * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
-
-
-def load_images(run: TrainingRun, folder: Path, progress: bool) -> tuple[Tensor, Tensor]:
-    """Training and held-out images, simulated once and kept beside the checkpoints; both (n, 1, H, W), float16."""
-    data = run.data
-    n = data.images + data.held_out
-    key = hashlib.sha256(f"{data.kind} {data.size} {n} {run.seed}".encode()).hexdigest()[:12]
-    path = folder / f"images-{key}.npy"
-    if not path.exists():
-        images = simulate_images(data.kind, n, data.size, run.seed, data.workers, progress)
-        partial = path.with_suffix(".part.npy")
-        np.save(partial, images)
-        partial.rename(path)
-    images = torch.from_numpy(np.load(path))
-    return images[: data.images], images[data.images :]
 
 
 class _State:

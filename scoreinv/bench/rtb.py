@@ -1,0 +1,355 @@
+"""Learned controls on small problems with known answers, each with the numbers that it should reach.
+
+Reweighting and measuring a prior of 25 modes in the plane, any data of a mixture in 8 dimensions, and sampling from
+densities without a prior: 25 modes, a funnel, many wells. Cases, floors and published numbers: Venkatraman et al. (2024,
+arXiv:2405.20971), Sendera et al. (2024, arXiv:2402.05098), Blessing et al. (2024, arXiv:2406.07423).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+
+from scoreinv.bench.scores import sliced_wasserstein
+from scoreinv.finetune.amortised import PROBES, Amortised, finetune
+from scoreinv.finetune.control import VectorControl, guidance_by_gradient
+from scoreinv.finetune.evidence import evidence
+from scoreinv.finetune.objectives import LogVariance
+from scoreinv.finetune.paths import Engine
+from scoreinv.finetune.proposals import Given, LocalSearch, OnPolicy
+from scoreinv.finetune.reference import Brownian, PriorChain, measured
+from scoreinv.finetune.training import Plan, Recipe, train_control
+from scoreinv.gaussian import Dense
+from scoreinv.likelihood import Likelihood
+from scoreinv.noise import GaussianNoise
+from scoreinv.operators import DenseOperator
+from scoreinv.posterior import Posterior
+from scoreinv.priors import GaussianPrior, MixturePrior
+from scoreinv.priors.base import stream
+
+PLANE = (1, 1, 2)
+PATHS = 4000  # over which controls are judged
+AXIS = torch.tensor([-10.0, -5.0, 0.0, 5.0, 10.0], dtype=torch.float64)
+MODES = torch.cartesian_prod(AXIS, AXIS)
+VARIANCE = 0.3  # of each mode
+NINE = torch.tensor(
+    [[-10, -5], [-5, -10], [-5, 0], [10, -5], [0, 0], [0, 5], [5, -5], [5, 0], [5, 10]]
+)
+NINE_WEIGHTS = (4.0, 10.0, 4.0, 5.0, 10.0, 5.0, 4.0, 15.0, 4.0)
+WELLS = 16
+WELL = math.log(11784.50927) + 0.5 * math.log(
+    2 * math.pi
+)  # log of a well's mass (Sendera et al. 2024)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem, how it is learned, and what should come of it.
+
+    Attributes:
+        run: Gives the row's numbers for a seed and a share of the iterations.
+        targets: For each number the range that it should fall in.
+        quick: Whether it belongs to the quick set.
+    """
+
+    run: Callable[[int, float], dict[str, float]]
+    targets: dict[str, tuple[float, float]] = field(default_factory=dict)
+    quick: bool = True
+
+
+def rtb(seed: int, quick: bool, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """A row for each case: its numbers in nats over the known evidence, and which targets it misses."""
+    for name, case in CASES.items():
+        if names is not None and name not in names or names is None and quick and not case.quick:
+            continue
+        began = time.process_time()
+        found = case.run(seed, 1.0)
+        missed = [k for k, (low, high) in case.targets.items() if not low <= found[k] <= high]
+        wanted = ", ".join(f"{k} {_range(*v)}" for k, v in case.targets.items())
+        yield {
+            "case": name,
+            **{k: found.get(k, math.nan) for k in COLUMNS},
+            "CPU s": time.process_time() - began,
+            "wanted": wanted,
+            "missed": ", ".join(missed) or "-",
+        }
+
+
+COLUMNS = ("untrained", "ELBO", "log Z", "EUBO", "ESS", "modes", "weighed", "SW2", "SW2 exact")
+
+
+def _range(low: float, high: float) -> str:
+    if math.isinf(low):
+        return f"< {high:g}"
+    return f"> {low:g}" if math.isinf(high) else f"{low:g}..{high:g}"
+
+
+def grid() -> MixturePrior:
+    """25 modes in the plane."""
+    return MixturePrior(torch.ones(25), [GaussianPrior(m.reshape(PLANE), VARIANCE) for m in MODES])
+
+
+@dataclass(frozen=True)
+class Modes:
+    """A mixture of Gaussians of one covariance.
+
+    Attributes:
+        weights: With shape (K,).
+        means: With shape (K, d).
+        covariance: With shape (d, d).
+    """
+
+    weights: Tensor
+    means: Tensor
+    covariance: Tensor
+
+    def draws(self, n: int, generator: torch.Generator) -> Tensor:
+        """With shape (n, d)."""
+        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        z = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
+        return self.means[k] + z @ torch.linalg.cholesky(self.covariance).T
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """With shape (n,), for x with shape (n, d)."""
+        each = MultivariateNormal(self.means, self.covariance).log_prob(x[:, None])
+        return torch.logsumexp(each + (self.weights / self.weights.sum()).log(), 1)
+
+    def variation(self, x: Tensor, w: Tensor) -> float:
+        """Total variation of the modes' weights, for draws with shape (n, d) of weights w."""
+        near = torch.cdist(x, self.means).argmin(1)
+        share = torch.zeros(len(self.means), dtype=torch.float64).index_add(0, near, w)
+        return 0.5 * float((share - self.weights / self.weights.sum()).abs().sum())
+
+
+def judged(
+    engine: Engine, y: Tensor | None, log_z: float, exact: Tensor | None, seed: int
+) -> dict[str, float]:
+    """Bounds and weights of a trained control, over the known evidence."""
+    many = None if y is None else y.expand(PATHS, *y.shape)
+    paths, log_w = engine.paths(PATHS, many, stream(seed, 11))
+    target = None
+    if exact is not None:
+        x = exact[:PATHS].reshape(-1, *engine.reference.shape).to(engine.reference.dtype)
+        _, target = engine.through(x, many, stream(seed, 12))
+    found = evidence(log_w, target)
+    row = {
+        "ELBO": found.elbo - log_z,
+        "log Z": found.log_z - log_z,
+        "EUBO": found.eubo - log_z,
+        "ESS": found.ess,
+    }
+    if exact is not None:
+        x, w = paths.x.flatten(1).double(), torch.softmax(log_w, 0)
+        again = torch.multinomial(w, PATHS, replacement=True, generator=stream(seed, 13))
+        row["SW2"] = sliced_wasserstein(x[again], exact[PATHS:])
+        row["SW2 exact"] = sliced_wasserstein(exact[:PATHS], exact[PATHS:])
+    return row
+
+
+def measurement(matrix: Tensor, y: Tensor, std: float, iterations: int, steps: int) -> Callable:
+    """Data of the grid, y = A x + noise."""
+
+    def run(seed: int, share: float) -> dict[str, float]:
+        S = VARIANCE * matrix @ matrix.T + std**2 * torch.eye(len(matrix), dtype=torch.float64)
+        seen = MultivariateNormal(MODES @ matrix.T, S).log_prob(y)
+        gain = VARIANCE * matrix.T @ torch.linalg.inv(S)
+        posterior = Modes(
+            torch.softmax(seen, 0),
+            MODES + (y - MODES @ matrix.T) @ gain.T,
+            VARIANCE * (torch.eye(2, dtype=torch.float64) - gain @ matrix),
+        )
+        log_z = float(torch.logsumexp(seen, 0)) - math.log(25)
+        likelihood = Likelihood(DenseOperator(matrix, PLANE), GaussianNoise(std=std))
+        options = {"seed": seed, "steps": steps, "y": y}
+        first = finetune(grid(), likelihood, **options, plan=Plan(iterations=1, rate=1e-12))
+        plan = Plan(iterations=max(1, int(share * iterations)), seed=seed)
+        learned = finetune(grid(), likelihood, **options, plan=plan)
+        exact = posterior.draws(5 * PATHS, stream(seed, 10))
+        row = judged(learned.engine, y, log_z, exact, seed)
+        row["untrained"] = first.condition().evidence(PATHS, seed).elbo - log_z
+        return {**row, **_modes(learned.engine, y, posterior, seed)}
+
+    return run
+
+
+def _modes(engine: Engine, y: Tensor | None, posterior: Modes, seed: int) -> dict[str, float]:
+    """Total variation of the modes' weights, of paths as they are and as they weigh."""
+    many = None if y is None else y.expand(PATHS, *y.shape)
+    paths, log_w = engine.paths(PATHS, many, stream(seed, 14))
+    x = paths.x.flatten(1).double()
+    return {
+        "modes": posterior.variation(x, torch.full((PATHS,), 1 / PATHS, dtype=torch.float64)),
+        "weighed": posterior.variation(x, torch.softmax(log_w, 0)),
+    }
+
+
+def nine(seed: int, share: float) -> dict[str, float]:
+    """9 of the 25 modes with new weights: the published toy, from paths through exact draws and the control's own."""
+    prior, eye = grid(), VARIANCE * torch.eye(2, dtype=torch.float64)
+    before = Modes(torch.ones(25, dtype=torch.float64), MODES, eye)
+    after = Modes(torch.tensor(NINE_WEIGHTS, dtype=torch.float64), NINE.double(), eye)
+
+    def reward(x: Tensor, _: Tensor | None) -> Tensor:
+        x = x.flatten(1)
+        return (after.log_prob(x) - before.log_prob(x)).clamp_min(-30.0)
+
+    levels = PriorChain(prior, 30).levels
+    chain = PriorChain(prior, 30, measured(prior, levels, prior.sample(PROBES, seed), seed))
+    engine = Engine(chain, VectorControl(chain, seed=seed), reward)
+    images = after.draws(5000, stream(seed, 15)).reshape(-1, *PLANE)
+    recipe = Recipe(LogVariance(), [(0.5, OnPolicy()), (0.5, Given(images))])
+    plan = Plan(iterations=max(1, int(share * 1000)), seed=seed)
+    train_control(engine, _free(PLANE), plan, recipe)
+    row = judged(engine, None, 0.0, after.draws(5 * PATHS, stream(seed, 10)), seed)
+    return {**row, **_modes(engine, None, after, seed)}
+
+
+def mixture(seed: int) -> tuple[MixturePrior, Likelihood]:
+    """Six components in 8 dimensions, of which 3 are measured."""
+    d, m, modes, g = 8, 3, 6, torch.Generator().manual_seed(seed)
+    means = 2.0 * torch.randn(modes, d, generator=g)
+    root = 0.5 * torch.randn(modes, d, d, generator=g) / math.sqrt(d) * 1.2
+    covariance = (root @ root.transpose(1, 2)).double() + 0.1 * torch.eye(d, dtype=torch.float64)
+    weights = torch.rand(modes, generator=g) + 0.5
+    parts = [
+        GaussianPrior(mu.reshape(1, 1, d), Dense(C))
+        for mu, C in zip(means, covariance, strict=True)
+    ]
+    matrix = torch.linalg.qr(torch.randn(d, d, generator=g))[0][:m].double()
+    return MixturePrior(weights, parts), Likelihood(
+        DenseOperator(matrix, (1, 1, d)), GaussianNoise(std=0.3)
+    )
+
+
+def amortised(steps: int, iterations: int) -> Callable:
+    """Any data of the mixture: numbers are means over 20 new data sets."""
+
+    def run(seed: int, share: float) -> dict[str, float]:
+        prior, likelihood = mixture(1)
+        # the mean of the second half of a component's draws tells evidence apart
+        plan = Plan(max(1, int(share * iterations)), groups=32, paths=8, rate=1e-3, seed=seed)
+        learned = finetune(prior, likelihood, seed=seed, steps=steps, plan=plan)
+        untrained = finetune(
+            prior, likelihood, seed=seed, steps=steps, plan=Plan(1, groups=2, paths=2, rate=1e-12)
+        )
+        rows = [_one_of_many(learned, untrained, seed, i) for i in range(20)]
+        row = {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
+        return row
+
+    return run
+
+
+def _one_of_many(learned: Amortised, untrained: Amortised, seed: int, i: int) -> dict[str, float]:
+    prior, likelihood = learned.chain.prior, learned.likelihood
+    x = prior.sample(1, 1000 * seed + i + 1)
+    y = likelihood.simulate(x, 1000 * seed + i + 1)[0]
+    parts = [Posterior(c, likelihood, y) for c in prior.components]
+    log_w = prior.log_weights + torch.tensor([p.gaussian_log_evidence for p in parts])
+    log_z = float(torch.logsumexp(log_w, 0))
+    counts = torch.multinomial(
+        torch.softmax(log_w, 0), 5 * PATHS, replacement=True, generator=stream(seed, 16, i)
+    ).bincount(minlength=len(parts))
+    draws = [
+        p.gaussian_draw(int(n), stream(seed, 17, i, j))
+        for j, (p, n) in enumerate(zip(parts, counts, strict=True))
+    ]
+    exact = torch.cat(draws).flatten(1).double()
+    exact = exact[torch.randperm(len(exact), generator=stream(seed, 18, i))]
+    row = judged(learned.engine, y, log_z, exact, seed)
+    first = untrained.condition(y).evidence(PATHS, seed).elbo - log_z
+    return {**row, "log Z": abs(row["log Z"]), "untrained": first}
+
+
+def _free(shape: tuple[int, ...]) -> Callable[[int, int], tuple[Tensor, None]]:
+    return lambda n, seed: (torch.zeros(n, *shape, dtype=torch.float64), None)
+
+
+def density(
+    log_p: Callable[[Tensor], Tensor],
+    d: int,
+    variance: float,
+    steps: int,
+    iterations: int,
+    log_z: float,
+    draws: Callable[[int, torch.Generator], Tensor],
+) -> Callable:
+    """A density without a prior: Brownian motion steered towards it, by its gradient and local search."""
+
+    def run(seed: int, share: float) -> dict[str, float]:
+        shape = (1, 1, d)
+        reference = Brownian(shape, steps, variance)
+        reward = lambda x, _: log_p(x.flatten(1))
+        guide = guidance_by_gradient(reference, reward)
+        engine = Engine(reference, VectorControl(reference, None, guide, seed=seed), reward)
+        search = LocalSearch(lambda x: log_p(x.flatten(1)))
+        recipe = Recipe(LogVariance(), [(0.5, OnPolicy(1.3)), (0.5, search)])
+        plan = Plan(iterations=max(1, int(share * iterations)), paths=256, rate=1e-3, seed=seed)
+        train_control(engine, _free(shape), plan, recipe)
+        return judged(engine, None, log_z, draws(5 * PATHS, stream(seed, 10)), seed)
+
+    return run
+
+
+def funnel(x: Tensor) -> Tensor:
+    """x_1 ~ N(0, 9), the other nine N(0, exp(x_1))."""
+    v = x[:, 0]
+    log_2pi = math.log(2 * math.pi)
+    first = -0.5 * v.square() / 9 - math.log(3) - 0.5 * log_2pi
+    return first - 0.5 * (x[:, 1:].square() * (-v[:, None]).exp() + v[:, None] + log_2pi).sum(1)
+
+
+def funnel_draws(n: int, generator: torch.Generator) -> Tensor:
+    v = 3 * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    z = torch.randn(n, 9, generator=generator, dtype=torch.float64)
+    return torch.cat([v, (v / 2).exp() * z], 1)
+
+
+def wells(x: Tensor) -> Tensor:
+    """16 pairs of a double well and a Gaussian, not normalised."""
+    a, b = x[:, 0::2], x[:, 1::2]
+    return (0.5 * a + 6 * a.square() - a.pow(4) - 0.5 * b.square()).sum(1)
+
+
+def wells_draws(n: int, generator: torch.Generator) -> Tensor:
+    at = torch.linspace(-4, 4, 8001, dtype=torch.float64)
+    p = (-at.pow(4) + 6 * at.square() + 0.5 * at - 9.5).exp()
+    a = at[torch.multinomial(p, n * WELLS, replacement=True, generator=generator)]
+    b = torch.randn(n * WELLS, generator=generator, dtype=torch.float64)
+    return torch.stack([a, b], 1).reshape(n, 2 * WELLS)
+
+
+ALL = Modes(
+    torch.ones(25, dtype=torch.float64), MODES, VARIANCE * torch.eye(2, dtype=torch.float64)
+)
+INF = math.inf
+LINE = torch.tensor([[1.0, 1.0]], dtype=torch.float64), torch.tensor([5.0], dtype=torch.float64)
+FAR = torch.eye(2, dtype=torch.float64), torch.tensor([12.5, 2.5], dtype=torch.float64)
+CASES = {
+    "line": Case(measurement(*LINE, 1.0, 1000, 20), {"ELBO": (-1.6, INF), "weighed": (0, 0.04)}),
+    "far": Case(measurement(*FAR, 1.0, 1000, 20), {"ELBO": (-0.6, INF), "weighed": (0, 0.05)}),
+    "nine": Case(
+        nine,
+        {"log Z": (-0.05, 0.05), "EUBO": (-INF, 0.3), "weighed": (0, 0.05)},
+    ),
+    "amortised, T = 20": Case(amortised(20, 600), {"ELBO": (-1.6, INF), "log Z": (0, 0.25)}),
+    "amortised, T = 50": Case(amortised(50, 500), {"SW2": (0, 0.2), "log Z": (0, 0.15)}),
+    "25 modes": Case(
+        density(ALL.log_prob, 2, 50.0, 40, 1000, 0.0, ALL.draws),
+        {"ELBO": (-0.21, INF), "log Z": (-0.02, 0.02), "SW2": (0, 1.3)},
+    ),
+    "funnel": Case(
+        density(funnel, 10, 1.0, 40, 1000, 0.0, funnel_draws),
+        {"ELBO": (-0.7, INF), "log Z": (-0.3, 0.3)},
+    ),
+    "wells": Case(
+        density(wells, 32, 1.0, 40, 1000, WELLS * WELL, wells_draws),
+        {"ELBO": (-4.7, INF), "log Z": (-0.2, 0.2)},
+    ),
+}

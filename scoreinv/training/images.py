@@ -1,0 +1,67 @@
+"""Training images: simulated once, augmented at every look, and their two moments."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scoreinv.gaussian import Fourier, Gaussian
+from scoreinv.simulators import simulate_images
+from scoreinv.training.run import TrainingRun
+
+
+def augment(
+    images: Tensor, generator: torch.Generator, shift: int, amplitude: tuple[float, float]
+) -> Tensor:
+    """Random flips, rotation, shift and amplitude of each image, with shape (B, C, H, W)."""
+    draw = lambda *shape: torch.rand(shape, generator=generator)
+    out = torch.empty(images.shape)
+    turns, flips = (4 * draw(len(images))).int(), draw(len(images)) < 0.5
+    moves = torch.floor((2 * shift + 1) * draw(len(images), 2)).int() - shift
+    low, high = math.log(amplitude[0]), math.log(amplitude[1])
+    peak = (low + (high - low) * draw(len(images))).exp()
+    for i, x in enumerate(images):
+        x = x.float().rot90(int(turns[i]), (-2, -1))
+        x = x.flip(-1) if flips[i] else x
+        out[i] = peak[i] * x.roll((int(moves[i, 0]), int(moves[i, 1])), (-2, -1))
+    return out
+
+
+def image_moments(images: Tensor) -> Gaussian:
+    """Mean image and stationary covariance of images with shape (n, C, H, W)."""
+    mean = images.mean(0)
+    power = torch.zeros(images.shape[1:], dtype=torch.float64)
+    for part in images.split(1024):
+        power += torch.fft.fft2(part - mean, norm="ortho").abs().double().square().sum(0)
+    power = power / len(images)
+    # every orientation is equally likely under the augmentation: impose it, and P(k) = P(-k) with it
+    power = sum(p.rot90(k, (-2, -1)) for p in _unshifted(power) for k in range(4)) / 8
+    return Gaussian(mean, Fourier(torch.fft.ifftshift(power[..., :-1, :-1], (-2, -1))))
+
+
+def _unshifted(power: Tensor) -> tuple[Tensor, Tensor]:
+    """The spectrum on a grid of odd size centred on k = 0 (Nyquist row repeated), and its mirror image."""
+    centred = torch.fft.fftshift(power, (-2, -1))
+    centred = torch.cat([centred, centred[..., :1, :]], -2)
+    centred = torch.cat([centred, centred[..., :, :1]], -1)
+    return centred, centred.flip(-1)
+
+
+def load_images(run: TrainingRun, folder: Path, progress: bool) -> tuple[Tensor, Tensor]:
+    """Training and held-out images, simulated once and kept beside the checkpoints; both (n, 1, H, W), float16."""
+    data = run.data
+    n = data.images + data.held_out
+    key = hashlib.sha256(f"{data.kind} {data.size} {n} {run.seed}".encode()).hexdigest()[:12]
+    path = folder / f"images-{key}.npy"
+    if not path.exists():
+        images = simulate_images(data.kind, n, data.size, run.seed, data.workers, progress)
+        partial = path.with_suffix(".part.npy")
+        np.save(partial, images)
+        partial.rename(path)
+    images = torch.from_numpy(np.load(path))
+    return images[: data.images], images[data.images :]
