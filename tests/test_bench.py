@@ -9,7 +9,7 @@ import torch
 
 import scoreinv as si
 from scoreinv.bench import exact as bench
-from scoreinv.bench import scaling
+from scoreinv.bench import rtb, scaling
 from scoreinv.bench.ablation import PARTS, Ablated
 from scoreinv.bench.exact import Score, coverage, problems, row, score, scores
 from scoreinv.bench.figure import error_figure
@@ -455,3 +455,27 @@ def test_peak_memory_sees_what_comes_and_goes():
         del held
     if not math.isnan(peak.megabytes):
         assert peak.megabytes == pytest.approx(128, abs=16)
+
+
+def test_the_known_densities_of_learned_controls_are_what_they_say():
+    """Masses by quadrature, draws by their moments (5 standard errors)."""
+    at = torch.linspace(-6, 6, 200_001, dtype=torch.float64)
+    pair = torch.stack([at, 0 * at], 1).repeat(1, rtb.WELLS)
+    alone = (rtb.wells(pair) / rtb.WELLS).exp()
+    mass = float(torch.trapezoid(alone, at)) * math.sqrt(2 * math.pi)
+    assert math.log(mass) == pytest.approx(rtb.WELL, abs=1e-4)
+    g, n = stream(1), 40_000
+    x = rtb.funnel_draws(n, g)
+    assert float(x[:, 0].var() / 9) == pytest.approx(1, abs=5 * math.sqrt(2 / n))
+    z = x[:, 1:] * (-x[:, :1] / 2).exp()
+    assert float(z.var()) == pytest.approx(1, abs=5 * math.sqrt(2 / (9 * n)))
+    entropy = 10 / 2 * math.log(2 * math.pi * math.e) + math.log(3)
+    assert float(-rtb.funnel(x).mean()) == pytest.approx(entropy, abs=0.4)
+    drawn, even = rtb.ALL.draws(n, g), torch.full((n,), 1 / n, dtype=torch.float64)
+    assert rtb.ALL.variation(drawn, even) < 0.02
+    half = drawn[drawn[:, 0] > 0]
+    assert rtb.ALL.variation(half, torch.full((len(half),), 1 / len(half)).double()) > 0.4
+    expected = -math.log(25) - math.log(2 * math.pi * rtb.VARIANCE)
+    assert float(rtb.ALL.log_prob(rtb.MODES[:1])) == pytest.approx(expected, abs=1e-6)
+    w = rtb.wells_draws(n, g)
+    assert float(w[:, 0].mean()) > 0.9  # nearly all in the right-hand well

@@ -545,3 +545,17 @@ def test_vis_section_is_checked_against_the_canvas(tmp_path):
     np.savetxt(tmp_path / "vis.txt", np.ones((3, 5)) * [1e6, 1e6, 1, 0, 1])
     with pytest.raises(ValueError, match="too coarse"):
         observe(VisibilityData(str(tmp_path / "vis.txt"), 1.0), (1, SIZE, SIZE))
+
+
+def test_a_target_that_is_missed_ends_in_status_one(monkeypatch, capsys):
+    from scoreinv.bench import rtb
+
+    cases = {
+        "near": rtb.Case(lambda seed: {"ELBO": -0.1}, {"ELBO": (-0.5, 0.0)}),
+        "off": rtb.Case(lambda seed: {"ELBO": -2.0}, {"ELBO": (-0.5, 0.0)}),
+    }
+    monkeypatch.setattr(rtb, "CASES", cases)
+    assert main(["bench", "rtb", "--problems", "[near]"]) == 0
+    assert main(["bench", "rtb"]) == 1
+    assert "ELBO -0.5..0" in capsys.readouterr().out
+    assert "expected some of near, off" in failure(capsys, "bench", "rtb", "--problems", "[far]")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,23 +54,25 @@ class Case:
     """A problem, how it is learned, and what should come of it.
 
     Attributes:
-        run: Gives the row's numbers for a seed and a share of the iterations.
+        run: Gives the row's numbers for a seed.
         targets: For each number the range that it should fall in.
         quick: Whether it belongs to the quick set.
     """
 
-    run: Callable[[int, float], dict[str, float]]
+    run: Callable[[int], dict[str, float]]
     targets: dict[str, tuple[float, float]] = field(default_factory=dict)
     quick: bool = True
 
 
-def rtb(seed: int, quick: bool, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
+def rtb(
+    seed: int, quick: bool = False, names: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """A row for each case: its numbers in nats over the known evidence, and which targets it misses."""
     for name, case in CASES.items():
-        if names is not None and name not in names or names is None and quick and not case.quick:
+        if not (name in names if names else case.quick or not quick):
             continue
         began = time.process_time()
-        found = case.run(seed, 1.0)
+        found = case.run(seed)
         missed = [k for k, (low, high) in case.targets.items() if not low <= found[k] <= high]
         wanted = ", ".join(f"{k} {_range(*v)}" for k, v in case.targets.items())
         yield {
@@ -156,7 +158,7 @@ def judged(
 def measurement(matrix: Tensor, y: Tensor, std: float, iterations: int, steps: int) -> Callable:
     """Data of the grid, y = A x + noise."""
 
-    def run(seed: int, share: float) -> dict[str, float]:
+    def run(seed: int) -> dict[str, float]:
         S = VARIANCE * matrix @ matrix.T + std**2 * torch.eye(len(matrix), dtype=torch.float64)
         seen = MultivariateNormal(MODES @ matrix.T, S).log_prob(y)
         gain = VARIANCE * matrix.T @ torch.linalg.inv(S)
@@ -169,7 +171,7 @@ def measurement(matrix: Tensor, y: Tensor, std: float, iterations: int, steps: i
         likelihood = Likelihood(DenseOperator(matrix, PLANE), GaussianNoise(std=std))
         options = {"seed": seed, "steps": steps, "y": y}
         first = finetune(grid(), likelihood, **options, plan=Plan(iterations=1, rate=1e-12))
-        plan = Plan(iterations=max(1, int(share * iterations)), seed=seed)
+        plan = Plan(iterations=iterations, seed=seed)
         learned = finetune(grid(), likelihood, **options, plan=plan)
         exact = posterior.draws(5 * PATHS, stream(seed, 10))
         row = judged(learned.engine, y, log_z, exact, seed)
@@ -190,7 +192,7 @@ def _modes(engine: Engine, y: Tensor | None, posterior: Modes, seed: int) -> dic
     }
 
 
-def nine(seed: int, share: float) -> dict[str, float]:
+def nine(seed: int) -> dict[str, float]:
     """9 of the 25 modes with new weights: the published toy, from paths through exact draws and the control's own."""
     prior, eye = grid(), VARIANCE * torch.eye(2, dtype=torch.float64)
     before = Modes(torch.ones(25, dtype=torch.float64), MODES, eye)
@@ -205,7 +207,7 @@ def nine(seed: int, share: float) -> dict[str, float]:
     engine = Engine(chain, VectorControl(chain, seed=seed), reward)
     images = after.draws(5000, stream(seed, 15)).reshape(-1, *PLANE)
     recipe = Recipe(LogVariance(), [(0.5, OnPolicy()), (0.5, Given(images))])
-    plan = Plan(iterations=max(1, int(share * 1000)), seed=seed)
+    plan = Plan(iterations=1000, seed=seed)
     train_control(engine, _free(PLANE), plan, recipe)
     row = judged(engine, None, 0.0, after.draws(5 * PATHS, stream(seed, 10)), seed)
     return {**row, **_modes(engine, None, after, seed)}
@@ -231,17 +233,15 @@ def mixture(seed: int) -> tuple[MixturePrior, Likelihood]:
 def amortised(steps: int, iterations: int) -> Callable:
     """Any data of the mixture: numbers are means over 20 new data sets."""
 
-    def run(seed: int, share: float) -> dict[str, float]:
+    def run(seed: int) -> dict[str, float]:
         prior, likelihood = mixture(1)
-        # the mean of the second half of a component's draws tells evidence apart
-        plan = Plan(max(1, int(share * iterations)), groups=32, paths=8, rate=1e-3, seed=seed)
+        plan = Plan(iterations, groups=32, paths=8, rate=1e-3, seed=seed)
         learned = finetune(prior, likelihood, seed=seed, steps=steps, plan=plan)
         untrained = finetune(
             prior, likelihood, seed=seed, steps=steps, plan=Plan(1, groups=2, paths=2, rate=1e-12)
         )
         rows = [_one_of_many(learned, untrained, seed, i) for i in range(20)]
-        row = {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
-        return row
+        return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
 
     return run
 
@@ -282,7 +282,7 @@ def density(
 ) -> Callable:
     """A density without a prior: Brownian motion steered towards it, by its gradient and local search."""
 
-    def run(seed: int, share: float) -> dict[str, float]:
+    def run(seed: int) -> dict[str, float]:
         shape = (1, 1, d)
         reference = Brownian(shape, steps, variance)
         reward = lambda x, _: log_p(x.flatten(1))
@@ -290,7 +290,7 @@ def density(
         engine = Engine(reference, VectorControl(reference, None, guide, seed=seed), reward)
         search = LocalSearch(lambda x: log_p(x.flatten(1)))
         recipe = Recipe(LogVariance(), [(0.5, OnPolicy(1.3)), (0.5, search)])
-        plan = Plan(iterations=max(1, int(share * iterations)), paths=256, rate=1e-3, seed=seed)
+        plan = Plan(iterations=iterations, paths=256, rate=1e-3, seed=seed)
         train_control(engine, _free(shape), plan, recipe)
         return judged(engine, None, log_z, draws(5 * PATHS, stream(seed, 10)), seed)
 
@@ -339,7 +339,9 @@ CASES = {
         {"log Z": (-0.05, 0.05), "EUBO": (-INF, 0.3), "weighed": (0, 0.05)},
     ),
     "amortised, T = 20": Case(amortised(20, 600), {"ELBO": (-1.6, INF), "log Z": (0, 0.25)}),
-    "amortised, T = 50": Case(amortised(50, 500), {"SW2": (0, 0.2), "log Z": (0, 0.15)}),
+    "amortised, T = 50": Case(
+        amortised(50, 500), {"SW2": (0, 0.2), "log Z": (0, 0.15)}, quick=False
+    ),
     "25 modes": Case(
         density(ALL.log_prob, 2, 50.0, 40, 1000, 0.0, ALL.draws),
         {"ELBO": (-0.21, INF), "log Z": (-0.02, 0.02), "SW2": (0, 1.3)},
@@ -347,9 +349,11 @@ CASES = {
     "funnel": Case(
         density(funnel, 10, 1.0, 40, 1000, 0.0, funnel_draws),
         {"ELBO": (-0.7, INF), "log Z": (-0.3, 0.3)},
+        quick=False,
     ),
     "wells": Case(
         density(wells, 32, 1.0, 40, 1000, WELLS * WELL, wells_draws),
         {"ELBO": (-4.7, INF), "log Z": (-0.2, 0.2)},
+        quick=False,
     ),
 }

@@ -2,7 +2,8 @@
 
 A command is a function of one configuration, a frozen dataclass with a docstring; its keys, its
 help and the search for misspelt keys come from there. What a user can mend ends in one line on
-standard error and exit status 2, an interruption in status 130.
+standard error and exit status 2, an interruption in status 130, a measured target that was missed
+in status 1.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from scoreinv.cli.priors import priors
 from scoreinv.cli.sample import sample
 from scoreinv.cli.train import train
 
-COMMANDS: dict[str, Callable[[typing.Any], None]] = {
+COMMANDS: dict[str, Callable[[typing.Any], int | None]] = {
     "sample": sample,
     "coverage": coverage,
     "train": train,
@@ -40,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    status = 0
     try:
-        _run(words)
+        status = _run(words)
         sys.stdout.flush()
     except BrokenPipeError:
         # the reader has seen enough (`scoreinv priors | head`); what is left must not be flushed into the closed pipe
@@ -52,16 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end(FAILED, f"error: {error}")
     except KeyboardInterrupt as stop:
         return _end(INTERRUPTED, f"interrupted{': ' if stop.args else ''}{stop}")
-    return 0
+    return status
 
 
-def _run(words: list[str]) -> None:
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("--help", "-h"):
         print(_overview())
-        return
+        return 0
     if words[0] == "--version":
         print(_version())
-        return
+        return 0
     name, *rest = words
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
@@ -70,8 +72,8 @@ def _run(words: list[str]) -> None:
     config = typing.get_type_hints(command)["config"]
     if "--help" in rest or "-h" in rest:
         print(help_text(config, f"scoreinv {name}", summary(command)))
-        return
-    command(parse(config, rest, f"scoreinv {name}"))
+        return 0
+    return command(parse(config, rest, f"scoreinv {name}")) or 0
 
 
 def _overview() -> str:

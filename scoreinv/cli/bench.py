@@ -1,4 +1,4 @@
-"""`scoreinv bench`: accuracy on exact posteriors, calibration with trained priors, speed."""
+"""`scoreinv bench`: accuracy on exact posteriors, calibration with trained priors, learned controls, speed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import scoreinv as si
-from scoreinv.bench import exact, learned, scaling, speed
+from scoreinv.bench import exact, learned, rtb, scaling, speed
 from scoreinv.bench.document import cell, document
 from scoreinv.bench.figure import error_figure
 from scoreinv.bench.peers import Peer
 from scoreinv.samplers.path import Sampler
 
-TABLES = ("exact", "coverage", "learned", "speed", "scaling")
+TABLES = ("exact", "coverage", "learned", "rtb", "speed", "scaling")
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,13 @@ class BenchConfig:
 
     Args:
         what: "exact" (posteriors in closed form), "coverage" (truths ranked among 31 draws, on the same problems), "learned"
-            (calibration with a trained prior), "speed", or "scaling" (with pixels, data, draws and levels).
+            (calibration with a trained prior), "rtb" (learned controls; exit status 1 if a target is missed), "speed", or
+            "scaling" (with pixels, data, draws and levels).
         methods: Samplers of "exact" and "coverage": SMC (as in the section), SMC40 and SMC7 (of so many levels), Anneal,
             Guided, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved; with the extra `bench`
             azula-MMPS, azula-DPS, azula-DiffPIR, deepinv-MMPS, deepinv-PiGDM, deepinv-DPS, by those packages' own code;
             and "SMC without local covariance", "finer steps", "skipping", "network's twist" or "spare particles".
-        problems: Of "exact" and "coverage", by their names, as in "grid 80 1"; all of the suite if left out.
+        problems: Of "exact" and "coverage", by their names, as in "grid 80 1", and of "rtb"; all if left out.
         prior: Trained prior of "learned", "speed" and "scaling".
         kinds: Problems of "learned": psf, uv.
         sources: Of the truths of "learned": prior (its own draws), held out (images that it was not trained on).
@@ -77,9 +78,10 @@ class BenchConfig:
             raise ValueError(
                 f"methods are {', '.join(unknown)}, expected some of {', '.join(exact.METHODS)}"
             )
-        if unknown := set(self.problems or ()) - set(exact.problems()):
+        suite = rtb.CASES if self.what == "rtb" else exact.problems()
+        if unknown := set(self.problems or ()) - set(suite):
             raise ValueError(
-                f"problems are {', '.join(sorted(unknown))}, expected some of {', '.join(exact.problems())}"
+                f"problems are {', '.join(sorted(unknown))}, expected some of {', '.join(suite)}"
             )
         if unknown := set(self.sources) - {"prior", "held out"}:
             raise ValueError(f"sources are {', '.join(unknown)}, expected some of prior, held out")
@@ -94,13 +96,14 @@ class BenchConfig:
                 raise ValueError(f"{key} is {given}, expected at least {value}")
 
 
-def bench(config: BenchConfig) -> None:
-    """Measure samplers: accuracy on exact posteriors, calibration with a trained prior, speed."""
-    tables = (_exact, _coverage, _learned, _speed, _scaling)
+def bench(config: BenchConfig) -> int:
+    """Measure samplers: accuracy on exact posteriors, calibration with a trained prior, learned controls, speed."""
+    tables = (_exact, _coverage, _learned, _rtb, _speed, _scaling)
     rows = dict(zip(TABLES, tables, strict=True))[config.what](config)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         Path(config.output).write_text(json.dumps(rows, indent=1) + "\n")
+    return 1 if any(row.get("missed", "-") != "-" for row in rows) else 0
 
 
 def _exact(config: BenchConfig) -> list[dict[str, Any]]:
@@ -194,6 +197,15 @@ def _scaling(config: BenchConfig) -> list[dict[str, Any]]:
         picture = Path(config.output).with_suffix(".png")
         picture.parent.mkdir(parents=True, exist_ok=True)
         scaling.scaling_figure(rows).savefig(picture, dpi=100)
+    return rows
+
+
+def _rtb(config: BenchConfig) -> list[dict[str, Any]]:
+    rows = []
+    for row in rtb.rtb(config.seed, config.quick, config.problems):
+        rows.append(row)
+        print(table(rows[-1:]), end="\n\n", flush=True)
+    print(table(rows))
     return rows
 
 
