@@ -284,13 +284,15 @@ def _likeliest(prior: Prior, likelihood: Likelihood, y: Tensor) -> tuple[float, 
         raise ValueError("the data carry no information on the image: is every weight zero?")
     dirty = float((D * D).sum()) / max(float((D * H(D[None])[0]).sum()), 1e-300)
     guess = math.sqrt(max(dirty * float((D * D).sum()), 1e-300) / expected)
+    curve = solver.evidence_curve(prior.moments, guess)
     best = minimize_scalar(
-        lambda t: -solver.log_evidence(prior.moments.rescaled(math.exp(t))),
+        lambda t: -curve(math.exp(t)),
         bounds=(math.log(guess) - math.log(1e3), math.log(guess) + math.log(1e3)),
         method="bounded",
         options={"xatol": 0.01},
     )
-    return math.exp(float(best.x)), -float(best.fun)
+    amplitude = math.exp(float(best.x))
+    return amplitude, solver.log_evidence(prior.moments.rescaled(amplitude))
 
 
 def _check(prior: Prior, likelihood: Likelihood, y: Tensor) -> None:

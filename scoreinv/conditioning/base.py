@@ -92,6 +92,15 @@ class Conditioner(abc.ABC):
     def log_evidence(self, prior: Gaussian) -> float:
         """log N(y; A mean, S + A C A^T), in nats."""
 
+    def evidence_curve(self, prior: Gaussian, near: float) -> Callable[[float], float]:
+        """log N(y; a A mean, S + a^2 A C A^T) as a function of the amplitude a, up to what hardly depends on a.
+
+        Args:
+            prior: For a = 1.
+            near: Amplitudes of interest are no larger than a few times this.
+        """
+        return lambda a: self.log_evidence(prior.rescaled(a))
+
 
 @dataclass(frozen=True)
 class FilterMobility(Mobility):

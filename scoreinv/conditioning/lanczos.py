@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -69,11 +70,75 @@ def lanczos(
     return result
 
 
-def _quadrature(alphas: list[Tensor], betas: list[Tensor]) -> Tensor:
-    """e_1^T log(T) e_1 for tridiagonal matrices T, with shape (B,)."""
+@dataclass(frozen=True)
+class Quadrature:
+    """z^T f(operator) z = sum_j weights_j f(values_j) for any f, for each of some z.
+
+    Attributes:
+        values: Nodes, with shape (B, steps).
+        weights: With shape (B, steps).
+    """
+
+    values: Tensor
+    weights: Tensor
+
+    def form(self, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """z^T f(operator) z, with shape (B,)."""
+        return (self.weights * f(self.values)).sum(1)
+
+
+def quadrature(
+    operator: Callable[[Tensor], Tensor],
+    z: Tensor,
+    f: Callable[[Tensor], Tensor],
+    tolerance: float,
+    most: int = 800,
+) -> Quadrature:
+    """Nodes and weights by Lanczos iterations until z^T f(operator) z is known.
+
+    Rounding repeats eigenvalues, which shares out their weights and does no harm. Golub & Meurant, Matrices, Moments and
+    Quadrature (2010), chapters 4 and 6.
+
+    Args:
+        operator: Symmetric positive semi-definite, acts on (B, *shape).
+        z: With shape (B, *shape).
+        f: A function that is no easier than those to come.
+        tolerance: Stops when a fifth more nodes change no form by more.
+        most: Nodes.
+    """
+    norm, column = dot(z, z), lambda c: c.reshape(-1, *[1] * (z.ndim - 1))
+    tiny = torch.finfo(torch.float64).tiny
+    q, previous, beta = z / column(norm.sqrt().clamp_min(tiny)), torch.zeros_like(z), 0 * norm
+    alphas, betas, found, check = [], [], torch.full_like(norm, math.inf), 25
+    for done in range(1, most + 1):
+        w = operator(q) - column(beta) * previous
+        alpha = dot(w, q)
+        w = w - column(alpha) * q
+        alphas.append(alpha)
+        beta = dot(w, w).sqrt()
+        if done == check or done == most:
+            check = math.ceil(1.2 * check)
+            values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
+            result = Quadrature(values.clamp_min(0), norm[:, None] * vectors[:, 0].square())
+            now, before = result.form(f), found
+            if bool(((now - before).abs() < tolerance).all()):
+                return result
+            found = now
+        betas.append(beta)
+        previous, q = q, w / column(beta.clamp_min(1e-30))
+    return result
+
+
+def _tridiagonal(alphas: list[Tensor], betas: list[Tensor]) -> Tensor:
+    """The matrices of these diagonals, with shape (B, steps, steps)."""
     T = torch.diag_embed(torch.stack(alphas, 1))
     if betas:
         off = torch.stack(betas, 1)
         T = T + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-    values, vectors = torch.linalg.eigh(T)
+    return T
+
+
+def _quadrature(alphas: list[Tensor], betas: list[Tensor]) -> Tensor:
+    """e_1^T log(T) e_1 for tridiagonal matrices T, with shape (B,)."""
+    values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
     return (vectors[:, 0].square() * values.clamp_min(1e-300).log()).sum(1)
