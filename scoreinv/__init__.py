@@ -2,7 +2,7 @@
 
 from scoreinv import diagnostics, gaussian, simulators
 from scoreinv.data import Cutout, Grid, Visibilities, inspect, read_cutout, read_visibilities
-from scoreinv.finetune import Amortised, finetune, load_amortised
+from scoreinv.finetune import Amortised, Plan, Recipe, finetune, load_amortised
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise, PoissonNoise, StudentNoise
 from scoreinv.operators import (
@@ -55,9 +55,11 @@ __all__ = [
     "Mask",
     "MixturePrior",
     "PSFConvolution",
+    "Plan",
     "PoissonNoise",
     "Posterior",
     "Prior",
+    "Recipe",
     "Samples",
     "Simulations",
     "ScorePrior",

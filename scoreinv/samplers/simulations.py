@@ -52,7 +52,10 @@ class Simulations:
     seconds: Tensor
 
     def coverage(self, seed: int, swaps: int = 1999) -> Coverage:
-        """The battery of `scoreinv.diagnostics.coverage`, with the likelihood among its quantities."""
+        """The battery of `scoreinv.diagnostics.coverage`, with the likelihood among its quantities.
+
+        What goes wrong for bright or for faint sources alone is found by the peak of the data's image.
+        """
         fit = self.log_likelihood
         return coverage(
             self.draws,
@@ -61,6 +64,7 @@ class Simulations:
             references=self.dirty,
             baseline=self.wiener,
             extra={"log likelihood": (fit[:, 1:], fit[:, 0])},
+            covariates={"brightness": self.dirty.flatten(1).max(1).values},
             swaps=swaps,
         )
 
