@@ -10,6 +10,7 @@ from scoreinv.finetune import paths as engine_of_paths
 from scoreinv.finetune import training
 from scoreinv.finetune.control import VectorControl, guidance, guidance_by_gradient
 from scoreinv.finetune.evidence import evidence, extrapolated, k_hat
+from scoreinv.finetune.free import Brownian, OrnsteinUhlenbeck
 from scoreinv.finetune.objectives import ForwardKL, LogVariance, TrajectoryBalance
 from scoreinv.finetune.paths import Engine, log_density
 from scoreinv.finetune.proposals import (
@@ -19,7 +20,7 @@ from scoreinv.finetune.proposals import (
     LocalSearch,
     OnPolicy,
 )
-from scoreinv.finetune.reference import Brownian, OrnsteinUhlenbeck, PriorChain, TwistedChain
+from scoreinv.finetune.reference import PriorChain, TwistedChain
 from scoreinv.finetune.training import Plan, Recipe, train_control
 from scoreinv.gaussian import Dense, Diagonal, Fourier, Scalar
 from scoreinv.priors.base import stream

@@ -21,10 +21,11 @@ from scoreinv.bench.scores import sliced_wasserstein
 from scoreinv.finetune.amortised import PROBES, Amortised, finetune
 from scoreinv.finetune.control import VectorControl, guidance_by_gradient
 from scoreinv.finetune.evidence import evidence
+from scoreinv.finetune.free import Brownian
 from scoreinv.finetune.objectives import LogVariance
 from scoreinv.finetune.paths import Engine
 from scoreinv.finetune.proposals import Given, LocalSearch, OnPolicy
-from scoreinv.finetune.reference import Brownian, PriorChain, measured
+from scoreinv.finetune.reference import PriorChain, measured
 from scoreinv.finetune.training import Plan, Recipe, train_control
 from scoreinv.gaussian import Dense
 from scoreinv.likelihood import Likelihood

@@ -4,8 +4,8 @@ A chain x_0, x_1, ..., x_T is drawn in the order of generation: x_0 is noise, x_
 
     x_{k+1}  ~  N(mean_k(x_k), V_k),
 
-and a control u moves its mean by V_k^1/2 u. The reverse chain of a prior (`PriorChain`) makes images of the prior; a
-Brownian motion or an Ornstein-Uhlenbeck process makes Gaussian noise of a known density, which stands for no prior at all.
+and a control u moves its mean by V_k^1/2 u. The reverse chain of a prior makes images of the prior; processes that know
+nothing are in `scoreinv.finetune.free`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from scoreinv.conditioning import Conditioned, Conditioner, conditioner
-from scoreinv.gaussian import Covariance, Scalar, selected
+from scoreinv.gaussian import Covariance, selected
 from scoreinv.kernels import conditional, noise_levels, reverse_covariance
 from scoreinv.likelihood import Likelihood
 from scoreinv.operators.information import white
@@ -312,103 +312,3 @@ def pulled(
         shift[k == i] = given[i].respond(e[k == i])
     share = 1 - (chain.sigma(k + 1) / chain.sigma(k)).square()
     return share.to(shift.dtype).reshape(-1, *[1] * (shift.ndim - 1)) * shift
-
-
-class Brownian(Reference):
-    """Brownian motion from 0 to variance v: a chain of equal steps that knows nothing.
-
-    Zhang & Chen, Path Integral Sampler (2022, arXiv:2111.15141).
-
-    Args:
-        shape: Of an image.
-        steps: T.
-        variance: v of x_T.
-    """
-
-    dtype = torch.float64
-
-    def __init__(self, shape: Sequence[int], steps: int, variance: float) -> None:
-        if steps < 2 or not variance > 0:
-            raise ValueError(
-                f"steps is {steps} and variance {variance:g}; expected at least 2 steps and a variance > 0"
-            )
-        self.shape, self.steps, self.variance = tuple(shape), steps, float(variance)
-
-    def start(self, n: int, y: Tensor | None) -> Step:
-        nothing = torch.zeros(n, *self.shape, dtype=self.dtype)
-        return Step(nothing, Scalar(0.0), nothing)
-
-    def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> Step:
-        return Step(x, Scalar(self.variance / self.steps), x)
-
-    def noised(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-        states = [x]
-        for i in range(k - 1, -1, -1):  # a bridge to 0
-            spread = math.sqrt(self.variance / self.steps * i / (i + 1))
-            z = white(self.shape, len(x), generator, x.dtype)
-            states.append(states[-1] * (i / (i + 1)) + spread * z)
-        return torch.stack(states[::-1])
-
-    def clock(self, k: Tensor) -> Tensor:
-        return 2 * k.double() / self.steps - 1
-
-    def scale(self, k: Tensor) -> Tensor:
-        return torch.full((len(k),), math.sqrt(self.variance), dtype=self.dtype)
-
-    def log_terminal(self, x: Tensor) -> Tensor:
-        return _log_normal(x, self.variance)
-
-
-class OrnsteinUhlenbeck(Reference):
-    """A stationary process of variance v: x_{k+1} = x_k e^-h + sqrt(v (1 - e^-2h)) z.
-
-    Args:
-        shape: Of an image.
-        steps: T.
-        variance: v.
-        time: T h, over which a start is forgotten as e^-time.
-    """
-
-    dtype = torch.float64
-
-    def __init__(
-        self, shape: Sequence[int], steps: int, variance: float = 1.0, time: float = 3.0
-    ) -> None:
-        if steps < 2 or not variance > 0 or not time > 0:
-            raise ValueError(
-                f"steps is {steps}, variance {variance:g} and time {time:g}; "
-                "expected at least 2 steps, a variance > 0 and a time > 0"
-            )
-        self.shape, self.steps, self.variance = tuple(shape), steps, float(variance)
-        self.decay = math.exp(-time / steps)
-
-    def start(self, n: int, y: Tensor | None) -> Step:
-        nothing = torch.zeros(n, *self.shape, dtype=self.dtype)
-        return Step(nothing, Scalar(self.variance), nothing)
-
-    def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> Step:
-        V = Scalar(self.variance * (1 - self.decay**2))
-        left = (self.decay ** (self.steps - k.double())).reshape(-1, *[1] * len(self.shape))
-        return Step(self.decay * x, V, left * x)
-
-    def noised(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
-        states, spread = [x], math.sqrt(self.variance * (1 - self.decay**2))
-        for _ in range(k):  # it runs backwards as it runs forwards
-            z = white(self.shape, len(x), generator, x.dtype)
-            states.append(self.decay * states[-1] + spread * z)
-        return torch.stack(states[::-1])
-
-    def clock(self, k: Tensor) -> Tensor:
-        return 2 * k.double() / self.steps - 1
-
-    def scale(self, k: Tensor) -> Tensor:
-        return torch.full((len(k),), math.sqrt(self.variance), dtype=self.dtype)
-
-    def log_terminal(self, x: Tensor) -> Tensor:
-        return _log_normal(x, self.variance)
-
-
-def _log_normal(x: Tensor, variance: float) -> Tensor:
-    flat = x.double().flatten(1)
-    norm = flat.shape[1] * math.log(2 * math.pi * variance)
-    return -0.5 * (flat.square().sum(1) / variance + norm)

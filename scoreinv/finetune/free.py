@@ -1,0 +1,109 @@
+"""Processes that know nothing: they end as white Gaussian noise of a known density, of which rewards are freed.
+
+With a control they sample a density without a prior, or the latent space of a generator f by the reward r(f(z)) N(z; 0, v).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scoreinv.finetune.reference import Reference, Step
+from scoreinv.gaussian import Scalar
+from scoreinv.operators.information import white
+
+
+class Free(Reference):
+    """A process that ends as N(0, v).
+
+    Args:
+        shape: Of an image.
+        steps: T.
+        variance: v of x_T.
+        first: Variance of x_0.
+    """
+
+    dtype = torch.float64
+
+    def __init__(self, shape: Sequence[int], steps: int, variance: float, first: float) -> None:
+        if steps < 2 or not variance > 0:
+            raise ValueError(
+                f"steps is {steps} and variance {variance:g}; expected at least 2 steps and a variance > 0"
+            )
+        self.shape, self.steps, self.variance = tuple(shape), steps, float(variance)
+        self._first = Scalar(first)
+
+    def start(self, n: int, y: Tensor | None) -> Step:
+        nothing = torch.zeros(n, *self.shape, dtype=self.dtype)
+        return Step(nothing, self._first, nothing)
+
+    def clock(self, k: Tensor) -> Tensor:
+        return 2 * k.double() / self.steps - 1
+
+    def scale(self, k: Tensor) -> Tensor:
+        return torch.full((len(k),), math.sqrt(self.variance), dtype=self.dtype)
+
+    def log_terminal(self, x: Tensor) -> Tensor:
+        flat = x.double().flatten(1)
+        norm = flat.shape[1] * math.log(2 * math.pi * self.variance)
+        return -0.5 * (flat.square().sum(1) / self.variance + norm)
+
+
+class Brownian(Free):
+    """Brownian motion from 0 to variance v, in equal steps.
+
+    Zhang & Chen, Path Integral Sampler (2022, arXiv:2111.15141).
+
+    Args:
+        shape: Of an image.
+        steps: T.
+        variance: v of x_T.
+    """
+
+    def __init__(self, shape: Sequence[int], steps: int, variance: float) -> None:
+        super().__init__(shape, steps, variance, first=0.0)
+
+    def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> Step:
+        return Step(x, Scalar(self.variance / self.steps), x)
+
+    def noised(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+        states = [x]
+        for i in range(k - 1, -1, -1):  # a bridge to 0
+            spread = math.sqrt(self.variance / self.steps * i / (i + 1))
+            z = white(self.shape, len(x), generator, x.dtype)
+            states.append(states[-1] * (i / (i + 1)) + spread * z)
+        return torch.stack(states[::-1])
+
+
+class OrnsteinUhlenbeck(Free):
+    """A stationary process of variance v: x_{k+1} = x_k e^-h + sqrt(v (1 - e^-2h)) z.
+
+    Args:
+        shape: Of an image.
+        steps: T.
+        variance: v.
+        time: T h, over which a start is forgotten as e^-time.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], steps: int, variance: float = 1.0, time: float = 3.0
+    ) -> None:
+        super().__init__(shape, steps, variance, first=variance)
+        if not time > 0:
+            raise ValueError(f"time is {time:g}, expected a number > 0")
+        self.decay = math.exp(-time / steps)
+
+    def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> Step:
+        V = Scalar(self.variance * (1 - self.decay**2))
+        left = (self.decay ** (self.steps - k.double())).reshape(-1, *[1] * len(self.shape))
+        return Step(self.decay * x, V, left * x)
+
+    def noised(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
+        states, spread = [x], math.sqrt(self.variance * (1 - self.decay**2))
+        for _ in range(k):  # it runs backwards as it runs forwards
+            z = white(self.shape, len(x), generator, x.dtype)
+            states.append(self.decay * states[-1] + spread * z)
+        return torch.stack(states[::-1])
