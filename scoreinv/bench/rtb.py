@@ -260,6 +260,7 @@ def _one_of_many(learned: Amortised, untrained: Amortised, seed: int, i: int) ->
     draws = [
         p.gaussian_draw(int(n), stream(seed, 17, i, j))
         for j, (p, n) in enumerate(zip(parts, counts, strict=True))
+        if n
     ]
     exact = torch.cat(draws).flatten(1).double()
     exact = exact[torch.randperm(len(exact), generator=stream(seed, 18, i))]
