@@ -145,6 +145,12 @@ def test_finished_simulations_are_found_again(tmp_path):
     assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir() if p.name in before} == before
     with pytest.raises(ValueError, match="another problem, sampler or seed"):
         run(seed=1)
+    # truths that are given are not those that were drawn
+    with pytest.raises(ValueError, match="another problem, sampler or seed"):
+        other = PRIOR.sample(10, seed=9)
+        si.sample_simulations(
+            PRIOR, white(0.5), 10, 16, si.SMC(4), seed=0, folder=tmp_path, truths=other
+        )
     (tmp_path / "simulation-00002.safetensors").write_bytes(b"cut off")
     with pytest.raises(ValueError, match="00002.* is not a finished simulation"):
         run()

@@ -113,13 +113,18 @@ def sample_simulations(
         )
     if folder is None and share[1] > 1:
         raise ValueError("several processes need a folder in which to meet")
-    truths = prior.sample(sims, seed) if truths is None else truths
 
-    def problem(i: int) -> tuple[Posterior, Tensor]:
-        y = likelihood.simulate(truths[i : i + 1], _seed(seed, i))[0]
-        return Posterior(prior, believed or likelihood, y), truths[i]
+    def truth(i: int, kept: Tensor | None) -> Tensor:
+        if truths is not None:
+            return truths[i]
+        # the last bits of what a network draws again would depend on the threads
+        return prior.sample(1, _seed(seed, i))[0] if kept is None else kept
 
-    return _sampled(problem, sims, n, sampler or SMC(), seed, folder, progress, share)
+    def posterior(truth: Tensor, i: int) -> Posterior:
+        y = likelihood.simulate(truth[None], _seed(seed, i))[0]
+        return Posterior(prior, believed or likelihood, y)
+
+    return _sampled(truth, posterior, sims, n, sampler or SMC(), seed, folder, progress, share)
 
 
 def sample_again(
@@ -161,15 +166,19 @@ def sample_again(
     halved = GaussianNoise(covariance=likelihood.noise.covariance.map(lambda v: 0.5 * v))
     both = Likelihood(likelihood.operator, halved)
 
-    def problem(i: int) -> tuple[Posterior, Tensor]:
-        y = likelihood.simulate(truths[i : i + 1], _seed(seed, i))[0]
-        return Posterior(posterior.prior, both, 0.5 * (y + posterior.y)), truths[i]
+    def joined(truth: Tensor, i: int) -> Posterior:
+        y = likelihood.simulate(truth[None], _seed(seed, i))[0]
+        return Posterior(posterior.prior, both, 0.5 * (y + posterior.y))
 
-    return _sampled(problem, len(truths), n, sampler or SMC(), seed, folder, progress, share)
+    sims = len(truths)
+    return _sampled(
+        lambda i, _: truths[i], joined, sims, n, sampler or SMC(), seed, folder, progress, share
+    )
 
 
 def _sampled(
-    problem: Callable[[int], tuple[Posterior, Tensor]],
+    truths: Callable[[int, Tensor | None], Tensor],
+    problem: Callable[[Tensor, int], Posterior],
     sims: int,
     n: int,
     sampler: Sampler,
@@ -183,14 +192,20 @@ def _sampled(
     for i in tqdm(
         range(share[0], sims, share[1]), disable=not progress, desc="simulations", unit="posterior"
     ):
-        posterior, truth = problem(i)
-        key = fingerprint(posterior, sampler, _seed(seed, i), n)
         path = None if folder is None else _path(Path(folder), i)
-        record = None if path is None else _read(path, key)
+        key, record = (None, None) if path is None else _read(path)
+        truth = truths(i, None if record is None else record["truths"])
+        posterior = problem(truth, i)
+        wanted = fingerprint(posterior, sampler, _seed(seed, i), n)
         if record is None:
             record = _simulation(posterior, truth, n, sampler, _seed(seed, i))
             if path is not None:
-                _keep(path, key, record)
+                _keep(path, wanted, record)
+        elif key != wanted:
+            raise ValueError(
+                f"{path.parent} holds simulations of another problem, sampler or seed; "
+                "choose another output, or pass --overwrite to delete them"
+            )
         found.append(record)
     return _stacked(found) if share[1] == 1 else None
 
@@ -207,7 +222,7 @@ def read_simulations(folder: str | Path, sims: int) -> Simulations:
         raise ValueError(
             f"{len(missing)} of {sims} simulations are not in {folder}, the first is {missing[0]}; run them first"
         )
-    return _stacked([_read(path, None) for path in paths])
+    return _stacked([_read(path)[1] for path in paths])
 
 
 def _stacked(records: list[dict[str, Tensor]]) -> Simulations:
@@ -254,20 +269,14 @@ def _keep(path: Path, key: str, record: dict[str, Tensor]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _read(path: Path, key: str | None) -> dict[str, Tensor] | None:
-    """A finished simulation; None if it is not there. Without a key, of whatever made it."""
+def _read(path: Path) -> tuple[str, dict[str, Tensor]] | tuple[None, None]:
+    """Key and fields of a finished simulation; None if it is not there."""
     if not path.exists():
-        return None
+        return None, None
     try:
         with safe_open(path, "pt") as f:
-            seen, record = f.metadata()["key"], {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+            return f.metadata()["key"], {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a finished simulation ({error}); delete it to run it again"
         ) from error
-    if key is not None and seen != key:
-        raise ValueError(
-            f"{path.parent} holds simulations of another problem, sampler or seed; "
-            "choose another output, or pass --overwrite to delete them"
-        )
-    return record
