@@ -43,7 +43,7 @@ def expectation(C: Covariance, sigma: float) -> Covariance:
 
 def conditional(C: Covariance, sigma: float) -> Covariance:
     """C_sigma = sigma^2 C (C + sigma^2)^-1, of x_0 given x_sigma under a Gaussian prior."""
-    return C.map(lambda v: sigma**2 / (1 + sigma**2 / v))
+    return C.map(lambda v: torch.where(v > 0, sigma**2 / (1 + sigma**2 / v), 0.0))
 
 
 def reverse_covariance(C: Covariance, sigma: float, s: float) -> Covariance:

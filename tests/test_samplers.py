@@ -555,6 +555,7 @@ def test_a_companion_that_the_prior_does_not_expect_is_found(monkeypatch):
             si.Posterior(prior, likelihood, y), 8, si.Guided(levels=15), seed=7, island=8
         )
         seen[doubt] = draws.x[:, 0, 5:16, 48:59].sum((1, 2)) / companion.sum()
-    assert (seen[DOUBT] > 0.8).all()
+    # the posterior's own scatter is about 0.2; what is lost is lost altogether
+    assert (seen[DOUBT] > 0.5).all()
     # without the data's doubt some draws lose it: the test can fail
-    assert (seen[math.inf] < 0.8).any()
+    assert (seen[math.inf] < 0.1).any()
