@@ -413,6 +413,12 @@ def test_training_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch):
         assert torch.equal(v, whole.control.state_dict()[k])
     with pytest.raises(ValueError, match="another training"):
         si.finetune(prior, likelihood, seed=0, steps=7, y=y, plan=plan, folder=tmp_path / "parts")
+    # the same plan for other data is another training
+    si.finetune(prior, likelihood, seed=0, steps=6, y=y, plan=plan, folder=tmp_path / "one")
+    with pytest.raises(ValueError, match="another training"):
+        si.finetune(
+            prior, likelihood, seed=0, steps=6, y=2 * y, plan=plan, folder=tmp_path / "one"
+        )
 
 
 def test_a_control_is_kept_and_found_again(tmp_path):

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -229,7 +229,7 @@ def finetune(
     Args:
         prior: Its network stays as it is.
         likelihood: Simulates the data, and is the reward.
-        seed: Decides everything random, that of the plan included.
+        seed: Decides everything random, in the place of the plan's.
         steps: T of the chain, 50 or more for results.
         y: The only data to serve, with shape (*data); any data of the likelihood if not given.
         images: Images to simulate data of, with shape (N, C, H, W); 1,024 draws of the prior if not given.
@@ -251,7 +251,7 @@ def finetune(
     chain = new_chain(prior, covariances, likelihood if guided else None)
     examples = None if y is not None else likelihood.simulate(images, seed)
     control = control or new_control(chain, likelihood, examples, guided)
-    plan = plan or Plan()
+    plan = replace(plan or Plan(), seed=seed)
     shared = (
         [(1.0, OnPolicy())] if y is not None else [(1.0, OnPolicy()), (1.0, JointSimulations())]
     )

@@ -140,7 +140,7 @@ class VectorControl(Control):
 class ImageControl(Control):
     """The U-Net of the shipped priors, over the images stacked as channels.
 
-    Data enter as an image, A^T S^-1 y over the mean weight of a pixel, and through the guidance.
+    Data enter as an image and through the guidance.
 
     Args:
         reference: The chain that is moved.

@@ -63,7 +63,7 @@ class Recipe:
 
     Args:
         objective: See `scoreinv.finetune.objectives`.
-        proposals: Each with its share of the iterations, or of every group if `mixed`.
+        proposals: Each with its share of the paths of every y.
         temper: Share of the iterations in which the reward rises from a twentieth of itself to all of it; 0 for none.
     """
 
@@ -100,7 +100,7 @@ def train_control(
         FloatingPointError: Log-weights that are not finite.
     """
     recipe = recipe or Recipe()
-    state = _State(engine, plan, recipe)
+    state = _State(engine, plan, recipe, *simulate(2, plan.seed))
     path = None if folder is None else Path(folder) / CHECKPOINT
     if path is not None and path.exists():
         state.load(path)
@@ -132,7 +132,9 @@ def train_control(
 class _State:
     """Everything that a training goes on from: weights, their running mean, moments, buffers, what happened so far."""
 
-    def __init__(self, engine: Engine, plan: Plan, recipe: Recipe) -> None:
+    def __init__(
+        self, engine: Engine, plan: Plan, recipe: Recipe, x: Tensor, y: Tensor | None
+    ) -> None:
         self.control, self.plan, self.recipe = engine.control, plan, recipe
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -144,9 +146,11 @@ class _State:
             ]
         )
         self.average = {k: v.clone() for k, v in self.control.state_dict().items()}
-        self.key = (
-            f"{plan} {recipe.temper} {type(recipe.objective).__name__} {engine.reference.steps}"
-        )
+        # prior, measurement and data show in the reward of what they simulate
+        with torch.no_grad():
+            reward = float(engine.reward(x, y).double().sum())
+        objective = type(recipe.objective).__name__
+        self.key = f"{plan} {recipe.temper} {objective} {engine.reference.steps} {reward:.6g}"
 
     def follow(self, log_w: Tensor) -> None:
         """After a step: the running mean, and what is remembered."""
