@@ -370,6 +370,10 @@ class Modulated:
     rho: Covariance
     white: Tensor | None = None
 
+    def __getitem__(self, rows: Tensor) -> Modulated:
+        """Those of some images."""
+        return Modulated(self.a[rows], self.rho, None if self.white is None else self.white[rows])
+
     def apply(self, x: Tensor) -> Tensor:
         """K x, with shape (B, C, H, W)."""
         stationary = (self.a * self.rho.apply(self.a * x[:, None])).sum(1)
@@ -441,7 +445,6 @@ def conjugate_gradients(
     preconditioner: Callable[[Tensor], tuple[Tensor, Tensor]] = lambda r: (r, torch.zeros_like(r)),
     error: float = 1e-6,
     iterations: int = 500,
-    length: float = 0.0,
 ) -> tuple[Tensor, int]:
     """Solve (K^-1 + H) x = b for a batch of right-hand sides b.
 
@@ -456,8 +459,6 @@ def conjugate_gradients(
         error: Stops when every solution is off by less, in the norm <e, (K^-1 + H) e>^1/2: the distance in standard
             deviations of the posterior. If 0, all iterations are done.
         iterations: At most so many.
-        length: Stops, too, when M r or two updates in a row are shorter than that, for every solution. With M = K, M r
-            bounds what is left.
 
     Returns:
         The solutions, with shape (B, *shape), and the iterations that were needed.
@@ -477,11 +478,8 @@ def conjugate_gradients(
     x, r = torch.zeros_like(b), b
     p, Kp, previous = torch.zeros_like(b), torch.zeros_like(b), b.new_ones(len(b)).double()
     removed: list[Tensor] = []
-    short = 0
-    for done in range(iterations):
+    for _ in range(iterations):
         z, Kz = preconditioner(r)
-        if length > 0 and bool((dot(z, z) < length**2).all()):
-            return x, done
         rz = dot(r, z)
         beta = column(rz / previous.clamp_min(tiny))
         p, Kp = z + beta * p, Kz + beta * Kp
@@ -492,10 +490,6 @@ def conjugate_gradients(
             removed.append(step * rz)
             if len(removed) >= AHEAD and bool((sum(removed[-AHEAD:]) < error**2).all()):
                 return x, _enough(removed, error)
-        if length > 0:
-            short = short + 1 if bool((step.square() * dot(p, p) < length**2).all()) else 0
-            if short == 2:
-                return x, done + 1
     if error > 0:
         warnings.warn(
             f"conjugate gradients stopped after {iterations} iterations, further than {error:g} standard deviations off; "

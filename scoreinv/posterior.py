@@ -42,6 +42,8 @@ from scoreinv.priors.base import Prior
 
 ROUNDS = 8  # of conditioning that find the Gaussian likelihood near data that are not Gaussian
 SHORT = 0.2  # of the noise of one pixel: what iterative solves for a whole image may leave out under it
+LOOSE = 5.0  # times as much at high levels, whose errors fresh noise forgets
+HIGH = 10.0  # standard deviations of a pixel: levels above do not let the data doubt a prior
 AMPLITUDES = 3  # for which that Gaussian is found
 DRAWS = 64  # of the Gaussian posterior, over which each averages
 NOISES = 128  # draws of the data's noise, over which its scatter in a pixel is measured
@@ -169,7 +171,14 @@ class Posterior:
             s: Noise level.
             error: Covariance of x_0 about the denoised images, from `Prior.error_covariance`.
         """
-        return LocalConditioned(self.conditioner, error, s, self.noise_image, SHORT * s)
+        if s > HIGH * self._deviation:
+            return LocalConditioned(self.conditioner, error, s, LOOSE * SHORT * s)
+        return LocalConditioned(self.conditioner, error, s, SHORT * s, self.noise_image)
+
+    @cached_property
+    def _deviation(self) -> float:
+        """Standard deviation of a pixel, averaged over the image."""
+        return self.moments.covariance.marginal_variance(self.shape) ** 0.5
 
     @cached_property
     def noise_image(self) -> Tensor:

@@ -400,7 +400,7 @@ def test_a_gaussian_for_each_image(name):
     y = likelihood.simulate(normal(1, *SHAPE), 3)[0]
     solver = conditioner(likelihood, y, C, torch.float64)
     a, m = 0.2 + uniform(2, 2, *SHAPE), normal(2, *SHAPE)
-    local = LocalConditioned(solver, Modulated(a, PARTS), 1.0, torch.full(SHAPE, math.inf), 1e-8)
+    local = LocalConditioned(solver, Modulated(a, PARTS), 1.0, 1e-8)
     H = dense(A.information(noise, torch.float64).apply, SHAPE)
     D = likelihood.projection(y).flatten()
     for i, shift in enumerate(local.shift(m)):
@@ -415,9 +415,7 @@ def test_draws_of_a_gaussian_for_each_image():
     y = likelihood.simulate(normal(1, *SHAPE), 3)[0]
     solver = conditioner(likelihood, y, STATIONARY, torch.float64)
     n, a = 40_000, 0.2 + uniform(2, *SHAPE)
-    local = LocalConditioned(
-        solver, Modulated(a.expand(n, 2, *SHAPE), PARTS), 1.0, torch.full(SHAPE, math.inf), 1e-3
-    )
+    local = LocalConditioned(solver, Modulated(a.expand(n, 2, *SHAPE), PARTS), 1.0, 1e-3)
     draws = local.draw(torch.zeros(n, *SHAPE, dtype=torch.float64), rng(4))
     K = sum_of_parts(a)
     H = dense(PERIODIC.information(likelihood.noise, torch.float64).apply, SHAPE)
@@ -444,7 +442,7 @@ def test_data_that_an_error_does_not_foresee_are_believed():
         y[flux] = likelihood.simulate(truth, 3)[0]
         solver = conditioner(likelihood, y[flux], STATIONARY, torch.float64)
         for scale in (1.0, math.inf):
-            local = LocalConditioned(solver, Modulated(a, PARTS), s, scale * noise, 1e-6)
+            local = LocalConditioned(solver, Modulated(a, PARTS), s, 1e-6, scale * noise)
             found[flux, scale] = local.draw(0 * a[:, 0], rng(4))
     chi2 = lambda scale: float(likelihood.chi2(y[1.0], found[1.0, scale]).mean()) / D
     assert chi2(math.inf) > 5

@@ -89,6 +89,8 @@ class BenchConfig:
             raise ValueError(
                 f"kinds are {', '.join(unknown)}, expected some of {', '.join(learned.PROBLEMS)}"
             )
+        if self.output and Path(self.output).suffix != ".json":
+            raise ValueError(f"output is {self.output}, expected a name in .json")
         least = {"truths": 2, "seeds": 1, "repeats": 1, "workers": 1, "n": 2}
         for key, value in least.items():
             given = getattr(self, key)

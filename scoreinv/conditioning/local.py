@@ -16,15 +16,17 @@ is widened to that, and the image drawn again.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from scoreinv.conditioning.base import Conditioner
-from scoreinv.gaussian import Modulated, conjugate_gradients
+from scoreinv.gaussian import Modulated
 
 DOUBT = 4.0  # standard deviations of their noise by which the data must miss an image
+ITERATIONS = 500  # of a solve, at most
 REACH = 2  # pixels around such a place that are doubted, too
 
 
@@ -35,19 +37,28 @@ class LocalConditioned:
         conditioner: The data.
         K: Covariance of each image.
         s: Noise level of the images that K is of.
-        noise: Standard deviation of A^T S^-1 n in each pixel, with shape (C, H, W), for noise n of the data.
         length: Updates of a solve that are shorter do not matter [model unit].
+        noise: Standard deviation of A^T S^-1 n in each pixel, with shape (C, H, W), for noise n of the data; None if they
+            must not doubt K.
     """
 
     def __init__(
-        self, conditioner: Conditioner, K: Modulated, s: float, noise: Tensor, length: float
+        self,
+        conditioner: Conditioner,
+        K: Modulated,
+        s: float,
+        length: float,
+        noise: Tensor | None = None,
     ) -> None:
-        self.conditioner, self.K, self.s, self.noise = conditioner, K, s, noise
-        self.length = length
+        self.conditioner, self.K, self.s = conditioner, K, s
+        self.length, self.noise = length, noise
 
     def draw(self, m: Tensor, generator: torch.Generator) -> Tensor:
         """Draws of N(m, K) conditioned on the data, with shape (B, C, H, W); K is widened where the data doubt it."""
-        x, missed = self._drawn(m, self.K, generator)
+        x, n = self._drawn(m, self.K, generator)
+        if self.noise is None:
+            return x
+        missed = self.conditioner.misfit(x, n)
         # what is missed has the noise of the data and that of the draw
         doubted = (missed.abs() > DOUBT * math.sqrt(2) * self.noise) & (self.noise > 0)
         again = doubted.flatten(1).any(1)
@@ -58,22 +69,59 @@ class LocalConditioned:
         return x
 
     def _drawn(self, m: Tensor, K: Modulated, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draws (Matheron's rule), and what the data perturbed for them still miss, A^T S^-1 (y + n - A x)."""
+        """Draws by Matheron's rule, and the noise that the data were perturbed by for them."""
         x = m + K.draw(generator)
-        noise = self.conditioner.noise(len(m), generator)
-        x = x + self._solved(K, self.conditioner.misfit(x, noise))
-        return x, self.conditioner.misfit(x, noise)
+        n = self.conditioner.noise(len(m), generator)
+        u = pulled(K, self.conditioner.inform, self.conditioner.misfit(x, n), self.length)
+        return x + u, n
 
     def shift(self, m: Tensor) -> Tensor:
         """By which the data move means m, with shape (B, C, H, W)."""
-        return self._solved(self.K, self.conditioner.misfit(m))
+        e = self.conditioner.misfit(m)
+        return pulled(self.K, self.conditioner.inform, e, self.length)
 
-    def _solved(self, K: Modulated, e: Tensor) -> Tensor:
-        u, _ = conjugate_gradients(
-            self.conditioner.inform,
-            e,
-            lambda r: (K.apply(r), r),
-            error=0.0,
-            length=self.length,
-        )
-        return u
+
+def pulled(K: Modulated, H: Callable[[Tensor], Tensor], e: Tensor, length: float) -> Tensor:
+    """(K^-1 + H)^-1 e, with shape (B, C, H, W), by conjugate gradients on each image until nothing of this length is left.
+
+    An image is finished when K r, which bounds what is left, or two updates in a row are shorter; the others go on alone.
+
+    Args:
+        K: Covariance of each image, the preconditioner.
+        H: Acts on images.
+        e: Right-hand sides, with shape (B, C, H, W).
+        length: Euclidean norm [model unit].
+    """
+    u, rows = torch.zeros_like(e), torch.arange(len(e))
+    x, r = torch.zeros_like(e), e
+    p, Kp = torch.zeros_like(e), torch.zeros_like(e)
+    before, last = e.new_ones(len(e)), e.new_full((len(e),), math.inf)
+    tiny = torch.finfo(e.dtype).tiny
+    for _ in range(ITERATIONS):
+        z = K.apply(r)
+        rz = _dot(r, z)
+        p, Kp = (v + _column(rz / before.clamp_min(tiny)) * w for v, w in ((z, p), (r, Kp)))
+        q = Kp + H(p)
+        step = rz / _dot(p, q).clamp_min(tiny)
+        x, r = x + _column(step) * p, r - _column(step) * q
+        moved, before = step * _dot(p, p).sqrt(), rz
+        finished = (torch.maximum(moved, last) < length) | (_dot(z, z) < length**2)
+        last = moved
+        if bool(finished.any()):
+            u[rows[finished]] = x[finished]
+            on = ~finished
+            if not bool(on.any()):
+                return u
+            K, rows, x, r, p, Kp, before, last = (
+                v[on] for v in (K, rows, x, r, p, Kp, before, last)
+            )
+    u[rows] = x
+    return u
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).flatten(1).sum(1)
+
+
+def _column(c: Tensor) -> Tensor:
+    return c[:, None, None, None]

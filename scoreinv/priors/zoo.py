@@ -81,7 +81,8 @@ def save_prior(folder: Path, prior: ScorePrior, card: dict[str, Any]) -> str:
         tensors |= {f"error.head.{k}": v.half() for k, v in prior.error.head.state_dict().items()}
         tensors["error.levels"] = prior.error.levels.float()
         tensors["error.power"] = prior.error.power.float()
-        tensors["error.excess_noise"] = torch.tensor([prior.error.excess_noise])
+        tensors["error.stirred"] = prior.error.stirred.float()
+        tensors["error.excess"] = prior.error.excess.float()
     path = folder / "weights.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -132,7 +133,8 @@ def _error(network: UNet, tensors: dict[str, Tensor]) -> ErrorModel | None:
         head.eval().requires_grad_(False),
         tensors["error.levels"].double(),
         tensors["error.power"].double(),
-        float(tensors["error.excess_noise"]),
+        tensors["error.stirred"],
+        tensors["error.excess"],
     )
 
 
