@@ -19,10 +19,12 @@ import yaml
 
 import scoreinv as si
 from scoreinv.cli import COMMANDS, main
-from scoreinv.cli.data import VisibilityData, observe
+from scoreinv.cli.data import SimulatedCutout, VisibilityData, observe
+from scoreinv.cli.finetune import FinetuneConfig
 from scoreinv.cli.keys import check_known, explained, keys
 from scoreinv.cli.parse import help_text, parse
 from scoreinv.cli.sample import SampleConfig
+from scoreinv.finetune import training
 from scoreinv.gaussian import Fourier, Gaussian
 from scoreinv.priors.unet import UNet
 from scoreinv.priors.zoo import save_prior
@@ -477,6 +479,80 @@ def test_inspect(capsys, tmp_path):
     assert "is empty" in failure(capsys, "inspect", tmp_path / "empty")
 
 
+# --- finetune ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finetuning(prior, tmp_path):
+    """Arguments of a short training for data behind a PSF, and its folder."""
+    content = {
+        "exposure": {"kind": "disc", "flux": 20.0, "fwhm": 2.5, "noise": 0.2},
+        "prior": str(prior),
+        "amplitude": 1.0,
+        "steps": 6,
+        "plan": {"iterations": 4, "groups": 2, "paths": 4},
+        "images": 40,
+        "sims": 2,
+        "paths": 16,
+        "n": 4,
+        "output": str(tmp_path / "control"),
+    }
+    path = tmp_path / "finetune.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return ["finetune", "--config", str(path)], Path(content["output"])
+
+
+def test_finetune_from_end_to_end(capsys, finetuning, prior):
+    """A prior that is Gaussian: the twisted chain needs no control, and no path weighs more than another."""
+    command, folder = finetuning
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    for name in ("before", "after", "control", "draws", "report", "chi^2"):
+        assert name in said
+    report = json.loads((folder / "report.json").read_text())
+    assert len(report["history"]) == 4 and report["config"]["plan"]["groups"] == 2
+    for record in report["before"]:
+        assert record["std"] < 1e-3 and abs(record["eubo"] - record["elbo"]) < 1e-3
+    draws = si.read_samples(folder / "draws.fits")
+    assert len(draws.x) == 4 and draws.truth is not None
+    assert (folder / "report.png").stat().st_size > 10_000
+    seen = observe(FinetuneConfig(**observed(report["config"])).data, (1, SIZE, SIZE))
+    loaded = si.load_amortised(folder, si.load_prior(prior).rescaled(1.0), seen.likelihood)
+    assert loaded.condition(seen.y).evidence(16, 0).ess > 0.5
+    assert "report.json exists" in failure(capsys, *command)
+    assert main([*command, "--overwrite", "--only", "--plan.iterations", "2"]) == 0
+    assert len(json.loads((folder / "report.json").read_text())["history"]) == 2
+
+
+def observed(recorded):
+    """The part of a recorded configuration that says what was observed."""
+    exposure = SimulatedCutout(**recorded["exposure"])
+    return {"prior": "", "output": "a", "plan": si.Plan(), "exposure": exposure}
+
+
+def test_a_training_that_was_interrupted_goes_on(capsys, finetuning, monkeypatch):
+    command, folder = finetuning
+    monkeypatch.setattr(training, "SAVE_EVERY", 2)
+    save = training._State.save
+
+    def stop(state, path):
+        save(state, path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._State, "save", stop)
+        assert main(command) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+    assert not (folder / "report.json").exists()
+    assert main(command) == 0
+    history = json.loads((folder / "report.json").read_text())["history"]
+    assert main([*command, "--output", str(folder.with_name("whole"))]) == 0
+    whole = json.loads((folder.with_name("whole") / "report.json").read_text())["history"]
+    assert history == whole
+    (folder / "report.json").unlink()
+    assert "another training" in failure(capsys, *command, "--plan.rate", "0.1")
+
+
 @pytest.mark.parametrize("methods", [["--methods", "Guided,TDS"], ["--methods=[Guided, TDS]"]])
 def test_bench(capsys, tmp_path, methods):
     output = tmp_path / "exact.json"
@@ -492,6 +568,7 @@ def test_bench(capsys, tmp_path, methods):
     assert "Of the suite's 27 problems, 3 were run." in page
     assert "methods are DPSS" in failure(capsys, "bench", "exact", "--methods", "DPSS")
     assert "problems are grid 9 1" in failure(capsys, "bench", "exact", "--problems", "grid 9 1")
+    assert "a name in .json" in failure(capsys, "bench", "exact", "--output", "runs/table")
 
 
 def test_priors(capsys, prior, monkeypatch):

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from scoreinv.cli.bench import bench
 from scoreinv.cli.coverage import coverage
+from scoreinv.cli.finetune import finetune
 from scoreinv.cli.inspect import inspect
 from scoreinv.cli.keys import summary
 from scoreinv.cli.parse import help_text, parse
@@ -27,6 +28,7 @@ from scoreinv.cli.train import train
 COMMANDS: dict[str, Callable[[typing.Any], int | None]] = {
     "sample": sample,
     "coverage": coverage,
+    "finetune": finetune,
     "train": train,
     "bench": bench,
     "priors": priors,

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import scoreinv as si
-from scoreinv.cli.problem import Problem, chosen, say
+from scoreinv.cli.problem import SampledProblem, chosen, say
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoverageConfig(Problem):
+class CoverageConfig(SampledProblem):
     """An observation to imitate, a prior whose draws are the truths, and a sampler to test.
 
     Args:

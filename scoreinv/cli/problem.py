@@ -1,9 +1,9 @@
-"""What commands that sample have in common: one data section, one sampler, an amplitude."""
+"""What commands have in common that know a prior and data: one data section, an amplitude, perhaps a sampler."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import scoreinv as si
@@ -23,7 +23,7 @@ SAMPLERS = ("smc", "anneal", "guided")
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A prior, data and a sampler.
+    """A prior and data.
 
     Args:
         prior: Shipped prior (see `scoreinv priors`), or a folder with one.
@@ -35,9 +35,6 @@ class Problem:
         n: Draws wanted of a posterior.
         seed: Decides every draw.
         device: Where the network runs: cpu, cuda, cuda:1.
-        smc: Sampler, one of three kinds, the default: weighted particles.
-        anneal: Sampler, one of three kinds: moves without weights, for one mode.
-        guided: Sampler, one of three kinds: one pass, fast and approximate.
         overwrite: Replace an existing result, and forget what an interrupted run has left.
     """
 
@@ -50,9 +47,6 @@ class Problem:
     n: int = 64
     seed: int = 0
     device: str = "cpu"
-    smc: si.SMC | None = None
-    anneal: si.Anneal | None = None
-    guided: si.Guided | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -60,17 +54,35 @@ class Problem:
         if len(given) != 1:
             seen = " and ".join(given) or "none"
             raise ValueError(f"expected exactly one of the sections {', '.join(DATA)}; got {seen}")
+
+    @property
+    def data(self) -> VisibilityData | CutoutData | Simulation | SimulatedCutout:
+        """The data section that is given."""
+        return next(x for x in map(self.__getattribute__, DATA) if x is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledProblem(Problem):
+    """A prior, data and a sampler.
+
+    Args:
+        smc: Sampler, one of three kinds, the default: weighted particles.
+        anneal: Sampler, one of three kinds: moves without weights, for one mode.
+        guided: Sampler, one of three kinds: one pass, fast and approximate.
+    """
+
+    smc: si.SMC | None = None
+    anneal: si.Anneal | None = None
+    guided: si.Guided | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         samplers = [name for name in SAMPLERS if getattr(self, name) is not None]
         if len(samplers) > 1:
             raise ValueError(
                 f"expected one sampler at most, got {' and '.join(samplers)}; "
                 f"leave one out, on the command line with --{samplers[0]} null"
             )
-
-    @property
-    def data(self) -> VisibilityData | CutoutData | Simulation | SimulatedCutout:
-        """The data section that is given."""
-        return next(x for x in map(self.__getattribute__, DATA) if x is not None)
 
     @property
     def sampler(self) -> si.SMC | si.Anneal | si.Guided:
@@ -101,6 +113,35 @@ def chosen(problem: Problem, prior: si.Prior) -> tuple[Observation, float, Seque
     # to the four digits that it is known to: the last bits depend on the threads, and a run that goes on elsewhere must
     # find the same
     return choices[best], float(f"{found[best][0]:.4g}"), lines if len(found) > 1 else []
+
+
+def completed(
+    draws: si.Samples, config: Problem, seen: Observation, amplitude: float
+) -> si.Samples:
+    """The draws with the data as they were seen, the truth and the configuration."""
+    residual = seen.likelihood.residual(seen.y, draws.mean[None])[0]
+    data = {**seen.origin, "unit": seen.unit, "rms": seen.rms}
+    return draws.with_(
+        data_image=seen.image(seen.y),
+        residual_image=seen.image(residual),
+        truth=seen.truth,
+        meta={**draws.meta, "amplitude": amplitude, "data": data, "config": asdict(config)},
+    )
+
+
+def findings(draws: si.Samples, seen: Observation) -> Iterator[tuple[str, str]]:
+    """What a first look at the result should check."""
+    chi2 = float(seen.likelihood.chi2(seen.y, draws.mean[None])) / seen.likelihood.data_size
+    yield "chi^2", f"{chi2:.3f} per datum, of the posterior mean"
+    largest = float(draws.residual_image.abs().nan_to_num().max()) / seen.rms
+    yield "residual", f"{largest:.2f} times its noise at most"
+    flux, unit = draws.x.double().flatten(1).sum(1), seen.grid.unit.removesuffix("/pixel")
+    yield "total flux", f"{float(flux.mean()):.4g} +- {float(flux.std()):.2g} {unit}"
+    if seen.truth is not None:
+        covered = si.diagnostics.pixel_coverage(draws.x, seen.truth.to(draws.x.dtype))
+        pairs = (f"{share:.2f} (nominal {level:g})" for level, share in covered.items())
+        yield "coverage", f"of the true pixels {', '.join(pairs)}"
+        yield "true flux", f"{float(seen.truth.sum()):.4g} {unit}"
 
 
 def say(name: str, text: Any) -> None:

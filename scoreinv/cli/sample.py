@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import scoreinv as si
 from scoreinv.cli.data import Observation
-from scoreinv.cli.problem import Problem, chosen, say
+from scoreinv.cli.problem import SampledProblem, chosen, completed, findings, say
 
 ENDINGS = (".fits", ".h5", ".hdf5")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(Problem):
+class SampleConfig(SampledProblem):
     """One observation, a prior and a sampler.
 
     Args:
@@ -63,9 +62,9 @@ def sample(config: SampleConfig) -> None:
     say("data", f"{seen.origin['source']}, {seen.likelihood.data_size} numbers")
     say("prior", f"{prior.identity['prior']}, amplitude {amplitude:.4g} {seen.grid.unit}")
     draws = _draw(config, si.Posterior(prior.rescaled(amplitude), seen.likelihood, seen.y), seen)
-    draws = _completed(draws, config, seen, amplitude)
+    draws = completed(draws, config, seen, amplitude)
     print(draws)
-    for name, text in _findings(draws, seen):
+    for name, text in findings(draws, seen):
         say(name, text)
     say("result", draws.write(config.path, overwrite=config.overwrite))
     shutil.rmtree(config.islands)
@@ -104,32 +103,3 @@ def _draw(config: SampleConfig, posterior: si.Posterior, seen: Observation) -> s
             f"{finished} islands are finished and kept in {config.islands}; "
             f"the same command {'without --overwrite ' if config.overwrite else ''}goes on from there"
         ) from None
-
-
-def _completed(
-    draws: si.Samples, config: SampleConfig, seen: Observation, amplitude: float
-) -> si.Samples:
-    """The draws with the data as they were seen, the truth and the configuration."""
-    residual = seen.likelihood.residual(seen.y, draws.mean[None])[0]
-    data = {**seen.origin, "unit": seen.unit, "rms": seen.rms}
-    return draws.with_(
-        data_image=seen.image(seen.y),
-        residual_image=seen.image(residual),
-        truth=seen.truth,
-        meta={**draws.meta, "amplitude": amplitude, "data": data, "config": asdict(config)},
-    )
-
-
-def _findings(draws: si.Samples, seen: Observation) -> Iterator[tuple[str, str]]:
-    """What a first look at the result should check."""
-    chi2 = float(seen.likelihood.chi2(seen.y, draws.mean[None])) / seen.likelihood.data_size
-    yield "chi^2", f"{chi2:.3f} per datum, of the posterior mean"
-    largest = float(draws.residual_image.abs().nan_to_num().max()) / seen.rms
-    yield "residual", f"{largest:.2f} times its noise at most"
-    flux, unit = draws.x.double().flatten(1).sum(1), seen.grid.unit.removesuffix("/pixel")
-    yield "total flux", f"{float(flux.mean()):.4g} +- {float(flux.std()):.2g} {unit}"
-    if seen.truth is not None:
-        covered = si.diagnostics.pixel_coverage(draws.x, seen.truth.to(draws.x.dtype))
-        pairs = (f"{share:.2f} (nominal {level:g})" for level, share in covered.items())
-        yield "coverage", f"of the true pixels {', '.join(pairs)}"
-        yield "true flux", f"{float(seen.truth.sum()):.4g} {unit}"

@@ -242,6 +242,25 @@ def finetune(
         progress: Show a progress bar.
     """
     images = prior.sample(IMAGES, seed) if images is None else images
+    amortised = untrained(
+        prior, likelihood, images, seed, steps=steps, y=y, guided=guided, control=control
+    )
+    plan = replace(plan or Plan(), seed=seed)
+    return train(amortised, images, plan, recipe, folder=folder, progress=progress)
+
+
+def untrained(
+    prior: Prior,
+    likelihood: Likelihood,
+    images: Tensor,
+    seed: int,
+    *,
+    steps: int = 50,
+    y: Tensor | None = None,
+    guided: bool = True,
+    control: Control | None = None,
+) -> Amortised:
+    """The posteriors of a control that has learned nothing yet; see `finetune` for the arguments."""
     if tuple(images.shape[1:]) != tuple(prior.shape):
         raise ValueError(
             f"images have shape {tuple(images.shape)}, expected (N, {', '.join(map(str, prior.shape))})"
@@ -251,17 +270,31 @@ def finetune(
     chain = new_chain(prior, covariances, likelihood if guided else None)
     examples = None if y is not None else likelihood.simulate(images, seed)
     control = control or new_control(chain, likelihood, examples, guided)
-    plan = replace(plan or Plan(), seed=seed)
-    shared = (
-        [(1.0, OnPolicy())] if y is not None else [(1.0, OnPolicy()), (1.0, JointSimulations())]
-    )
-    recipe = recipe or Recipe(proposals=shared)
-    amortised = Amortised(likelihood, chain, control, y)
+    return Amortised(likelihood, chain, control, y)
+
+
+def train(
+    amortised: Amortised,
+    images: Tensor,
+    plan: Plan,
+    recipe: Recipe | None = None,
+    *,
+    folder: str | Path | None = None,
+    progress: bool = False,
+) -> Amortised:
+    """Train its control in place; see `finetune` for the arguments. Returns the same object."""
+    y = amortised.y
+    if y is not None and plan.simulated:
+        raise ValueError(
+            f"simulated is {plan.simulated}, but this control serves one y: images of the prior did not make it; expected 0"
+        )
+    own = [(1.0, OnPolicy())]
+    shared = own if y is not None else [*own, (1.0, JointSimulations())]
     history = train_control(
         amortised.engine,
-        _simulator(likelihood, images, y),
+        _simulator(amortised.likelihood, images, y),
         plan,
-        recipe,
+        recipe or Recipe(proposals=shared),
         folder=folder,
         progress=progress,
     )

@@ -152,6 +152,27 @@ class Engine:
             self.reference.noised(x, self.reference.steps, generator), y, generator
         )
 
+    def imitate(self, x: Tensor, y: Tensor | None, generator: torch.Generator) -> float:
+        """Add the gradient of -log p_u of paths through images x, with shape (B, *shape), by one step of each.
+
+        Where data y were simulated of x, their paths are draws of the target, and this is the forward Kullback-Leibler
+        divergence. The steps are spread over the chain.
+
+        Returns:
+            By how much the control makes such paths likelier than the reference does [nat].
+        """
+        T, n, ref = self.reference.steps, len(x), self.reference
+        ranks = torch.randperm(n, generator=generator) + torch.rand(1, generator=generator)
+        k = (ranks * T / n).long().clamp_max(T - 1)
+        with torch.no_grad():
+            states = ref.noised(x.to(ref.dtype), T, generator)
+            here, there = states[k, torch.arange(n)], states[k + 1, torch.arange(n)]
+            step = ref.step(here, k, y)
+            g, z = self.control.guide(step, k, y), step.normal(there)
+        gain = T * log_density(self.control(here, step.denoised, g, k, y), z).mean()
+        (-gain).backward()
+        return float(gain.detach())
+
     def learn(self, paths: Paths, weights: Tensor, steps: Tensor | None = None) -> None:
         """Add the gradient of -sum_i weights_i log w_i to that of the control's parameters.
 

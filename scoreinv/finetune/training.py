@@ -28,10 +28,12 @@ class Plan:
     """How long and how fast.
 
     Args:
-        iterations: Of the optimiser.
-        groups: Different y in a batch; 1 where there is only one.
+        iterations: Of the optimiser, on whole paths.
+        simulated: Iterations before them, on `groups * paths` single steps of paths through simulated images
+            (`Engine.imitate`): they cost a T-th, and are what large images need. For a control that serves all data.
+        groups: Different y in a batch of paths; 1 where there is only one.
         paths: Paths of each, G.
-        rate: First learning rate; constant for 60 % of the iterations, then falling to a fiftieth.
+        rate: First learning rate; constant for 60 % of all iterations, then falling to a fiftieth.
         rate_log_z: Of the objective's own parameters.
         clip: Longest gradient.
         steps: Steps of the chain whose gradient counts in an iteration, K of T; all if not given.
@@ -40,6 +42,7 @@ class Plan:
     """
 
     iterations: int = 1000
+    simulated: int = 0
     groups: int = 1
     paths: int = 128
     rate: float = 2e-3
@@ -50,11 +53,19 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.groups < 1 or self.paths < 2:
+        if self.total < 1 or min(self.iterations, self.simulated) < 0:
             raise ValueError(
-                f"iterations is {self.iterations}, groups {self.groups} and paths {self.paths}; "
-                "expected at least 1, 1 and 2"
+                f"iterations is {self.iterations} and simulated {self.simulated}, expected at least 1 of one of them"
             )
+        if self.groups < 1 or self.paths < 2:
+            raise ValueError(
+                f"groups is {self.groups} and paths {self.paths}, expected at least 1 and 2"
+            )
+
+    @property
+    def total(self) -> int:
+        """Iterations of both kinds."""
+        return self.simulated + self.iterations
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,8 @@ def train_control(
         progress: Show a progress bar.
 
     Returns:
-        For each iteration the mean of log w of the paths and its standard deviation over those of one y [nat].
+        For each iteration the mean of log w of the paths and its standard deviation over those of one y, or how much
+        likelier than under the reference simulated paths are [nat].
 
     Raises:
         ValueError: The folder holds another training.
@@ -105,25 +117,26 @@ def train_control(
     if path is not None and path.exists():
         state.load(path)
     with tqdm(
-        total=plan.iterations,
+        total=plan.total,
         initial=state.step,
         disable=not progress,
         unit="batch",
         desc="control",
     ) as bar:
-        while state.step < plan.iterations:
+        while state.step < plan.total:
             i = state.step
-            state.optimiser.param_groups[0]["lr"] = plan.rate * falling(i / plan.iterations)
+            state.optimiser.param_groups[0]["lr"] = plan.rate * falling(i / plan.total)
             state.optimiser.zero_grad()
-            log_w = _batch(engine, simulate, plan, recipe, i)
+            if i < plan.simulated:
+                found = _simulated(engine, simulate, plan, i)
+            else:
+                found = _batch(engine, simulate, plan, recipe, i)
             nn.utils.clip_grad_norm_(engine.control.parameters(), plan.clip)
             state.optimiser.step()
-            state.follow(log_w)
+            state.follow(found)
             bar.set_postfix({k: f"{v:.2f}" for k, v in state.history[-1].items()})
             bar.update()
-            if path is not None and (
-                state.step % SAVE_EVERY == 0 or state.step == plan.iterations
-            ):
+            if path is not None and (state.step % SAVE_EVERY == 0 or state.step == plan.total):
                 state.save(path)
     engine.control.load_state_dict(state.average)
     return state.history
@@ -152,14 +165,14 @@ class _State:
         objective = type(recipe.objective).__name__
         self.key = f"{plan} {recipe.temper} {objective} {engine.reference.steps} {reward:.6g}"
 
-    def follow(self, log_w: Tensor) -> None:
+    def follow(self, found: dict[str, float]) -> None:
         """After a step: the running mean, and what is remembered."""
         decay = min(self.plan.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for k, v in self.control.state_dict().items():
                 self.average[k].lerp_(v, 1 - decay)
         self.step += 1
-        self.history.append({"log_w": float(log_w.mean()), "spread": float(log_w.std(1).mean())})
+        self.history.append(found)
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {f"average.{k}": v for k, v in self.average.items()}
@@ -203,9 +216,20 @@ class _State:
             proposal.restore(part(f"proposal.{i}"))
 
 
-def _batch(engine: Engine, simulate: Simulate, plan: Plan, recipe: Recipe, i: int) -> Tensor:
-    """The gradient of batch i; returns log w, with shape (groups, G)."""
-    done, generator = i / plan.iterations, stream(plan.seed, 2, i)
+def _simulated(engine: Engine, simulate: Simulate, plan: Plan, i: int) -> dict[str, float]:
+    """The gradient of iteration i on single steps."""
+    generator = stream(plan.seed, 3, i)
+    n = plan.groups * plan.paths
+    x, y = simulate(n, int(torch.randint(2**62, (1,), generator=generator)))
+    return {"gain": engine.imitate(x, y, generator)}
+
+
+def _batch(
+    engine: Engine, simulate: Simulate, plan: Plan, recipe: Recipe, i: int
+) -> dict[str, float]:
+    """The gradient of iteration i on whole paths."""
+    done = (i - plan.simulated) / plan.iterations
+    generator = stream(plan.seed, 2, i)
     x, y = simulate(plan.groups, int(torch.randint(2**62, (1,), generator=generator)))
     shares = torch.tensor([share for share, _ in recipe.proposals], dtype=torch.float64)
     counts = _split(shares / shares.sum(), plan.paths, generator)
@@ -229,7 +253,7 @@ def _batch(engine: Engine, simulate: Simulate, plan: Plan, recipe: Recipe, i: in
         steps = torch.randperm(engine.reference.steps, generator=generator)[: plan.steps]
     for (_, paths, _), part in zip(found, c.split([n for n, _, _ in found], 1), strict=True):
         engine.learn(paths, part.flatten(), steps)
-    return log_w
+    return {"log_w": float(log_w.mean()), "spread": float(log_w.std(1).mean())}
 
 
 def _split(shares: Tensor, n: int, generator: torch.Generator) -> list[int]:

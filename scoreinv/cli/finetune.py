@@ -1,0 +1,128 @@
+"""`scoreinv finetune`: a control that draws posteriors of one measurement, for any data of it or for one observation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import scoreinv as si
+from scoreinv.cli.problem import Problem, chosen, completed, findings, say
+from scoreinv.finetune.amortised import train, untrained
+from scoreinv.finetune.evidence import Evidence
+from scoreinv.finetune.figure import learning_figure
+
+REPORT, PICTURE, DRAWS, IMAGES = "report.json", "report.png", "draws.fits", "images.safetensors"
+LEAST = {"sims": 1, "paths": 10, "n": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Problem):
+    """A prior, a measurement and the training of a control.
+
+    Args:
+        output: Folder of the training, the control, its report, and draws for the observation.
+        only: Serve this observation alone, not all data of such a measurement.
+        steps: Of the prior's chain; 50 or more for results.
+        plan: How long and how fast; its seed is that of the problem.
+        images: Draws of the prior from which data are simulated.
+        sims: Simulated data whose evidence is reported, before and after.
+        paths: Of the control for each of them.
+    """
+
+    output: str
+    only: bool = False
+    steps: int = 50
+    plan: si.Plan
+    images: int = 1024
+    sims: int = 8
+    paths: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in LEAST.items():
+            if (given := getattr(self, name)) < least:
+                raise ValueError(f"{name} is {given}, expected at least {least}")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output)
+
+
+def finetune(config: FinetuneConfig) -> None:
+    """Learn how the data of a measurement steer a prior, report what that proves, and draw a posterior with it."""
+    folder = config.folder
+    if (folder / REPORT).exists() and not config.overwrite:
+        raise FileExistsError(
+            f"{folder / REPORT} exists; choose another output, or pass --overwrite"
+        )
+    if config.overwrite and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    prior = si.load_prior(config.prior, config.device)
+    seen, amplitude, compared = chosen(config, prior)
+    for line in compared:
+        say("pixel scale", line)
+    say("data", f"{seen.origin['source']}, {seen.likelihood.data_size} numbers")
+    say("prior", f"{prior.identity['prior']}, amplitude {amplitude:.4g} {seen.grid.unit}")
+    prior = prior.rescaled(amplitude)
+    images = _images(config, prior)
+    y = seen.y if config.only else None
+    learned = untrained(prior, seen.likelihood, images, config.seed, steps=config.steps, y=y)
+    before = learned.bounds(config.sims, config.paths, config.seed)
+    say("before", _described(before))
+    try:
+        plan = replace(config.plan, seed=config.seed)
+        train(learned, images, plan, folder=folder, progress=sys.stderr.isatty())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"the training so far is kept in {folder}; the same command "
+            f"{'without --overwrite ' if config.overwrite else ''}goes on from there"
+        ) from None
+    learned.save(folder)
+    after = learned.bounds(config.sims, config.paths, config.seed)
+    say("after", _described(after))
+    given = learned.condition(seen.y)
+    draws = completed(
+        given.sample(config.n, seed=config.seed, grid=seen.grid), config, seen, amplitude
+    )
+    print(draws)
+    for name, text in findings(draws, seen):
+        say(name, text)
+    draws.write(folder / DRAWS, overwrite=True)
+    draws.plot().savefig((folder / DRAWS).with_suffix(".png"), dpi=150)
+    learning_figure(learned.history, before, after).savefig(folder / PICTURE, dpi=120)
+    report = {
+        "config": asdict(config),
+        "amplitude": amplitude,
+        "before": [asdict(e) for e in before],
+        "after": [asdict(e) for e in after],
+        "observation": asdict(given.evidence(config.paths, config.seed)),
+        "history": learned.history,
+    }
+    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    for name in ("control.safetensors", DRAWS, REPORT, PICTURE):
+        say(name.partition(".")[0], folder / name)
+
+
+def _images(config: FinetuneConfig, prior: si.Prior) -> Tensor:
+    """Draws of the prior, kept beside the training."""
+    path = config.folder / IMAGES
+    if not path.exists():
+        partial = path.with_suffix(".part")
+        save_file({"images": prior.sample(config.images, config.seed)}, partial)
+        partial.replace(path)
+    return load_file(path)["images"]
+
+
+def _described(reports: list[Evidence]) -> str:
+    mean = lambda name: sum(getattr(r, name) for r in reports) / len(reports)
+    return (
+        f"EUBO - ELBO {mean('gap'):.2f} nat, log-weights +- {mean('std'):.2f} nat, "
+        f"{100 * mean('ess'):.1f} % effective of {reports[0].n}, over {len(reports)} simulated data"
+    )
