@@ -501,6 +501,8 @@ def test_training_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch):
         si.finetune(
             prior, likelihood, seed=0, steps=6, y=2 * y, plan=plan, folder=tmp_path / "one"
         )
+    with pytest.raises(ValueError, match="all of the reward"):
+        Recipe(temper=1.0)
 
 
 def test_a_control_is_kept_and_found_again(tmp_path):

@@ -31,7 +31,7 @@ from scoreinv.finetune.control import (
 from scoreinv.finetune.evidence import Evidence, evidence
 from scoreinv.finetune.paths import Engine, log_density
 from scoreinv.finetune.proposals import JointSimulations, OnPolicy
-from scoreinv.finetune.reference import PriorChain, TwistedChain, measured
+from scoreinv.finetune.reference import NotKnownError, PriorChain, TwistedChain, measured
 from scoreinv.finetune.training import Plan, Recipe, Simulate, train_control
 from scoreinv.gaussian import Covariance
 from scoreinv.likelihood import Likelihood
@@ -309,8 +309,8 @@ def new_chain(
     if likelihood is not None:
         try:
             return TwistedChain(prior, len(covariances), likelihood, covariances)
-        except ValueError:
-            pass  # it says why, and that a plain chain with guidance will do
+        except NotKnownError:
+            pass  # a plain chain with guidance will do
     return PriorChain(prior, len(covariances), covariances)
 
 

@@ -159,9 +159,9 @@ class ImageControl(Control):
         seed: int = 0,
     ) -> None:
         super().__init__(reference, guide)
-        self._image, self.channels = image, reference.shape[0]
+        self._image, channels = image, reference.shape[0]
         stacked = 2 + (guide is not None) + (image is not None)
-        self.network = UNet(stacked * self.channels, widths, embedding=64)
+        self.network = UNet(stacked * channels, widths, embedding=64, outputs=channels)
         initialise(self.network, stream(seed))
 
     def correction(
@@ -169,7 +169,7 @@ class ImageControl(Control):
     ) -> Tensor:
         if self._image is not None:
             inputs = [*inputs, self._image(y).float()]
-        return self.network(torch.cat(inputs, 1), clock)[:, : self.channels]
+        return self.network(torch.cat(inputs, 1), clock)
 
 
 def numbers(y: Tensor) -> Tensor:

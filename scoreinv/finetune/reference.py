@@ -27,6 +27,10 @@ from scoreinv.priors.base import Prior, stream
 from scoreinv.samplers.smc import DIFFERENCE, local_covariance
 
 
+class NotKnownError(ValueError):
+    """Covariances given data that nothing cheap is known of."""
+
+
 @dataclass(frozen=True)
 class Step:
     """N(mean, V) for each image of a batch.
@@ -218,7 +222,7 @@ class TwistedChain(PriorChain):
             given.append(solver(likelihood, C, self.dtype).given(C))
         known = None if given is None else [g.covariance() for g in given]
         if known is None or any(C is None for C in known):
-            raise ValueError(
+            raise NotKnownError(
                 f"covariances given data of {type(likelihood.operator).__name__} and {type(likelihood.noise).__name__} are "
                 f"not known at {self.shape}; take a PriorChain and guidance"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,12 @@ class Recipe:
     )
     temper: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.temper < 1:
+            raise ValueError(
+                f"temper is {self.temper:g}, expected 0 <= temper < 1: the training must end with all of the reward"
+            )
+
 
 def train_control(
     engine: Engine,
@@ -159,11 +166,11 @@ class _State:
             ]
         )
         self.average = {k: v.clone() for k, v in self.control.state_dict().items()}
-        # prior, measurement and data show in the reward of what they simulate
-        with torch.no_grad():
-            reward = float(engine.reward(x, y).double().sum())
-        objective = type(recipe.objective).__name__
-        self.key = f"{plan} {recipe.temper} {objective} {engine.reference.steps} {reward:.6g}"
+        proposals = [(share, type(p).__name__) for share, p in recipe.proposals]
+        self.key = f"{plan} {recipe.temper} {type(recipe.objective).__name__} {proposals}"
+        # prior, chain, control, measurement and data all show in the weights of a few paths
+        _, log_w = engine.paths(len(x), y, stream(plan.seed, 4))
+        self.probe = float(log_w.sum())
 
     def follow(self, found: dict[str, float]) -> None:
         """After a step: the running mean, and what is remembered."""
@@ -187,7 +194,8 @@ class _State:
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")
-        record = {"step": str(self.step), "key": self.key, "history": json.dumps(self.history)}
+        record = {"step": str(self.step), "key": self.key, "probe": repr(self.probe)}
+        record["history"] = json.dumps(self.history)
         tensors = {k: v.detach().clone().contiguous() for k, v in self._tensors().items()}
         save_file(tensors, partial, metadata=record)
         partial.replace(path)
@@ -195,9 +203,12 @@ class _State:
     def load(self, path: Path) -> None:
         with safe_open(path, "pt") as f:
             record, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-        if record["key"] != self.key:
+        # the last bits depend on the threads
+        same = math.isclose(float(record["probe"]), self.probe, rel_tol=1e-3, abs_tol=1e-3)
+        if record["key"] != self.key or not same:
+            other = "prior, chain or data" if record["key"] == self.key else record["key"]
             raise ValueError(
-                f"{path} is of another training ({record['key']}, not {self.key}); choose another folder, or delete it"
+                f"{path} is of another training ({other}, not {self.key}); choose another folder, or delete it"
             )
         part = lambda name: {
             k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")

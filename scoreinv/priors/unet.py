@@ -55,6 +55,7 @@ class UNet(nn.Module):
         widths: Feature channels of each level; level i works at 1 / 2^(i + 1) of the image's resolution.
         blocks: Residual blocks in each level, on the way down and on the way up.
         embedding: Features of the noise-level embedding.
+        outputs: Channels of F; those of the image if not given.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class UNet(nn.Module):
         widths: Sequence[int] = (48, 96, 192),
         blocks: int = 1,
         embedding: int = 128,
+        outputs: int | None = None,
     ) -> None:
         super().__init__()
         self.features = embedding
@@ -87,7 +89,7 @@ class UNet(nn.Module):
                 )
         self.middle = ResidualBlock(widths[-1], widths[-1], embedding)
         self.norm = nn.GroupNorm(8, widths[0])
-        self.last = nn.Conv2d(widths[0], 4 * channels, 3, padding=1)
+        self.last = nn.Conv2d(widths[0], 4 * (outputs or channels), 3, padding=1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
