@@ -31,8 +31,14 @@ from scoreinv.finetune.control import (
 from scoreinv.finetune.evidence import Evidence, evidence
 from scoreinv.finetune.paths import Engine, log_density
 from scoreinv.finetune.proposals import JointSimulations, OnPolicy
-from scoreinv.finetune.reference import NotKnownError, PriorChain, TwistedChain, measured
+from scoreinv.finetune.reference import (
+    NotKnownError,
+    PriorChain,
+    TwistedChain,
+    measured,
+)
 from scoreinv.finetune.training import Plan, Recipe, Simulate, train_control
+from scoreinv.finetune.twist import Twist, learn_twist
 from scoreinv.gaussian import Covariance
 from scoreinv.likelihood import Likelihood
 from scoreinv.posterior import Posterior
@@ -40,6 +46,7 @@ from scoreinv.priors.base import Prior, stream
 from scoreinv.samplers.path import Descent, Island, Request
 from scoreinv.samplers.run import sample
 from scoreinv.samplers.samples import Samples
+from scoreinv.samplers.smc import systematic
 
 FEW = 256  # pixels up to which a control is a perceptron
 PROBES = 256  # of them that measure how sure the prior is at each level
@@ -55,12 +62,14 @@ class Amortised:
         chain: The prior's reverse chain.
         control: Trained.
         y: The only data it serves; None if it serves all.
+        twist: By which particles are resampled on the way.
         history: Of the training.
     """
 
     likelihood: Likelihood
     chain: PriorChain
     control: Control
+    twist: Twist
     y: Tensor | None = None
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -111,7 +120,9 @@ class Amortised:
         """Keep the control; `load_amortised` reads it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {k: v.contiguous() for k, v in self.control.state_dict().items()}
+        tensors = {f"control.{k}": v for k, v in self.control.state_dict().items()}
+        tensors |= {f"twist.{k}": v for k, v in self.twist.state_dict().items()}
+        tensors = {k: v.contiguous() for k, v in tensors.items()}
         values = [C.eigenvalues(self.chain.shape) for C in self.chain.covariances]
         tensors["eigenvalues"] = torch.stack(values)
         if self.y is not None:
@@ -147,11 +158,17 @@ class Conditioned:
 class Steered:
     """Paths of a control, weighted: a sampler like the others.
 
+    On the way down particles count by what they promise (`scoreinv.finetune.twist`), and those that will not do are replaced
+    by copies of others. Draws and evidence are exact in the limit of many whatever is promised; how evenly particles weigh
+    depends on it.
+
     Args:
         amortised: The control.
+        resample: Effective sample size over n below which particles are resampled; 0: never.
     """
 
     amortised: Amortised
+    resample: float = 0.5
 
     particles: ClassVar[int] = 1
     label: ClassVar[str] = "paths of a learned control, weighted"
@@ -171,40 +188,59 @@ class Steered:
 
     def island(self, posterior: Posterior, n: int, generator: torch.Generator) -> Island:
         """n particles at the start, with their stream."""
-        return Walk(posterior, self.amortised, n, generator)
+        return Walk(posterior, self, n, generator)
 
 
 class Walk(Island):
     """Particles on paths of a control."""
 
     def __init__(
-        self, posterior: Posterior, amortised: Amortised, n: int, generator: torch.Generator
+        self, posterior: Posterior, sampler: Steered, n: int, generator: torch.Generator
     ) -> None:
-        super().__init__(posterior, amortised.chain.levels, n, generator)
-        self.chain, self.control = amortised.chain, amortised.control
+        super().__init__(posterior, sampler.amortised.chain.levels, n, generator)
+        self.chain, self.control = sampler.amortised.chain, sampler.amortised.control
         self.y = posterior.y.expand(n, *posterior.y.shape)
+        self.twist, self.least = sampler.amortised.twist, sampler.resample * n
 
     def _begin(self) -> Descent:
         start, z = self.chain.start(self.n, self.y), self._white()
         self.x = start.taken(z)
-        self.log_ratio = -start.log_ratio(self.x, z)
+        self.log_w = start.log_ratio(self.x, z)
+        self.promise = torch.zeros(self.n, dtype=torch.float64)
         yield from ()
 
     def _step(self, i: int) -> Generator[Request, Tensor, int]:
         denoised = yield from self._denoise(self.x, self.levels[i])
         k = torch.full((self.n,), i)
+        if self.least > 0 and self.twist.knows:
+            denoised = self._resampled(denoised, i)
         step = self.chain.around(self.x, denoised, k, self.y)
         g = self.control.guide(step, k, self.y)
         u = self.control(self.x, denoised, g, k, self.y)
         z = u + self._white()
         self.x = step.taken(z)
-        self.log_ratio += log_density(u, z) - step.log_ratio(self.x, z)
+        self.log_w += step.log_ratio(self.x, z) - log_density(u, z)
         return i + 1
+
+    def _resampled(self, denoised: Tensor, i: int) -> Tensor:
+        """Weigh the particles by what they promise, and resample them if few count."""
+        promise = self.twist.promise(self.x, denoised, i, self.y)
+        self.log_w += promise - self.promise
+        self.promise = promise
+        w = torch.softmax(self.log_w, 0)
+        effective = float(1 / w.square().sum())
+        self._lowest.append(effective / self.n)
+        if effective >= self.least:
+            return denoised
+        chosen = systematic(w, self.n, self.generator)
+        self.x, self.promise = self.x[chosen], self.promise[chosen]
+        self.log_w = torch.logsumexp(self.log_w, 0).sub(math.log(self.n)).expand(self.n).clone()
+        return denoised[chosen]
 
     def _end(self) -> Descent:
         yield from self._step(len(self.levels) - 1)
-        log_w = self.posterior.likelihood.log_prob(self.posterior.y, self.x) - self.log_ratio
-        log_w = log_w - self.posterior.gaussian_log_evidence
+        reward = self.posterior.likelihood.log_prob(self.posterior.y, self.x)
+        log_w = self.log_w + reward - self.promise - self.posterior.gaussian_log_evidence
         self.trace.log_weights = log_w.tolist()
         self.trace.log_evidence = float(torch.logsumexp(log_w, 0)) - math.log(self.n)
 
@@ -270,7 +306,7 @@ def untrained(
     chain = new_chain(prior, covariances, likelihood if guided else None)
     examples = None if y is not None else likelihood.simulate(images, seed)
     control = control or new_control(chain, likelihood, examples, guided)
-    return Amortised(likelihood, chain, control, y)
+    return Amortised(likelihood, chain, control, new_twist(chain, likelihood, examples), y)
 
 
 def train(
@@ -290,14 +326,10 @@ def train(
         )
     own = [(1.0, OnPolicy())]
     shared = own if y is not None else [*own, (1.0, JointSimulations())]
-    history = train_control(
-        amortised.engine,
-        _simulator(amortised.likelihood, images, y),
-        plan,
-        recipe or Recipe(proposals=shared),
-        folder=folder,
-        progress=progress,
-    )
+    engine, simulate = amortised.engine, _simulator(amortised.likelihood, images, y)
+    recipe = recipe or Recipe(proposals=shared)
+    history = train_control(engine, simulate, plan, recipe, folder=folder, progress=progress)
+    history += learn_twist(amortised.twist, engine, simulate, plan, progress)
     amortised.history.extend(history)
     return amortised
 
@@ -329,6 +361,12 @@ def new_control(
     if math.prod(chain.shape) <= FEW:
         return VectorControl(chain, examples, guide)
     return ImageControl(chain, None if examples is None else data_image(likelihood), guide)
+
+
+def new_twist(chain: PriorChain, likelihood: Likelihood, examples: Tensor | None) -> Twist:
+    """A twist that suits the images' size and the data."""
+    few = math.prod(chain.shape) <= FEW
+    return Twist(chain, likelihood, None if few else data_image(likelihood), examples)
 
 
 def data_image(likelihood: Likelihood) -> Callable[[Tensor], Tensor]:
@@ -368,14 +406,16 @@ def load_amortised(folder: str | Path, prior: Prior, likelihood: Likelihood) -> 
         y = torch.view_as_complex(y)
     zero = None if y is not None else _nothing(2, likelihood)
     control = new_control(chain, likelihood, zero, card["guided"])
-    found = Amortised(likelihood, chain, control, y)
+    found = Amortised(likelihood, chain, control, new_twist(chain, likelihood, zero), y)
     if (seen := _card(found)) != card:
         other = [k for k in card if seen.get(k) != card[k]]
         raise ValueError(
             f"{folder} holds a control of another problem: its {', '.join(other)} differ; "
             "pass the prior and the likelihood that it was trained with"
         )
-    control.load_state_dict(tensors)
+    for name, module in (("control.", control), ("twist.", found.twist)):
+        part = {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+        module.load_state_dict(part)
     return found
 
 
@@ -386,7 +426,7 @@ def _card(amortised: Amortised) -> dict[str, Any]:
     clean = amortised.likelihood.operator(probe)
     seen = amortised.likelihood.log_prob(torch.zeros_like(clean[0]), probe)
     return {
-        "format": 1,
+        "format": 2,
         "control": type(control).__name__,
         "chain": type(chain).__name__,
         "guided": control.guided or isinstance(chain, TwistedChain),

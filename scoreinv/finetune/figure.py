@@ -35,9 +35,10 @@ def learning_figure(
 def _history(axes: Axes, history: Sequence[dict[str, float]]) -> None:
     _curve(axes, history, "gain", BEFORE, "simulated paths: likelier by")
     _curve(axes, history, "spread", AFTER, "log-weights of one y: sd")
+    _curve(axes, history, "promise", INK, "what the twist leaves of them: sd")
     axes.set(xlabel="iteration", ylabel="nat")
     # what the first iterations are off by is not what one wants to see
-    shown = [h.get("gain", h.get("spread")) for h in history[len(history) // 20 :]]
+    shown = [v for h in history[len(history) // 20 :] for k, v in h.items() if k != "log_w"]
     low, high = min(shown), max(shown)
     axes.set_ylim(low - 0.1 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1)
     axes.legend(frameon=False, fontsize=9)

@@ -44,6 +44,7 @@ class Paths:
         denoised: Of all states but the last, with shape (T, B, *shape).
         guidance: What data say of each step, in units of V^1/2, with shape (T, B, *shape); None for controls without.
         y: Data of each path, with shape (B, *data); None if there are none.
+        spent: By how much the control makes each step likelier than the reference does, with shape (T, B) [nat].
         log_reward: log r(x_T) - log p_T(x_T), with shape (B,) [nat].
     """
 
@@ -52,6 +53,7 @@ class Paths:
     denoised: Tensor
     guidance: Tensor | None
     y: Tensor | None
+    spent: Tensor
     log_reward: Tensor
 
     @property
@@ -113,9 +115,9 @@ class Engine:
     ) -> tuple[Paths, Tensor]:
         """Paths that begin with given states, with shape (k + 1, n, *shape), and are completed by the control."""
         ref, xs = self.reference, list(states)
-        zs, denoised, guides = [], [], []
+        zs, denoised, guides, spent = [], [], [], []
         start = ref.start(len(xs[0]), y)
-        log_ratio = 0.0 if start.plain is None else -start.log_ratio(xs[0], start.normal(xs[0]))
+        first = 0.0 if start.plain is None else -start.log_ratio(xs[0], start.normal(xs[0]))
         for i in range(ref.steps):
             k = torch.full((len(xs[i]),), i)
             step = ref.step(xs[i], k, y)
@@ -127,7 +129,7 @@ class Engine:
                 xs.append(step.taken(z))
             else:
                 z = step.normal(xs[i + 1])
-            log_ratio = log_ratio + log_density(u, z) - step.log_ratio(xs[i + 1], z)
+            spent.append(log_density(u, z) - step.log_ratio(xs[i + 1], z))
             zs.append(z)
             denoised.append(step.denoised)
             guides.append(g)
@@ -137,9 +139,10 @@ class Engine:
             torch.stack(denoised),
             None if guides[0] is None else torch.stack(guides),
             y,
+            torch.stack(spent),
             self.reward(xs[-1], y) - ref.log_terminal(xs[-1]),
         )
-        return found, found.log_reward - log_ratio
+        return found, found.log_reward - found.spent.sum(0) - first
 
     def through(
         self, x: Tensor, y: Tensor | None, generator: torch.Generator
@@ -185,9 +188,7 @@ class Engine:
         """
         T, B = self.reference.steps, len(paths)
         chosen = torch.arange(T) if steps is None else steps
-        pixels = paths.x[0].numel()
-        size = max(1, 64 * CHUNK // (pixels * B))
-        for part in chosen.split(size):
+        for part in chosen.split(chunk(paths)):
             k = part.repeat_interleave(B)
             flat = lambda v, part=part: v[part].flatten(0, 1)
             y = None if paths.y is None else paths.y.repeat(len(part), *[1] * (paths.y.ndim - 1))
@@ -195,6 +196,11 @@ class Engine:
             u = self.control(flat(paths.states), flat(paths.denoised), g, k, y)
             log_ratio = log_density(u, flat(paths.z)).reshape(len(part), B).sum(0)
             (T / len(chosen) * (weights * log_ratio).sum()).backward()
+
+
+def chunk(paths: Paths) -> int:
+    """Steps that go through a network with a gradient at once."""
+    return max(1, 64 * CHUNK // (paths.x[0].numel() * len(paths)))
 
 
 def log_density(u: Tensor, z: Tensor) -> Tensor:

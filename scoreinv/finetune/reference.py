@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from scoreinv.conditioning import Conditioned, Conditioner, conditioner
-from scoreinv.gaussian import Covariance, selected
+from scoreinv.gaussian import Covariance, dot, selected
 from scoreinv.kernels import conditional, noise_levels, reverse_covariance
 from scoreinv.likelihood import Likelihood
 from scoreinv.operators.information import white
@@ -316,3 +316,14 @@ def pulled(
         shift[k == i] = given[i].respond(e[k == i])
     share = 1 - (chain.sigma(k + 1) / chain.sigma(k)).square()
     return share.to(shift.dtype).reshape(-1, *[1] * (shift.ndim - 1)) * shift
+
+
+def foreseen_log_prob(
+    likelihood: Likelihood, given: Conditioned, denoised: Tensor, y: Tensor
+) -> Tensor:
+    """log N(y; A D, S + A C A^T) up to a constant, with shape (B,), in float64, for N(., C) conditioned on data.
+
+    By the matrix inversion lemma the misfit is that of D, less what (C^-1 + H)^-1 A^T S^-1 (y - A D) takes away.
+    """
+    e = weighed(likelihood, y, denoised)
+    return 0.5 * (dot(e, given.respond(e)) - likelihood.chi2(y, denoised.double()))

@@ -32,6 +32,7 @@ class Plan:
         iterations: Of the optimiser, on whole paths.
         simulated: Iterations before them, on `groups * paths` single steps of paths through simulated images
             (`Engine.imitate`): they cost a T-th, and are what large images need. For a control that serves all data.
+        twist: Batches of paths after all iterations, on which a `Twist` is learned.
         groups: Different y in a batch of paths; 1 where there is only one.
         paths: Paths of each, G.
         rate: First learning rate; constant for 60 % of all iterations, then falling to a fiftieth.
@@ -44,6 +45,7 @@ class Plan:
 
     iterations: int = 1000
     simulated: int = 0
+    twist: int = 0
     groups: int = 1
     paths: int = 128
     rate: float = 2e-3
