@@ -29,12 +29,12 @@ from scoreinv.bench.problems import (
     _stationary_answer,
     four_fields,
     gaussian_field,
-    gaussian_psf,
     grid_mixture,
     power_law_mixture,
 )
 from scoreinv.bench.records import Records
 from scoreinv.bench.scores import mean_error, sliced_wasserstein, variance_ratio
+from scoreinv.operators import gaussian_psf
 from scoreinv.priors.base import stream
 from scoreinv.samplers.baselines import PiGDM
 

@@ -17,15 +17,13 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
-from scoreinv.bench.problems import gaussian_psf
 from scoreinv.bench.records import Records
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise
-from scoreinv.operators import NUFFT, PSFConvolution
+from scoreinv.operators import NUFFT, PSFConvolution, gaussian_psf
 from scoreinv.operators.fourier import ARCSEC
 from scoreinv.posterior import Posterior
 from scoreinv.priors import Prior
-from scoreinv.priors.base import stream
 from scoreinv.samplers import sample
 from scoreinv.samplers.path import Sampler
 from scoreinv.samplers.run import fingerprint
@@ -177,15 +175,3 @@ def summary(outcomes: list[Outcome], n: int) -> dict[str, float | list[float]]:
         "evaluations": max(o.evaluations for o in outcomes),
         "seconds": float(np.mean([o.seconds for o in outcomes])),
     }
-
-
-def held_out_truths(
-    kind: str, size: int, n: int, seed: int, amplitude: tuple[float, float]
-) -> Tensor:
-    """Simulated images that the prior was not trained on, of peaks in this range, with shape (n, 1, H, W)."""
-    from scoreinv.simulators import simulate_images
-    from scoreinv.training import augment
-
-    images = torch.from_numpy(simulate_images(kind, n, size, 10_000 + seed)).float()
-    parts = [augment(x[None], stream(seed, 9, i), 2, amplitude) for i, x in enumerate(images)]
-    return torch.cat(parts)

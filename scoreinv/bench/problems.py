@@ -30,6 +30,7 @@ from scoreinv.operators import (
     LinearOperator,
     Mask,
     PSFConvolution,
+    gaussian_psf,
 )
 from scoreinv.operators.fourier import ARCSEC
 from scoreinv.posterior import Posterior
@@ -194,13 +195,6 @@ def gaussian_field(seed: int, kind: str, size: int = 64) -> MixtureProblem:
         noise = GaussianNoise(std=0.1 * size)
     name = f"Gaussian field, {size} x {size}, {kind}"
     return _drawn(name, prior, Likelihood(A, noise), g)
-
-
-def gaussian_psf(fwhm: float, size: int = 19) -> Tensor:
-    """A normalised Gaussian PSF, with shape (size, size); `fwhm` [pixel]."""
-    i = torch.arange(size, dtype=torch.float64) - size // 2
-    psf = torch.exp(-(i[:, None] ** 2 + i**2) / (2 * (fwhm / 2.354820045) ** 2))
-    return psf / psf.sum()
 
 
 def _blur(size: int, g: torch.Generator) -> LinearOperator:

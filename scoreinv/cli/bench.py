@@ -17,6 +17,7 @@ from scoreinv.bench.document import cell, document
 from scoreinv.bench.figure import error_figure
 from scoreinv.bench.peers import Peer
 from scoreinv.samplers.path import Sampler
+from scoreinv.training import fresh_images
 
 TABLES = ("exact", "coverage", "learned", "rtb", "speed", "scaling")
 
@@ -219,7 +220,7 @@ def _learned(config: BenchConfig) -> list[dict[str, Any]]:
             f"prior is {config.prior!r}, expected one of {', '.join(cards)}: only their held-out images are known"
         )
     data = cards[config.prior]["training"]["data"]
-    simulated = lambda: learned.held_out_truths(
+    simulated = lambda: fresh_images(
         data["kind"], data["size"], config.truths, config.seed, amplitude=(1.0, 1.0)
     )
     makers = {"prior": lambda: prior.sample(config.truths, config.seed + 1), "held out": simulated}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import scoreinv as si
+from scoreinv.operators import gaussian_psf
 from scoreinv.simulators.arrays import alma_track, thermal_noise
 
 ENVIRONMENT = "SCOREINV_DATA"
@@ -240,10 +241,8 @@ def _(section: Simulation, shape: tuple[int, ...]) -> Observation:
 @observe.register
 def _(section: SimulatedCutout, shape: tuple[int, ...]) -> Observation:
     truth = _simulated_sky(section, shape)
-    radius = math.ceil(2 * section.fwhm)
-    r2 = torch.arange(-radius, radius + 1, dtype=torch.float64).square()
-    psf = (-4 * math.log(2) / section.fwhm**2 * (r2[:, None] + r2)).exp()
-    operator = si.PSFConvolution(psf / psf.sum(), shape)
+    psf = gaussian_psf(section.fwhm, 2 * math.ceil(2 * section.fwhm) + 1)
+    operator = si.PSFConvolution(psf, shape)
     likelihood = si.Likelihood(operator, si.GaussianNoise(std=section.noise))
     return Observation(
         likelihood,

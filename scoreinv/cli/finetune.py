@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,8 @@ from scoreinv.cli.problem import Problem, chosen, completed, findings, say
 from scoreinv.finetune.amortised import train, untrained
 from scoreinv.finetune.evidence import Evidence
 from scoreinv.finetune.figure import learning_figure
+from scoreinv.priors.zoo import prior_card
+from scoreinv.training import fresh_images
 
 REPORT, PICTURE, DRAWS, IMAGES = "report.json", "report.png", "draws.fits", "images.safetensors"
 LEAST = {"sims": 1, "paths": 10, "n": 2}
@@ -30,7 +33,8 @@ class FinetuneConfig(Problem):
         only: Serve this observation alone, not all data of such a measurement.
         steps: Of the prior's chain; 50 or more for results.
         plan: How long and how fast; its seed is that of the problem.
-        images: Draws of the prior from which data are simulated.
+        images: From which data are simulated: new ones of the kind that the prior was trained on; draws of the prior, which
+            take longer, where its card does not name it. Few are learned by heart.
         sims: Simulated data whose evidence is reported, before and after.
         paths: Of the control for each of them.
     """
@@ -39,7 +43,7 @@ class FinetuneConfig(Problem):
     only: bool = False
     steps: int = 50
     plan: si.Plan
-    images: int = 1024
+    images: int = 20000
     sims: int = 8
     paths: int = 64
 
@@ -71,7 +75,7 @@ def finetune(config: FinetuneConfig) -> None:
     say("data", f"{seen.origin['source']}, {seen.likelihood.data_size} numbers")
     say("prior", f"{prior.identity['prior']}, amplitude {amplitude:.4g} {seen.grid.unit}")
     prior = prior.rescaled(amplitude)
-    images = _images(config, prior)
+    images = _images(config, prior, amplitude)
     y = seen.y if config.only else None
     learned = untrained(prior, seen.likelihood, images, config.seed, steps=config.steps, y=y)
     before = learned.bounds(config.sims, config.paths, config.seed)
@@ -110,12 +114,20 @@ def finetune(config: FinetuneConfig) -> None:
         say(name.partition(".")[0], folder / name)
 
 
-def _images(config: FinetuneConfig, prior: si.Prior) -> Tensor:
-    """Draws of the prior, kept beside the training."""
+def _images(config: FinetuneConfig, prior: si.Prior, amplitude: float) -> Tensor:
+    """Images that the prior, rescaled by the amplitude, could have made; kept beside the training."""
     path = config.folder / IMAGES
     if not path.exists():
+        data = prior_card(config.prior).get("training", {}).get("data", {})
+        if "kind" in data:
+            keys = {k: data[k] for k in ("kind", "size", "amplitude", "shift")}
+            workers = os.cpu_count() or 1
+            images = fresh_images(n=config.images, seed=config.seed, workers=workers, **keys)
+            images *= amplitude
+        else:
+            images = prior.sample(config.images, config.seed)
         partial = path.with_suffix(".part")
-        save_file({"images": prior.sample(config.images, config.seed)}, partial)
+        save_file({"images": images}, partial)
         partial.replace(path)
     return load_file(path)["images"]
 

@@ -2,7 +2,7 @@
 
 from scoreinv.operators.amplitude import Amplitude
 from scoreinv.operators.base import LinearOperator
-from scoreinv.operators.convolution import PSFConvolution
+from scoreinv.operators.convolution import PSFConvolution, gaussian_psf
 from scoreinv.operators.fourier import NUFFT
 from scoreinv.operators.pixels import DenseOperator, Identity, Mask
 
@@ -14,4 +14,5 @@ __all__ = [
     "Mask",
     "NUFFT",
     "PSFConvolution",
+    "gaussian_psf",
 ]

@@ -10,6 +10,8 @@ outside the cutout enters it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -90,6 +92,13 @@ class PSFConvolution(LinearOperator):
     @property
     def stationary(self) -> bool:
         return self.boundary == "circular" and self.data_shape[-2:] == self.shape[-2:]
+
+
+def gaussian_psf(fwhm: float, size: int = 19) -> Tensor:
+    """A normalised Gaussian PSF, with shape (size, size); `fwhm` [pixel]."""
+    i = torch.arange(size, dtype=torch.float64) - size // 2
+    psf = (-4 * math.log(2) / fwhm**2 * (i[:, None] ** 2 + i**2)).exp()
+    return psf / psf.sum()
 
 
 def _fast_length(n: int) -> int:

@@ -27,6 +27,8 @@ class Prior(abc.ABC):
         sigma_max: Above this level the denoiser is not used [model unit].
         moments: The Gaussian with the prior's mean and covariance.
         identity: What the provenance of a result calls this prior: name, hash of the weights.
+        excess_noise: Variance of more fresh noise in reverse steps, along the error of the denoised image and in units of
+            it. Trained denoisers lose detail from step to step, and this keeps it; an exact one needs none.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +37,7 @@ class Prior(abc.ABC):
     sigma_max: float
     moments: Gaussian
     identity: dict[str, str]
+    excess_noise: float = 0.0
 
     @abc.abstractmethod
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -96,15 +99,9 @@ class Prior(abc.ABC):
         keep the detail that trained ones lose. Along the error of the denoised image it
         keeps the flux, too: more noise on blank sky would lower it.
         """
-        excess = self.excess_noise(sigma)
-        return fresh if excess == 0 else fresh + excess**0.5 / sigma * error.draw(generator)
-
-    def excess_noise(self, sigma: float) -> float:
-        """Variance of more fresh noise in a reverse step from level sigma, in units of the denoised image's error.
-
-        Trained denoisers lose detail from step to step, and this keeps it; an exact one needs none.
-        """
-        return 0.0
+        if self.excess_noise == 0:
+            return fresh
+        return fresh + self.excess_noise**0.5 / sigma * error.draw(generator)
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
         """grad log p_sigma(x), with shape (B, C, H, W)."""
@@ -190,6 +187,7 @@ class RescaledPrior(Prior):
         self.sigma_min, self.sigma_max = amplitude * prior.sigma_min, amplitude * prior.sigma_max
         self.moments = prior.moments.rescaled(amplitude)
         self.identity = {**prior.identity, "amplitude": f"{amplitude:.9g}"}
+        self.excess_noise = prior.excess_noise
 
     def sample(self, n: int, seed: int, steps: int = 40, churn: float = 0.1) -> Tensor:
         """amplitude times the draws of the prior, with shape (n, C, H, W)."""
@@ -204,6 +202,3 @@ class RescaledPrior(Prior):
 
     def correlation(self, sigma: float) -> Covariance | None:
         return self.prior.correlation(sigma / self.amplitude)
-
-    def excess_noise(self, sigma: float) -> float:
-        return self.prior.excess_noise(sigma / self.amplitude)

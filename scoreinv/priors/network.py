@@ -14,7 +14,7 @@ Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +39,13 @@ class ErrorModel:
         head: The logarithm of the variance of F in each pixel and band, from the network's features.
         levels: Noise levels at which rho was measured, rising, with shape (L,) [model unit].
         power: Spectra of rho at each, with shape (L, bands, 1, H, W).
-        stirred: Noise levels below which `Prior.excess_noise` was found, rising, with shape (E,) [model unit].
-        excess: That noise below each, and above the one before, with shape (E,); the last holds further up, too.
+        excess_noise: `Prior.excess_noise`, with which draws of x_0 given x_sigma have their errors' width.
     """
 
     head: ErrorHead
     levels: Tensor
     power: Tensor
-    stirred: Tensor = field(default_factory=lambda: torch.zeros(1))
-    excess: Tensor = field(default_factory=lambda: torch.zeros(1))
+    excess_noise: float = 0.0
 
     def correlation(self, sigma: float) -> Fourier:
         """rho between the measured levels, by interpolating logarithms."""
@@ -55,11 +53,6 @@ class ErrorModel:
         i = int(torch.searchsorted(known, at).clamp(1, len(known) - 1))
         share = min(1.0, max(0.0, (at - float(known[i - 1])) / float(known[i] - known[i - 1])))
         return Fourier(torch.lerp(self.power[i - 1].log(), self.power[i].log(), share).exp())
-
-    def excess_noise(self, sigma: float) -> float:
-        """`Prior.excess_noise`, with which draws of x_0 given x_sigma have their errors' width."""
-        i = int(torch.searchsorted(self.stirred, sigma))
-        return float(self.excess[min(i, len(self.excess) - 1)])
 
 
 class ScorePrior(Prior):
@@ -94,6 +87,11 @@ class ScorePrior(Prior):
         self.identity = identity or {"prior": type(network).__name__}
         self.error = error
 
+    @property
+    def excess_noise(self) -> float:
+        """0 if the network did not learn its error."""
+        return 0.0 if self.error is None else self.error.excess_noise
+
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         skip, out, inputs, c = self._prepared(x, sigma)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -113,9 +111,6 @@ class ScorePrior(Prior):
 
     def correlation(self, sigma: float) -> Covariance | None:
         return None if self.error is None else self.error.correlation(sigma)
-
-    def excess_noise(self, sigma: float) -> float:
-        return 0.0 if self.error is None else self.error.excess_noise(sigma)
 
     def _prepared(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """c_skip, c_out, and the inputs of the network on its device."""

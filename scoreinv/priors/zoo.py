@@ -32,6 +32,14 @@ def shipped_priors() -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(SHIPPED.glob("*.json"))}
 
 
+def prior_card(source: str | Path) -> dict[str, Any]:
+    """What is known of the training of a shipped prior, or of one in a folder; empty if nothing is."""
+    shipped, path = shipped_priors(), Path(source) / "card.json"
+    if str(source) in shipped:
+        return shipped[str(source)]
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def load_prior(source: str | Path, device: torch.device | str = "cpu") -> Prior:
     """A prior, ready to sample.
 
@@ -81,8 +89,7 @@ def save_prior(folder: Path, prior: ScorePrior, card: dict[str, Any]) -> str:
         tensors |= {f"error.head.{k}": v.half() for k, v in prior.error.head.state_dict().items()}
         tensors["error.levels"] = prior.error.levels.float()
         tensors["error.power"] = prior.error.power.float()
-        tensors["error.stirred"] = prior.error.stirred.float()
-        tensors["error.excess"] = prior.error.excess.float()
+        tensors["error.excess_noise"] = torch.tensor([prior.error.excess_noise])
     path = folder / "weights.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -133,8 +140,7 @@ def _error(network: UNet, tensors: dict[str, Tensor]) -> ErrorModel | None:
         head.eval().requires_grad_(False),
         tensors["error.levels"].double(),
         tensors["error.power"].double(),
-        tensors["error.stirred"],
-        tensors["error.excess"],
+        float(tensors["error.excess_noise"]),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scoreinv.gaussian import Fourier, Gaussian
+from scoreinv.priors.base import stream
 from scoreinv.simulators import simulate_images
 from scoreinv.training.run import TrainingRun
 
@@ -65,3 +66,18 @@ def load_images(run: TrainingRun, folder: Path, progress: bool) -> tuple[Tensor,
         partial.rename(path)
     images = torch.from_numpy(np.load(path))
     return images[: data.images], images[data.images :]
+
+
+def fresh_images(
+    kind: str,
+    size: int,
+    n: int,
+    seed: int,
+    amplitude: tuple[float, float],
+    shift: int = 2,
+    workers: int = 1,
+) -> Tensor:
+    """Images like those of a training, but others, with shape (n, 1, H, W); see `TrainingData` for the arguments."""
+    images = torch.from_numpy(simulate_images(kind, n, size, 10_000 + seed, workers)).float()
+    parts = [augment(x[None], stream(seed, 9, i), shift, amplitude) for i, x in enumerate(images)]
+    return torch.cat(parts)
