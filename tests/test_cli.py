@@ -507,7 +507,7 @@ def test_finetune_from_end_to_end(capsys, finetuning, prior):
     command, folder = finetuning
     assert main(command) == 0
     said = capsys.readouterr().out
-    for name in ("before", "after", "control", "draws", "report", "chi^2"):
+    for name in ("before", "after", "draws", "report", "figure", "chi^2"):
         assert name in said
     report = json.loads((folder / "report.json").read_text())
     assert len(report["history"]) == 4 and report["config"]["plan"]["groups"] == 2

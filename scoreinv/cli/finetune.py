@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import scoreinv as si
-from scoreinv.cli.problem import Problem, chosen, completed, findings, say
+from scoreinv.cli.problem import Problem, chosen, completed, findings, introduce, say
 from scoreinv.finetune.amortised import train, untrained
 from scoreinv.finetune.evidence import Evidence
 from scoreinv.finetune.figure import learning_figure
@@ -61,19 +61,10 @@ class FinetuneConfig(Problem):
 def finetune(config: FinetuneConfig) -> None:
     """Learn how the data of a measurement steer a prior, report what that proves, and draw a posterior with it."""
     folder = config.folder
-    if (folder / REPORT).exists() and not config.overwrite:
-        raise FileExistsError(
-            f"{folder / REPORT} exists; choose another output, or pass --overwrite"
-        )
-    if config.overwrite and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    _prepare(config)
     prior = si.load_prior(config.prior, config.device)
     seen, amplitude, compared = chosen(config, prior)
-    for line in compared:
-        say("pixel scale", line)
-    say("data", f"{seen.origin['source']}, {seen.likelihood.data_size} numbers")
-    say("prior", f"{prior.identity['prior']}, amplitude {amplitude:.4g} {seen.grid.unit}")
+    introduce(prior, seen, amplitude, compared)
     prior = prior.rescaled(amplitude)
     images = _images(config, prior, amplitude)
     y = seen.y if config.only else None
@@ -92,9 +83,8 @@ def finetune(config: FinetuneConfig) -> None:
     after = learned.bounds(config.sims, config.paths, config.seed)
     say("after", _described(after))
     given = learned.condition(seen.y)
-    draws = completed(
-        given.sample(config.n, seed=config.seed, grid=seen.grid), config, seen, amplitude
-    )
+    draws = given.sample(config.n, seed=config.seed, grid=seen.grid)
+    draws = completed(draws, config, seen, amplitude)
     print(draws)
     for name, text in findings(draws, seen):
         say(name, text)
@@ -110,8 +100,18 @@ def finetune(config: FinetuneConfig) -> None:
         "history": learned.history,
     }
     (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-    for name in ("control.safetensors", DRAWS, REPORT, PICTURE):
-        say(name.partition(".")[0], folder / name)
+    for name, file in (("draws", DRAWS), ("report", REPORT), ("figure", PICTURE)):
+        say(name, folder / file)
+
+
+def _prepare(config: FinetuneConfig) -> None:
+    """Make sure that the report can be written, before anything is computed."""
+    report = config.folder / REPORT
+    if report.exists() and not config.overwrite:
+        raise FileExistsError(f"{report} exists; choose another output, or pass --overwrite")
+    if config.overwrite and config.folder.exists():
+        shutil.rmtree(config.folder)
+    config.folder.mkdir(parents=True, exist_ok=True)
 
 
 def _images(config: FinetuneConfig, prior: si.Prior, amplitude: float) -> Tensor:

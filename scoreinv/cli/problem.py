@@ -115,6 +115,16 @@ def chosen(problem: Problem, prior: si.Prior) -> tuple[Observation, float, Seque
     return choices[best], float(f"{found[best][0]:.4g}"), lines if len(found) > 1 else []
 
 
+def introduce(
+    prior: si.Prior, seen: Observation, amplitude: float, compared: Sequence[str]
+) -> None:
+    """What is about to be sampled, on the terminal."""
+    for line in compared:
+        say("pixel scale", line)
+    say("data", f"{seen.origin['source']}, {seen.likelihood.data_size} numbers")
+    say("prior", f"{prior.identity['prior']}, amplitude {amplitude:.4g} {seen.grid.unit}")
+
+
 def completed(
     draws: si.Samples, config: Problem, seen: Observation, amplitude: float
 ) -> si.Samples:

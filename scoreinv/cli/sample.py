@@ -9,7 +9,7 @@ from pathlib import Path
 
 import scoreinv as si
 from scoreinv.cli.data import Observation
-from scoreinv.cli.problem import SampledProblem, chosen, completed, findings, say
+from scoreinv.cli.problem import SampledProblem, chosen, completed, findings, introduce, say
 
 ENDINGS = (".fits", ".h5", ".hdf5")
 
@@ -57,10 +57,7 @@ def sample(config: SampleConfig) -> None:
     _prepare(config)
     prior = si.load_prior(config.prior, config.device)
     seen, amplitude, compared = chosen(config, prior)
-    for line in compared:
-        say("pixel scale", line)
-    say("data", f"{seen.origin['source']}, {seen.likelihood.data_size} numbers")
-    say("prior", f"{prior.identity['prior']}, amplitude {amplitude:.4g} {seen.grid.unit}")
+    introduce(prior, seen, amplitude, compared)
     draws = _draw(config, si.Posterior(prior.rescaled(amplitude), seen.likelihood, seen.y), seen)
     draws = completed(draws, config, seen, amplitude)
     print(draws)
