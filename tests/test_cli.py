@@ -520,6 +520,7 @@ def test_finetune_from_end_to_end(capsys, finetuning, prior):
     loaded = si.load_amortised(folder, si.load_prior(prior).rescaled(1.0), seen.likelihood)
     assert loaded.condition(seen.y).evidence(16, 0).ess > 0.5
     assert "report.json exists" in failure(capsys, *command)
+    assert "expected 0" in failure(capsys, *command, "--only", "--plan.simulated", "5")
     assert main([*command, "--overwrite", "--only", "--plan.iterations", "2"]) == 0
     assert len(json.loads((folder / "report.json").read_text())["history"]) == 2
 

@@ -52,6 +52,11 @@ class FinetuneConfig(Problem):
         for name, least in LEAST.items():
             if (given := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {given}, expected at least {least}")
+        if self.only and self.plan.simulated:
+            raise ValueError(
+                f"plan.simulated is {self.plan.simulated}, but with only=true no simulated image made the data; "
+                "expected 0, and as many plan.iterations as needed"
+            )
 
     @property
     def folder(self) -> Path:

@@ -10,7 +10,7 @@ see well come first, and that is what they need: the circulant nearest to H, wit
 A network can be sure of blank sky where there is a source, whose like it has rarely seen beside such a galaxy: K is then too
 small for the data to pull the source in, and all draws lose it. So the data are asked once more. Where what they still miss,
 A^T S^-1 (y - A x), stands out of its own noise, nothing is believed there but the noisy image itself, x_0 ~ N(x_s, s^2): K
-is widened to that, and the image drawn again.
+is widened to that, and the image drawn again. High up, where a solve is left unfinished on purpose, they are not asked.
 """
 
 from __future__ import annotations

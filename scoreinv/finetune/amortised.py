@@ -328,7 +328,8 @@ def train(
     shared = own if y is not None else [*own, (1.0, JointSimulations())]
     engine, simulate = amortised.engine, _simulator(amortised.likelihood, images, y)
     recipe = recipe or Recipe(proposals=shared)
-    history = train_control(engine, simulate, plan, recipe, folder=folder, progress=progress)
+    observe = amortised.likelihood.simulate
+    history = train_control(engine, simulate, plan, recipe, observe, folder, progress)
     history += learn_twist(amortised.twist, engine, simulate, plan, progress)
     amortised.history.extend(history)
     return amortised

@@ -155,26 +155,47 @@ class Engine:
             self.reference.noised(x, self.reference.steps, generator), y, generator
         )
 
-    def imitate(self, x: Tensor, y: Tensor | None, generator: torch.Generator) -> float:
-        """Add the gradient of -log p_u of paths through images x, with shape (B, *shape), by one step of each.
+    def imitate(
+        self,
+        n: int,
+        observe: Callable[[Tensor, int], Tensor],
+        generator: torch.Generator,
+        steps: int | None = None,
+    ) -> float:
+        """Add the gradient of -log p_u of paths of the target: those of the chain, given data observed at their ends.
 
-        Where data y were simulated of x, their paths are draws of the target, and this is the forward Kullback-Leibler
-        divergence. The steps are spread over the chain.
+        The forward Kullback-Leibler divergence. Images noised would not do in their place: a chain of few steps is not the
+        reverse of noising, and a control would learn the difference.
+
+        Args:
+            n: Paths.
+            observe: Data of images, with shape (B, *shape), and a seed.
+            generator: Of everything random.
+            steps: Of the chain whose gradient counts, scaled up to all of them; all if not given.
 
         Returns:
             By how much the control makes such paths likelier than the reference does [nat].
         """
-        T, n, ref = self.reference.steps, len(x), self.reference
-        ranks = torch.randperm(n, generator=generator) + torch.rand(1, generator=generator)
-        k = (ranks * T / n).long().clamp_max(T - 1)
-        with torch.no_grad():
-            states = ref.noised(x.to(ref.dtype), T, generator)
-            here, there = states[k, torch.arange(n)], states[k + 1, torch.arange(n)]
-            step = ref.step(here, k, y)
-            g, z = self.control.guide(step, k, y), step.normal(there)
-        gain = T * log_density(self.control(here, step.denoised, g, k, y), z).mean()
-        (-gain).backward()
-        return float(gain.detach())
+        ref, T = self.reference, self.reference.steps
+        free = Engine(ref, self.control, lambda x, _: x.new_zeros(len(x), dtype=torch.float64))
+        paths, _ = free.paths(n, None, generator, controlled=False)
+        y = observe(paths.x, int(torch.randint(2**62, (1,), generator=generator)))
+        chosen = torch.randperm(T, generator=generator)[: steps or T]
+        gain = 0.0
+        for part in chosen.split(chunk(paths)):
+            k = part.repeat_interleave(n)
+            here, there, D = (
+                v.flatten(0, 1)
+                for v in (paths.states[part], paths.states[part + 1], paths.denoised[part])
+            )
+            data = y.repeat(len(part), *[1] * (y.ndim - 1))
+            with torch.no_grad():
+                step = ref.around(here, D, k, data)
+                g, z = self.control.guide(step, k, data), step.normal(there)
+            likelier = log_density(self.control(here, D, g, k, data), z).sum() / n
+            (-T / len(chosen) * likelier).backward()
+            gain += T / len(chosen) * float(likelier.detach())
+        return gain
 
     def learn(self, paths: Paths, weights: Tensor, steps: Tensor | None = None) -> None:
         """Add the gradient of -sum_i weights_i log w_i to that of the control's parameters.

@@ -22,6 +22,7 @@ from scoreinv.priors.base import stream
 CHECKPOINT = "checkpoint.safetensors"
 SAVE_EVERY = 200  # iterations
 Simulate = Callable[[int, int], tuple[Tensor, Tensor | None]]  # (n, seed) -> images and their data
+Observe = Callable[[Tensor, int], Tensor]  # images and a seed -> data
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Plan:
 
     Args:
         iterations: Of the optimiser, on whole paths.
-        simulated: Iterations before them, on `groups * paths` single steps of paths through simulated images
-            (`Engine.imitate`): they cost a T-th, and are what large images need. For a control that serves all data.
+        simulated: Iterations before them, on `groups * paths` paths of the chain, each with data observed at its end
+            (`Engine.imitate`). For a control that serves all data.
         twist: Batches of paths after all iterations, on which a `Twist` is learned.
         groups: Different y in a batch of paths; 1 where there is only one.
         paths: Paths of each, G.
@@ -99,6 +100,7 @@ def train_control(
     simulate: Simulate,
     plan: Plan,
     recipe: Recipe | None = None,
+    observe: Observe | None = None,
     folder: str | Path | None = None,
     progress: bool = False,
 ) -> list[dict[str, float]]:
@@ -109,6 +111,7 @@ def train_control(
         simulate: Images of the prior and their data, for a number and a seed; data may be None, or the same for all.
         plan: How long and how fast.
         recipe: Objective and proposals; the log-variance on paths of the control if not given.
+        observe: Data of images, for those and a seed; needed where `plan.simulated` asks for them.
         folder: Where the training is kept every so often; one that is there is continued, bit for bit.
         progress: Show a progress bar.
 
@@ -137,7 +140,9 @@ def train_control(
             state.optimiser.param_groups[0]["lr"] = plan.rate * falling(i / plan.total)
             state.optimiser.zero_grad()
             if i < plan.simulated:
-                found = _simulated(engine, simulate, plan, i)
+                generator = stream(plan.seed, 3, i)
+                n = plan.groups * plan.paths
+                found = {"gain": engine.imitate(n, observe, generator, plan.steps)}
             else:
                 found = _batch(engine, simulate, plan, recipe, i)
             nn.utils.clip_grad_norm_(engine.control.parameters(), plan.clip)
@@ -227,14 +232,6 @@ class _State:
         self.optimiser.load_state_dict(state)
         for i, (_, proposal) in enumerate(self.recipe.proposals):
             proposal.restore(part(f"proposal.{i}"))
-
-
-def _simulated(engine: Engine, simulate: Simulate, plan: Plan, i: int) -> dict[str, float]:
-    """The gradient of iteration i on single steps."""
-    generator = stream(plan.seed, 3, i)
-    n = plan.groups * plan.paths
-    x, y = simulate(n, int(torch.randint(2**62, (1,), generator=generator)))
-    return {"gain": engine.imitate(x, y, generator)}
 
 
 def _batch(
