@@ -1,6 +1,7 @@
 """Path weights relative to a reference process: exact where the answer is known, trained where it is not."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -579,6 +580,11 @@ def test_a_control_is_kept_and_found_again(tmp_path):
     y = likelihood.simulate(prior.sample(1, seed=3), seed=4)[0]
     ours, theirs = (v.condition(y).evidence(50, seed=1) for v in (learned, found))
     assert ours == theirs
+    draws = [v.condition(y).sample(4, seed=2, island=4) for v in (learned, found)]
+    assert draws[0].meta["sampler"] == draws[1].meta["sampler"]
+    assert re.fullmatch(
+        r"Steered\(amortised=VectorControl [0-9a-f]{12}, resample=0.5\)", draws[0].meta["sampler"]
+    )
     other = si.Likelihood(likelihood.operator, si.GaussianNoise(std=0.1))
     with pytest.raises(ValueError, match="another problem: its likelihood"):
         si.load_amortised(tmp_path, prior, other)

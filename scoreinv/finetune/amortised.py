@@ -73,6 +73,14 @@ class Amortised:
     y: Tensor | None = None
     history: list[dict[str, float]] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        """Its kind and a hash of its weights, for the provenance of draws and to find them again."""
+        h = hashlib.sha256()
+        for module in (self.control, self.twist):
+            for v in module.state_dict().values():
+                h.update(v.cpu().contiguous().numpy().tobytes())
+        return f"{type(self.control).__name__} {h.hexdigest()[:12]}"
+
     @property
     def engine(self) -> Engine:
         """Its paths and their weights."""

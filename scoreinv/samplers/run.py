@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -243,9 +243,10 @@ def _rounded(values: Tensor) -> str:
 
 def provenance(posterior: Posterior, sampler: Sampler, seed: int) -> dict[str, Any]:
     """Seed, sampler, prior and versions."""
+    options = (f"{f.name}={getattr(sampler, f.name)}" for f in fields(sampler))
     return {
         "seed": seed,
-        "sampler": f"{type(sampler).__name__}({', '.join(f'{k}={v}' for k, v in asdict(sampler).items())})",
+        "sampler": f"{type(sampler).__name__}({', '.join(options)})",
         "prior": dict(posterior.prior.identity),
         "likelihood": f"{type(posterior.likelihood.operator).__name__}, {type(posterior.likelihood.noise).__name__}",
         "versions": {name: _version(name) for name in ("scoreinv", "torch", "numpy")},
