@@ -521,7 +521,9 @@ def test_finetune_from_end_to_end(capsys, finetuning, prior):
     assert loaded.condition(seen.y).evidence(16, 0).ess > 0.5
     assert "report.json exists" in failure(capsys, *command)
     assert "expected 0" in failure(capsys, *command, "--only", "--plan.simulated", "5")
+    (folder / "mine.txt").write_text("precious")
     assert main([*command, "--overwrite", "--only", "--plan.iterations", "2"]) == 0
+    assert (folder / "mine.txt").read_text() == "precious"
     assert len(json.loads((folder / "report.json").read_text())["history"]) == 2
 
 

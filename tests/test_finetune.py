@@ -414,7 +414,9 @@ def test_a_control_that_imitates_closes_the_gap():
         gaps.append(sum(b.gap for b in learned.bounds(20, 50, seed=1)) / 20)
         assert len(learned.history) == plan.total
     assert gaps[1] < 0.3 * gaps[0]
-    with pytest.raises(ValueError, match="at least 1 of one of them"):
+    with pytest.raises(ValueError, match="expected `observe`"):
+        train_control(learned.engine, lambda n, seed: (None, None), plan)
+    with pytest.raises(ValueError, match="at least 1 of the first two together"):
         Plan(iterations=0)
     y = likelihood.simulate(prior.sample(1, seed=3), seed=4)[0]
     with pytest.raises(ValueError, match="serves one y"):

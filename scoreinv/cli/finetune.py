@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import scoreinv as si
@@ -17,10 +17,12 @@ from scoreinv.cli.problem import Problem, chosen, completed, findings, introduce
 from scoreinv.finetune.amortised import train, untrained
 from scoreinv.finetune.evidence import Evidence
 from scoreinv.finetune.figure import learning_figure
+from scoreinv.finetune.training import CHECKPOINT
 from scoreinv.priors.zoo import prior_card
 from scoreinv.training import fresh_images
 
 REPORT, PICTURE, DRAWS, IMAGES = "report.json", "report.png", "draws.fits", "images.safetensors"
+ISLAND = 256  # draws that are resampled together, at most
 LEAST = {"sims": 1, "paths": 10, "n": 2}
 
 
@@ -33,8 +35,8 @@ class FinetuneConfig(Problem):
         only: Serve this observation alone, not all data of such a measurement.
         steps: Of the prior's chain; 50 or more for results.
         plan: How long and how fast; its seed is that of the problem.
-        images: From which data are simulated: new ones of the kind that the prior was trained on; draws of the prior, which
-            take longer, where its card does not name it. Few are learned by heart.
+        images: From which data are simulated for the control's own paths: new ones of the kind that the prior was trained
+            on; draws of the prior, which take longer, where its card does not name it.
         sims: Simulated data whose evidence is reported, before and after.
         paths: Of the control for each of them.
     """
@@ -70,8 +72,8 @@ def finetune(config: FinetuneConfig) -> None:
     prior = si.load_prior(config.prior, config.device)
     seen, amplitude, compared = chosen(config, prior)
     introduce(prior, seen, amplitude, compared)
+    images = amplitude * _images(config, prior)
     prior = prior.rescaled(amplitude)
-    images = _images(config, prior, amplitude)
     y = seen.y if config.only else None
     learned = untrained(prior, seen.likelihood, images, config.seed, steps=config.steps, y=y)
     before = learned.bounds(config.sims, config.paths, config.seed)
@@ -88,7 +90,8 @@ def finetune(config: FinetuneConfig) -> None:
     after = learned.bounds(config.sims, config.paths, config.seed)
     say("after", _described(after))
     given = learned.condition(seen.y)
-    draws = given.sample(config.n, seed=config.seed, grid=seen.grid)
+    island = min(config.n, ISLAND)
+    draws = given.sample(config.n, seed=config.seed, island=island, grid=seen.grid)
     draws = completed(draws, config, seen, amplitude)
     print(draws)
     for name, text in findings(draws, seen):
@@ -114,27 +117,31 @@ def _prepare(config: FinetuneConfig) -> None:
     report = config.folder / REPORT
     if report.exists() and not config.overwrite:
         raise FileExistsError(f"{report} exists; choose another output, or pass --overwrite")
-    if config.overwrite and config.folder.exists():
-        shutil.rmtree(config.folder)
+    if config.overwrite:  # what others keep in the folder is not ours to delete
+        for name in (REPORT, CHECKPOINT, IMAGES):
+            (config.folder / name).unlink(missing_ok=True)
     config.folder.mkdir(parents=True, exist_ok=True)
 
 
-def _images(config: FinetuneConfig, prior: si.Prior, amplitude: float) -> Tensor:
-    """Images that the prior, rescaled by the amplitude, could have made; kept beside the training."""
+def _images(config: FinetuneConfig, prior: si.Prior) -> Tensor:
+    """Images that the prior could have made, kept beside the training."""
     path = config.folder / IMAGES
-    if not path.exists():
-        data = prior_card(config.prior).get("training", {}).get("data", {})
-        if "kind" in data:
-            keys = {k: data[k] for k in ("kind", "size", "amplitude", "shift")}
-            workers = os.cpu_count() or 1
-            images = fresh_images(n=config.images, seed=config.seed, workers=workers, **keys)
-            images *= amplitude
-        else:
-            images = prior.sample(config.images, config.seed)
-        partial = path.with_suffix(".part")
-        save_file({"images": images}, partial)
-        partial.replace(path)
-    return load_file(path)["images"]
+    key = json.dumps([prior.identity, config.images, config.seed])
+    if path.exists():
+        with safe_open(path, "pt") as f:
+            if (f.metadata() or {}).get("key") == key:
+                return f.get_tensor("images")
+    data = prior_card(config.prior).get("training", {}).get("data", {})
+    if "kind" in data:
+        keys = {k: data[k] for k in ("kind", "size", "amplitude", "shift")}
+        workers = os.cpu_count() or 1
+        images = fresh_images(n=config.images, seed=config.seed, workers=workers, **keys)
+    else:
+        images = prior.sample(config.images, config.seed)
+    partial = path.with_suffix(".part")
+    save_file({"images": images}, partial, metadata={"key": key})
+    partial.replace(path)
+    return images
 
 
 def _described(reports: list[Evidence]) -> str:

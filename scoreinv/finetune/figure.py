@@ -77,5 +77,13 @@ def _bounds(axes: Axes, before: Sequence[Evidence], after: Sequence[Evidence]) -
         ylabel="ELBO to EUBO, less log Z [nat]",
         xticks=range(1, len(after) + 1),
     )
-    axes.legend(frameon=False, fontsize=9)
+    # above the axes: bars of any length leave no free corner
+    axes.legend(
+        frameon=False,
+        fontsize=9,
+        ncols=2,
+        loc="lower right",
+        bbox_to_anchor=(1.0, 0.99),
+        borderpad=0,
+    )
     axes.set_title("what is known of the evidence", loc="left", fontsize=10, color=INK)

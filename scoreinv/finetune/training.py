@@ -57,9 +57,10 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.total < 1 or min(self.iterations, self.simulated) < 0:
+        if self.total < 1 or min(self.iterations, self.simulated, self.twist) < 0:
             raise ValueError(
-                f"iterations is {self.iterations} and simulated {self.simulated}, expected at least 1 of one of them"
+                f"iterations is {self.iterations}, simulated {self.simulated} and twist {self.twist}; "
+                "expected at least 1 of the first two together, and none below 0"
             )
         if self.groups < 1 or self.paths < 2:
             raise ValueError(
@@ -120,9 +121,13 @@ def train_control(
         likelier than under the reference simulated paths are [nat].
 
     Raises:
-        ValueError: The folder holds another training.
+        ValueError: The folder holds another training; a plan that needs `observe`, and none is given.
         FloatingPointError: Log-weights that are not finite.
     """
+    if plan.simulated and observe is None:
+        raise ValueError(
+            f"simulated is {plan.simulated}: expected `observe`, which makes data of the chain's images"
+        )
     recipe = recipe or Recipe()
     state = _State(engine, plan, recipe, *simulate(2, plan.seed))
     path = None if folder is None else Path(folder) / CHECKPOINT
