@@ -86,4 +86,4 @@ def _bounds(axes: Axes, before: Sequence[Evidence], after: Sequence[Evidence]) -
         bbox_to_anchor=(1.0, 0.99),
         borderpad=0,
     )
-    axes.set_title("what is known of the evidence", loc="left", fontsize=10, color=INK)
+    axes.set_title("evidence", loc="left", fontsize=10, color=INK)
