@@ -1,5 +1,6 @@
 """Path weights relative to a reference process: exact where the answer is known, trained where it is not."""
 
+import json
 import math
 import re
 
@@ -590,6 +591,10 @@ def test_a_control_is_kept_and_found_again(tmp_path):
     other = si.Likelihood(likelihood.operator, si.GaussianNoise(std=0.1))
     with pytest.raises(ValueError, match="another problem: its likelihood"):
         si.load_amortised(tmp_path, prior, other)
+    card = json.loads((tmp_path / "control.json").read_text())
+    (tmp_path / "control.json").write_text(json.dumps(card | {"format": 1}))
+    with pytest.raises(ValueError, match="control of format 1"):
+        si.load_amortised(tmp_path, prior, likelihood)
     (tmp_path / "control.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="no control"):
         si.load_amortised(tmp_path, prior, likelihood)

@@ -193,6 +193,10 @@ def test_the_command_writes_a_report(tmp_path, capsys):
     output.unlink()
     assert main(words) == 0
     assert json.loads(output.read_text()) == record
+    notes = output.with_suffix("") / "notes.txt"
+    notes.write_text("mine")
+    assert main([*words, "--overwrite", "--sims", "10", "--seed", "1"]) == 0
+    assert notes.read_text() == "mine" and len(list(notes.parent.iterdir())) == 11
     assert main([*words, "--overwrite", "true", "--sims", "5"]) == 2
     assert "at least 10 of each" in capsys.readouterr().err
 

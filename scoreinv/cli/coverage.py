@@ -6,13 +6,13 @@ for any number of processes.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import scoreinv as si
 from scoreinv.cli.problem import SampledProblem, chosen, say
+from scoreinv.samplers.simulations import finished_simulations, forget_simulations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def coverage(config: CoverageConfig) -> None:
         )
         process.wait_for_everyone()
     except KeyboardInterrupt:
-        finished = len(list(config.folder.glob("*.safetensors")))
+        finished = len(finished_simulations(config.folder))
         raise KeyboardInterrupt(
             f"{finished} simulations are finished and kept in {config.folder}; the same command goes on from there"
         ) from None
@@ -107,6 +107,6 @@ def _prepare(config: CoverageConfig) -> None:
     """Make sure that the report can be written, before anything is computed."""
     if config.path.exists() and not config.overwrite:
         raise FileExistsError(f"{config.path} exists; choose another output, or pass --overwrite")
-    if config.overwrite and config.folder.exists():
-        shutil.rmtree(config.folder)
+    if config.overwrite:
+        forget_simulations(config.folder)
     config.path.parent.mkdir(parents=True, exist_ok=True)

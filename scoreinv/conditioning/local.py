@@ -72,16 +72,16 @@ class LocalConditioned:
         """Draws by Matheron's rule, and the noise that the data were perturbed by for them."""
         x = m + K.draw(generator)
         n = self.conditioner.noise(len(m), generator)
-        u = pulled(K, self.conditioner.inform, self.conditioner.misfit(x, n), self.length)
+        u = respond(K, self.conditioner.inform, self.conditioner.misfit(x, n), self.length)
         return x + u, n
 
     def shift(self, m: Tensor) -> Tensor:
         """By which the data move means m, with shape (B, C, H, W)."""
         e = self.conditioner.misfit(m)
-        return pulled(self.K, self.conditioner.inform, e, self.length)
+        return respond(self.K, self.conditioner.inform, e, self.length)
 
 
-def pulled(K: Modulated, H: Callable[[Tensor], Tensor], e: Tensor, length: float) -> Tensor:
+def respond(K: Modulated, H: Callable[[Tensor], Tensor], e: Tensor, length: float) -> Tensor:
     """(K^-1 + H)^-1 e, with shape (B, C, H, W), by conjugate gradients on each image until nothing of this length is left.
 
     An image is finished when K r, which bounds what is left, or two updates in a row are shorter; the others go on alone.

@@ -50,6 +50,7 @@ from scoreinv.samplers.smc import systematic
 
 FEW = 256  # pixels up to which a control is a perceptron
 PROBES = 256  # of them that measure how sure the prior is at each level
+FORMAT = 2  # of the files of a control
 IMAGES = 1024  # draws of the prior from which training data are simulated
 
 
@@ -407,6 +408,10 @@ def load_amortised(folder: str | Path, prior: Prior, likelihood: Likelihood) -> 
         tensors = load_file(folder / "control.safetensors")
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no control that can be read: {error}") from error
+    if card.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} holds a control of format {card.get('format')}, this version reads {FORMAT}; train it again"
+        )
     C, values = prior.moments.covariance, tensors.pop("eigenvalues")
     covariances = [C.map(lambda v, w=w: w.reshape(v.shape).to(v.dtype)) for w in values]
     chain = new_chain(prior, covariances, likelihood if card["guided"] else None)
@@ -435,7 +440,7 @@ def _card(amortised: Amortised) -> dict[str, Any]:
     clean = amortised.likelihood.operator(probe)
     seen = amortised.likelihood.log_prob(torch.zeros_like(clean[0]), probe)
     return {
-        "format": 2,
+        "format": FORMAT,
         "control": type(control).__name__,
         "chain": type(chain).__name__,
         "guided": control.guided or isinstance(chain, TwistedChain),

@@ -225,6 +225,17 @@ def read_simulations(folder: str | Path, sims: int) -> Simulations:
     return _stacked([_read(path)[1] for path in paths])
 
 
+def finished_simulations(folder: str | Path) -> list[Path]:
+    """The files of the simulations in a folder of `sample_simulations`."""
+    return sorted(Path(folder).glob("simulation-*.safetensors"))
+
+
+def forget_simulations(folder: str | Path) -> None:
+    """Delete the simulations of a folder, and nothing else in it."""
+    for path in finished_simulations(folder):
+        path.unlink()
+
+
 def _stacked(records: list[dict[str, Tensor]]) -> Simulations:
     return Simulations(**{k: torch.stack([r[k] for r in records]) for k in records[0]})
 
