@@ -3,8 +3,11 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from astropy.io import fits
+from matplotlib.image import imsave
 
 import scoreinv as si
 from scoreinv.priors.base import stream
@@ -21,6 +24,7 @@ from scoreinv.training import (
 from scoreinv.training import loop as training
 from scoreinv.training.error import bands
 from scoreinv.training.loop import _median_power, learning_rate
+from scoreinv.training.own import read_folder
 
 RUN = TrainingRun(
     name="tiny",
@@ -255,3 +259,72 @@ def test_an_error_is_rescaled_with_its_prior(trained):
 
 def gaussian_like():
     return si.GaussianPrior(torch.zeros(1, 16, 16), 1.0)
+
+
+# --- images of one's own -------------------------------------------------------------------------
+
+
+def ramp(*shape):
+    """An image that rises from left to right."""
+    return np.broadcast_to(np.arange(1.0, shape[-1] + 1), shape)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Nine images in files of four kinds."""
+    found = tmp_path / "images"
+    found.mkdir()
+    np.save(found / "stack.npy", ramp(3, 20, 24))
+    np.savez(found / "named.npz", image=ramp(2, 1, 32, 32))
+    fits.HDUList(
+        [fits.PrimaryHDU(), fits.ImageHDU(ramp(16, 16)), fits.ImageHDU(ramp(16, 16))]
+    ).writeto(found / "cube.fits")
+    imsave(found / "grey.png", np.asarray(ramp(64, 64)), cmap="gray")
+    imsave(found / "small.png", np.asarray(ramp(8, 8)), cmap="gray")
+    return found
+
+
+def test_files_of_a_folder_become_images_of_one_size(folder):
+    images = read_folder(folder, 16, seed=0)
+    assert images.shape == (9, 1, 16, 16) and images.dtype == np.float16
+    assert (images.max((1, 2, 3)) == 1).all()
+    for image in images[:, 0].astype(float):
+        assert (np.diff(image, axis=1) >= 0).all() and np.ptp(image, axis=0).max() < 1e-2
+    assert (read_folder(folder, 16, seed=0) == images).all()
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda f: np.save(f / "a.npy", np.full((8, 8), np.nan)), "not finite"),
+        (lambda f: np.save(f / "a.npy", -np.ones((8, 8))), "none above 0"),
+        (lambda f: np.save(f / "a.npy", np.ones(8)), r"shape \(8,\)"),
+        (lambda f: np.savez(f / "a.npz", other=np.ones((8, 8))), "holds other; expected an array"),
+        (lambda f: (f / "a.png").write_bytes(b"no picture"), "damaged picture"),
+        (lambda f: (f / "a.txt").write_text("1 2 3\n"), "is a text file, expected images"),
+        (lambda f: fits.PrimaryHDU().writeto(f / "a.fits"), "no image HDU"),
+        (lambda f: None, "holds no files"),
+    ],
+)
+def test_a_folder_that_is_not_all_images_is_refused(tmp_path, write, message):
+    write(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        read_folder(tmp_path, 16, seed=0)
+
+
+def test_a_prior_of_ones_own_images(folder, tmp_path):
+    """Images that all rise to the right, and may not be turned: so do the mean and the draws."""
+    data = TrainingData(
+        kind="folder", folder=str(folder), size=16, images=6, held_out=3, symmetric=False,
+        amplitude=(1.0, 1.0), shift=0,
+    )  # fmt: skip
+    run = replace(RUN, data=data, error_steps=0, optimisation=replace(RUN.optimisation, steps=300))
+    prior = si.load_prior(train(run, tmp_path / "own", progress=False))
+    draws = prior.sample(32, seed=0)
+    left, right = (v.mean((1, 2, 3)) for v in draws.split(8, dim=-1))
+    assert bool((right > left + 0.2).all())
+    few = replace(run, data=replace(data, images=7))
+    with pytest.raises(ValueError, match=r"holds 9 images, expected at least .* = 10"):
+        train(few, tmp_path / "few", progress=False)
+    with pytest.raises(ValueError, match="expected a folder for the kind 'folder'"):
+        replace(run, data=replace(data, folder=None))

@@ -132,7 +132,7 @@ def _images(config: FinetuneConfig, prior: si.Prior) -> Tensor:
             if (f.metadata() or {}).get("key") == key:
                 return f.get_tensor("images")
     data = prior_card(config.prior).get("training", {}).get("data", {})
-    if "kind" in data:
+    if data.get("kind", "folder") != "folder":
         keys = {k: data[k] for k in ("kind", "size", "amplitude", "shift")}
         workers = os.cpu_count() or 1
         images = fresh_images(n=config.images, seed=config.seed, workers=workers, **keys)

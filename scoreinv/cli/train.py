@@ -1,4 +1,4 @@
-"""`scoreinv train`: a new prior from simulated images."""
+"""`scoreinv train`: a new prior, from simulated images or a folder of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TrainConfig:
 
 
 def train(config: TrainConfig) -> None:
-    """Train a prior on simulated images; a run that was stopped goes on from its checkpoint."""
+    """Train a prior on simulated images or a folder of images; a run that was stopped goes on from its checkpoint."""
     try:
         folder = train_prior(
             config.run, config.output, config.max_seconds, progress=sys.stderr.isatty()

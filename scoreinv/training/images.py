@@ -13,16 +13,23 @@ from torch import Tensor
 from scoreinv.gaussian import Fourier, Gaussian
 from scoreinv.priors.base import stream
 from scoreinv.simulators import simulate_images
-from scoreinv.training.run import TrainingRun
+from scoreinv.training.own import listing, read_folder
+from scoreinv.training.run import TrainingData, TrainingRun
 
 
 def augment(
-    images: Tensor, generator: torch.Generator, shift: int, amplitude: tuple[float, float]
+    images: Tensor,
+    generator: torch.Generator,
+    shift: int,
+    amplitude: tuple[float, float],
+    symmetric: bool = True,
 ) -> Tensor:
-    """Random flips, rotation, shift and amplitude of each image, with shape (B, C, H, W)."""
+    """Random flips and rotation (if `symmetric`), shift and amplitude of each image, with shape (B, C, H, W)."""
     draw = lambda *shape: torch.rand(shape, generator=generator)
     out = torch.empty(images.shape)
     turns, flips = (4 * draw(len(images))).int(), draw(len(images)) < 0.5
+    if not symmetric:
+        turns, flips = torch.zeros_like(turns), torch.zeros_like(flips)
     moves = torch.floor((2 * shift + 1) * draw(len(images), 2)).int() - shift
     low, high = math.log(amplitude[0]), math.log(amplitude[1])
     peak = (low + (high - low) * draw(len(images))).exp()
@@ -33,13 +40,25 @@ def augment(
     return out
 
 
-def image_moments(images: Tensor) -> Gaussian:
-    """Mean image and stationary covariance of images with shape (n, C, H, W)."""
+def seen(
+    data: TrainingData,
+    images: Tensor,
+    generator: torch.Generator,
+    amplitude: tuple[float, float] | None = None,
+) -> Tensor:
+    """Images as a training sees them; with another amplitude, if given."""
+    return augment(images, generator, data.shift, amplitude or data.amplitude, data.symmetric)
+
+
+def image_moments(images: Tensor, symmetric: bool = True) -> Gaussian:
+    """Mean image and stationary covariance of images with shape (n, C, H, W), the same in four directions if `symmetric`."""
     mean = images.mean(0)
     power = torch.zeros(images.shape[1:], dtype=torch.float64)
     for part in images.split(1024):
         power += torch.fft.fft2(part - mean, norm="ortho").abs().double().square().sum(0)
     power = power / len(images)
+    if not symmetric:
+        return Gaussian(mean, Fourier(power))
     # every orientation is equally likely under the augmentation: impose it, and P(k) = P(-k) with it
     power = sum(p.rot90(k, (-2, -1)) for p in _unshifted(power) for k in range(4)) / 8
     return Gaussian(mean, Fourier(torch.fft.ifftshift(power[..., :-1, :-1], (-2, -1))))
@@ -54,15 +73,27 @@ def _unshifted(power: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def load_images(run: TrainingRun, folder: Path, progress: bool) -> tuple[Tensor, Tensor]:
-    """Training and held-out images, simulated once and kept beside the checkpoints; both (n, 1, H, W), float16."""
+    """Training and held-out images, simulated or read once and kept beside the checkpoints; both (n, 1, H, W), float16.
+
+    Raises:
+        ValueError: A folder with fewer images than asked for, or with files that are none.
+    """
     data = run.data
     n = data.images + data.held_out
-    key = hashlib.sha256(f"{data.kind} {data.size} {n} {run.seed}".encode()).hexdigest()[:12]
+    source = data.kind if data.folder is None else listing(data.folder)[1]
+    key = hashlib.sha256(f"{source} {data.size} {n} {run.seed}".encode()).hexdigest()[:12]
     path = folder / f"images-{key}.npy"
     if not path.exists():
-        images = simulate_images(data.kind, n, data.size, run.seed, data.workers, progress)
+        if data.folder is None:
+            images = simulate_images(data.kind, n, data.size, run.seed, data.workers, progress)
+        else:
+            images = read_folder(data.folder, data.size, run.seed, progress)
+        if len(images) < n:
+            raise ValueError(
+                f"{data.folder} holds {len(images)} images, expected at least images + held_out = {n}"
+            )
         partial = path.with_suffix(".part.npy")
-        np.save(partial, images)
+        np.save(partial, images[:n])
         partial.rename(path)
     images = torch.from_numpy(np.load(path))
     return images[: data.images], images[data.images :]

@@ -1,4 +1,4 @@
-"""The one training loop: denoising score matching of a U-Net on simulated images.
+"""The one training loop: denoising score matching of a U-Net on images.
 
     loss = E | F(c_in x_sigma, c_noise) - (x_0 - c_skip x_sigma) / c_out |^2,    x_sigma = x_0 + sigma n,  ln sigma normal
 
@@ -28,7 +28,7 @@ from scoreinv.priors.network import ErrorModel, ScorePrior, preconditioning
 from scoreinv.priors.unet import UNet, initialise
 from scoreinv.priors.zoo import save_prior
 from scoreinv.training.error import learn_error
-from scoreinv.training.images import augment, image_moments, load_images
+from scoreinv.training.images import image_moments, load_images, seen
 from scoreinv.training.run import Optimisation, TrainingRun
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -190,21 +190,18 @@ def _error(
     progress: bool,
 ) -> ErrorModel:
     """What the finished network learns of its error."""
-    seen = augment(
-        held_out[:ERROR_IMAGES], stream(run.seed, 5), run.data.shift, run.data.amplitude
-    )
+    known = seen(run.data, held_out[:ERROR_IMAGES], stream(run.seed, 5))
     batch = lambda t: _batch(run, images, run.optimisation.steps + t, accelerator)
-    return learn_error(prior, batch, seen, run.error_steps, run.seed, progress)
+    return learn_error(prior, batch, known, run.error_steps, run.seed, progress)
 
 
 def population_moments(run: TrainingRun, images: Tensor, most: int = 16384) -> Gaussian:
     """Mean and stationary covariance of the images as training sees them."""
-    data = run.data
     parts = [
-        augment(part, stream(run.seed, 1, i), data.shift, data.amplitude)
+        seen(run.data, part, stream(run.seed, 1, i))
         for i, part in enumerate(images[:most].split(1024))
     ]
-    return image_moments(torch.cat(parts))
+    return image_moments(torch.cat(parts), run.data.symmetric)
 
 
 def _new_network(run: TrainingRun, channels: int) -> UNet:
@@ -240,9 +237,9 @@ def denoising_table(
     """
     table = {}
     for label, amplitude in (("prior", run.data.amplitude), ("peak = 1", (1.0, 1.0))):
-        truth = augment(held_out, stream(run.seed, 2), run.data.shift, amplitude)
+        truth = seen(run.data, held_out, stream(run.seed, 2), amplitude)
         half = len(truth) // 2
-        wiener, truth = image_moments(truth[:half]), truth[half:]
+        wiener, truth = image_moments(truth[:half], run.data.symmetric), truth[half:]
         table[label] = {}
         for i, sigma in enumerate(levels):
             x = truth + sigma * torch.randn(truth.shape, generator=stream(run.seed, 3, i))
@@ -258,8 +255,7 @@ def spectrum_table(
     prior: ScorePrior, run: TrainingRun, held_out: Tensor, n: int
 ) -> dict[str, int | list[float]]:
     """Median power of n draws of the prior over that of held-out images, at k = 1, 2, ... to 0.9 of Nyquist."""
-    data = run.data
-    truth = augment(held_out, stream(run.seed, 2), data.shift, data.amplitude)
+    truth = seen(run.data, held_out, stream(run.seed, 2))
     ratio = _median_power(prior.sample(n, seed=run.seed)) / _median_power(truth)
     return {"draws": n, "ratio": [round(float(r), 3) for r in ratio]}
 
@@ -280,13 +276,13 @@ def _claim(run: TrainingRun, folder: Path) -> None:
     if not path.exists():
         path.write_text(json.dumps(wanted, indent=2))
         return
-    seen = json.loads(path.read_text())
-    for record in (wanted, seen):  # these change no weights
+    known = json.loads(path.read_text())
+    for record in (wanted, known):  # these change no weights
         record.pop("draws", None)
         record.pop("error_steps", None)
         record["data"].pop("workers")
         record["optimisation"].pop("save_every")
-    if seen != wanted:
+    if known != wanted:
         raise ValueError(
             f"{folder} holds a training run with another configuration ({path}); "
             "choose another output folder, or delete this one to start again"
@@ -297,10 +293,10 @@ def _batch(
     run: TrainingRun, images: Tensor, step: int, accelerator: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This process' share of batch `step`: clean images, levels and noise."""
-    plan, data = run.optimisation, run.data
+    plan = run.optimisation
     generator = stream(run.seed, 4, step)
     index = torch.randint(len(images), (plan.batch,), generator=generator)
-    x0 = augment(images[index], generator, data.shift, data.amplitude)
+    x0 = seen(run.data, images[index], generator)
     # stratified quantiles: every batch covers all levels
     u = (
         torch.randperm(plan.batch, generator=generator)

@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Simulated images, augmented by the eight flips and rotations, a shift and an amplitude.
+    """Images, augmented by the eight flips and rotations, a shift and an amplitude.
 
     Args:
-        kind: "galaxy" or "disc".
+        kind: "galaxy" or "disc", which are simulated, or "folder".
         size: Pixels on a side.
-        images: How many to simulate for training.
-        held_out: How many more to simulate for the held-out figures.
+        images: How many to train on.
+        held_out: How many more for the held-out figures.
         amplitude: Peak of an image, log-uniform between these two [model unit].
         shift: Whole-pixel shift, uniform in [-shift, shift] on each axis.
         workers: Processes that simulate.
+        folder: Of images of one's own, for the kind "folder": FITS, .npy, .npz, HDF5 or pictures, of any size.
+        symmetric: Whether a flipped or rotated image is as likely as the image; digits are not like that.
     """
 
     kind: str
@@ -26,6 +28,8 @@ class TrainingData:
     amplitude: tuple[float, float] = (0.5, 2.0)
     shift: int = 2
     workers: int = 2
+    folder: str | None = None
+    symmetric: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ class TrainingRun:
             (data.images < 1 or data.held_out < 2, f"images is {data.images} and held_out {data.held_out}, "
              "expected at least 1 and 2"),
             (not 0 < low <= high, f"amplitude is {data.amplitude}, expected 0 < lowest <= highest"),
+            ((data.kind == "folder") != (data.folder is not None), f"kind is {data.kind!r} and folder {data.folder}, "
+             "expected a folder for the kind 'folder', and for no other"),
             (self.optimisation.warmup < 1, f"warmup is {self.optimisation.warmup}, expected at least 1 step"),
             (not 0 < self.sigma_min < self.sigma_max, f"sigma goes from {self.sigma_min:g} to {self.sigma_max:g}, "
              "expected 0 < sigma_min < sigma_max"),
