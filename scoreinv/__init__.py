@@ -2,7 +2,15 @@
 
 from scoreinv import diagnostics, gaussian, simulators
 from scoreinv.data import Cutout, Grid, Visibilities, inspect, read_cutout, read_visibilities
-from scoreinv.finetune import Amortised, Plan, Recipe, finetune, load_amortised
+from scoreinv.finetune import (
+    Amortised,
+    Plan,
+    Recipe,
+    Rewarded,
+    finetune,
+    finetune_by_reward,
+    load_amortised,
+)
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise, PoissonNoise, StudentNoise
 from scoreinv.operators import (
@@ -60,6 +68,7 @@ __all__ = [
     "Posterior",
     "Prior",
     "Recipe",
+    "Rewarded",
     "Samples",
     "Simulations",
     "ScorePrior",
@@ -68,6 +77,7 @@ __all__ = [
     "amplitude_by_evidence",
     "diagnostics",
     "finetune",
+    "finetune_by_reward",
     "gaussian",
     "held_out",
     "inspect",

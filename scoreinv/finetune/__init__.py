@@ -2,6 +2,7 @@
 
 from scoreinv.finetune.amortised import Amortised, Conditioned, Steered, finetune, load_amortised
 from scoreinv.finetune.evidence import Evidence, evidence
+from scoreinv.finetune.rewarded import Rewarded, finetune_by_reward
 from scoreinv.finetune.training import Plan, Recipe
 
 __all__ = [
@@ -10,8 +11,10 @@ __all__ = [
     "Evidence",
     "Plan",
     "Recipe",
+    "Rewarded",
     "Steered",
     "evidence",
     "finetune",
+    "finetune_by_reward",
     "load_amortised",
 ]

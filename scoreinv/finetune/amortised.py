@@ -28,7 +28,7 @@ from scoreinv.finetune.control import (
     guidance,
     guidance_by_gradient,
 )
-from scoreinv.finetune.evidence import Evidence, evidence
+from scoreinv.finetune.evidence import Evidence, evidence, simulated_bounds
 from scoreinv.finetune.paths import Engine, log_density
 from scoreinv.finetune.proposals import JointSimulations, OnPolicy
 from scoreinv.finetune.reference import (
@@ -114,16 +114,7 @@ class Amortised:
             paths: Of the control for each.
             seed: Decides all.
         """
-        engine, reports = self.engine, []
-        for i in range(sims):
-            g = stream(seed, 5, i)
-            free = Engine(self.chain, self.control, lambda x, y: torch.zeros(len(x)))
-            one, _ = free.paths(1, None, g, controlled=False)
-            y = self.likelihood.simulate(one.x, int(torch.randint(2**62, (1,), generator=g)))
-            _, target = engine.onwards(one.states, y, g)
-            _, log_w = engine.paths(paths, y.expand(paths, *y.shape[1:]), g)
-            reports.append(evidence(log_w, target))
-        return reports
+        return simulated_bounds(self.engine, self.likelihood.simulate, sims, paths, seed)
 
     def save(self, folder: str | Path) -> None:
         """Keep the control; `load_amortised` reads it."""

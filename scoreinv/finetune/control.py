@@ -144,10 +144,11 @@ class ImageControl(Control):
 
     Args:
         reference: The chain that is moved.
-        image: The image of data y, with shape (B, C, H, W); none if not given.
+        image: The image of data y, with shape (B, planes, H, W); none if not given.
         guide: See `Control`.
         widths: See `scoreinv.priors.unet.UNet`.
         seed: Of the first weights.
+        planes: Of that image; as many as the chain's images have channels if not given.
     """
 
     def __init__(
@@ -157,11 +158,14 @@ class ImageControl(Control):
         guide: Guide | None = None,
         widths: tuple[int, ...] = (32, 64),
         seed: int = 0,
+        planes: int | None = None,
     ) -> None:
         super().__init__(reference, guide)
         self._image, channels = image, reference.shape[0]
-        stacked = 2 + (guide is not None) + (image is not None)
-        self.network = UNet(stacked * channels, widths, embedding=64, outputs=channels)
+        stacked = (2 + (guide is not None)) * channels
+        if image is not None:
+            stacked += planes or channels
+        self.network = UNet(stacked, widths, embedding=64, outputs=channels)
         initialise(self.network, stream(seed))
 
     def correction(

@@ -19,10 +19,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from scoreinv.finetune.paths import Engine
+from scoreinv.priors.base import stream
 
 ALPHA = 0.05
 HEAVY = 0.7  # k-hat from which importance sampling is not to be trusted
@@ -105,6 +109,31 @@ def evidence(log_w: Tensor, log_w_target: Tensor | None = None) -> Evidence:
         std=float(log_w.std()),
         n=len(log_w),
     )
+
+
+def simulated_bounds(
+    engine: Engine, observe: Callable[[Tensor, int], Tensor], sims: int, paths: int, seed: int
+) -> list[Evidence]:
+    """Reports for simulated data, each with an upper bound that is strict for the chain.
+
+    An image of the chain and the path that made it are, given the data observed of it, an exact draw of the target.
+
+    Args:
+        engine: Of the control.
+        observe: Data of images, with shape (B, *shape), and a seed.
+        sims: Data sets.
+        paths: Of the control for each.
+        seed: Decides all.
+    """
+    reports, free = [], replace(engine, reward=lambda x, y: torch.zeros(len(x)))
+    for i in range(sims):
+        g = stream(seed, 5, i)
+        one, _ = free.paths(1, None, g, controlled=False)
+        y = observe(one.x, int(torch.randint(2**62, (1,), generator=g)))
+        _, target = engine.onwards(one.states, y, g)
+        _, log_w = engine.paths(paths, y.expand(paths, *y.shape[1:]), g)
+        reports.append(evidence(log_w, target))
+    return reports
 
 
 def k_hat(log_w: Tensor) -> float:
