@@ -12,11 +12,12 @@ from scipy import stats
 from torch.distributions import MultivariateNormal
 
 import scoreinv as si
-from scoreinv.diagnostics import coverage, exchange_test, lc2st
+from scoreinv.diagnostics import coverage, exchange_test, lc2st, pixel_coverage
 from scoreinv.diagnostics.effects import detectable, dispersion, needed, power, squared
 from scoreinv.diagnostics.population import c2st, pqmass
 from scoreinv.diagnostics.quantities import band_names, band_power, morphology, quantities
-from scoreinv.diagnostics.ranks import ecdf_band, normal_scores, pooled, ranks, weighted
+from scoreinv.diagnostics.ranks import ecdf_band, normal_scores, pooled, ranks, unweighted
+from scoreinv.diagnostics.sharpness import sharpness
 from tests.analytic import normal, rng
 
 EXACT = 1.0
@@ -196,17 +197,50 @@ def test_detectable_factors_are_detected_four_times_in_five():
     """On fresh posteriors that are too wide by the factor, by the test that it is stated for; 60 sets, 1 in 10^3."""
     draws, truths = simulated(N=50, L=40)
     radius = quantities(draws, truths, truths, 0).of("whitened distance")
-    low, high = detectable(radius, 0)
-    assert 0.9 < low < 1 < high < 1.1
-    assert power(radius, 1.0, 0, repeats=4000) == pytest.approx(0.05, abs=0.015)
-    found = 0
-    for seed in range(60):
-        draws, truths = simulated(high, N=50, L=40, seed=100 + seed)
-        q = quantities(draws, truths, truths, 0).of("whitened distance")[..., None]
-        z = normal_scores(ranks(q, seed)[:, 0, 0], 41)
-        found += abs(float(z.mean())) * 50**0.5 > 1.96
-    assert stats.binomtest(found, 60, 0.8).pvalue > 1e-3
-    assert needed(50, (low, high)) < 50 < needed(50, (0.7, 1.5))
+    factors = detectable(radius, 1.96, 0)
+    assert 0.9 < factors[0] < 1 < factors[1] < 1.1
+    assert power(radius, 1.0, 1.96, 0, repeats=4000) == pytest.approx(0.05, abs=0.015)
+    for factor in factors:
+        found = 0
+        for seed in range(60):
+            draws, truths = simulated(factor, N=50, L=40, seed=100 + seed)
+            q = quantities(draws, truths, truths, 0).of("whitened distance")[..., None]
+            z = normal_scores(ranks(q, seed)[:, 0, 0], 41)
+            found += abs(float(z.mean())) * 50**0.5 > 1.96
+        assert stats.binomtest(found, 60, 0.8).pvalue > 1e-3
+    assert needed(50, factors) < 50 < needed(50, (0.7, 1.5))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_the_battery_finds_what_it_calls_detectable(side):
+    """With its correction for all statistics: four times in five or more, on 40 fresh sets (one case in 10^3)."""
+    factor = coverage(*simulated(N=50, L=40, seed=1), 0, swaps=999).detectable[side]
+    assert 0.85 < factor < 1.15 and (factor - 1) * (2 * side - 1) > 0
+    found = sum(
+        bool(coverage(*simulated(factor, N=50, L=40, seed=300 + k), k, swaps=499).flagged())
+        for k in range(40)
+    )
+    assert stats.binomtest(found, 40, 0.8, alternative="less").pvalue > 1e-3
+
+
+def test_biases_are_stated_in_standard_deviations():
+    """Three of them are three, for which the ranks of 60 draws have no number."""
+    draws, truths = vectors(400, 60)
+    effect = coverage(draws, truths + 3.0, 0).bias["coordinate 1"]
+    assert effect.low < 3 < effect.high and effect.high - effect.low < 0.3
+
+
+def test_widths_of_images_of_three_channels():
+    """Few draws, whose variance is estimated from three times as many numbers: widths within four standard errors."""
+    g = rng(0)
+    draws, truths = (
+        torch.randn(200, 10, 3, 8, 8, generator=g),
+        torch.randn(200, 3, 8, 8, generator=g),
+    )
+    report = coverage(draws, truths, 0, swaps=199)
+    for effect in (report.dispersion, *report.groups.values()):
+        assert abs(effect.value - 1) < 4 * (effect.high - effect.low) / 3.92
+    assert float(report.z.square().mean()) == pytest.approx(1.0, abs=0.02)
 
 
 # The battery
@@ -295,6 +329,8 @@ def test_ignoring_the_data_passes_coverage_and_fails_sharpness():
     wiener = truths + 0.3 * simulated(contraction=1.0, seed=6, L=1)[1]
     assert coverage(prior, truths, 0, baseline=wiener).sharpness.behind < 1e-3
     good = coverage(draws, truths, 0, baseline=wiener)
+    assert "data" in coverage(prior, truths, 0, references=wiener).flagged(1e-3)
+    assert coverage(draws, truths, 0, references=wiener).flagged() == []
     assert good.flagged() == [] and good.sharpness.contraction == pytest.approx(0.91, abs=0.02)
     assert good.sharpness.ignorant < 1e-3 and 0.5 < good.sharpness.skill < 0.9
 
@@ -326,10 +362,112 @@ def test_weights_mend_draws_of_another_width():
     weights[:100, 0] = 1.0
     report = coverage(draws, truths, 0, weights=weights)
     assert (report.abstained, report.sims) == (100, 50)
-    with pytest.raises(ValueError, match="largest effective size of the weights is 1"):
-        weighted(draws[:100], weights[:100], 0)
+    with pytest.raises(ValueError, match=r"in 0 of 100 simulations \(at most 1\)"):
+        unweighted(weights[:100], 0)
     with pytest.raises(ValueError, match="negative, not finite or all zero"):
-        weighted(draws, -weights, 0)
+        unweighted(-weights, 0)
+
+
+def test_weights_that_change_nothing_raise_no_alarms():
+    """Equal weights keep all draws, once each; uneven ones keep a random set of them, and the rate: 40 sets."""
+    judged, kept = unweighted(torch.ones(12, 80), 0)
+    assert torch.equal(kept.sort(1).values, torch.arange(80).expand(12, 80))
+    flagged = 0
+    for seed in range(40):
+        draws, truths = simulated(N=40, L=120, seed=seed)
+        weights = 0.5 + torch.rand(40, 120, generator=rng(seed))
+        flagged += bool(coverage(draws, truths, seed, weights=weights, swaps=199).flagged())
+    assert binomial(flagged, 40)
+
+
+def test_extra_quantities_and_covariates_follow_the_weights():
+    """Draws in three dimensions with a density and a covariate: the same draws are kept of each."""
+    draws, truths = vectors(100, 200)
+    weights = torch.rand(100, 200, generator=rng(0))
+    extra = {"first": (draws[..., 0], truths[:, 0])}
+    report = coverage(
+        draws, truths, 0, weights=weights, extra=extra, covariates={"sum": draws.sum((1, 2))}
+    )
+    at = report.names.index
+    assert torch.equal(report.ranks[:, at("first")], report.ranks[:, at("coordinate 1")])
+    assert report.flagged() == []
+
+
+def test_draws_in_an_order_are_tested_like_others():
+    """Exact draws, sorted by one coordinate: whichever serves as a reference is chosen at random. 20 sets."""
+    flagged = 0
+    for seed in range(20):
+        draws, truths = vectors(200, 20, seed=10 * seed)
+        order = draws[..., 0].argsort(1)[..., None].expand(-1, -1, 3)
+        flagged += bool(coverage(draws.gather(1, order), truths, seed, swaps=199).flagged())
+    assert binomial(flagged, 20)
+
+
+def test_a_sparse_posterior_mean_does_not_lose():
+    """A source that is there once in ten times: zero is often closer than the mean, but not on average. 20 seeds."""
+    behind = []
+    for seed in range(20):
+        g = rng(seed)
+        sparse = lambda *n, g=g: (
+            10 * (torch.rand(*n, 1, generator=g) < 0.1) + 0.1 * torch.randn(*n, 1, generator=g)
+        )
+        truths, draws = sparse(200), sparse(200, 50)
+        behind.append(sharpness(draws, truths, torch.zeros(200, 1), 199, seed).behind)
+    assert binomial(sum(p <= 0.05 for p in behind), 20)
+    worse = draws + 5.0
+    assert sharpness(worse, truths, torch.zeros(200, 1), 1999, 0).behind < 1e-3
+
+
+def test_images_of_any_unit_get_the_same_report():
+    draws, truths = simulated(N=30, L=20)
+    reports = [coverage(u * draws, u * truths, 0, swaps=199) for u in (1.0, 2.0**-60, 2.0**60)]
+    assert len({(r.verdict, r.p, r.dispersion) for r in reports}) == 1
+    assert reports[1].sharpness.energy_score == 2.0**-60 * reports[0].sharpness.energy_score
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"references": torch.full((20, 3), torch.nan)}, "60 of 60 values of the references"),
+        ({"baseline": torch.full((20, 3), torch.inf)}, "values of the baseline are not finite"),
+        (
+            {"extra": {"a": (torch.zeros(20, 15), torch.full((20,), torch.nan))}},
+            "extra a of truths",
+        ),
+        ({"extra": {"a": (torch.zeros(20, 14), torch.zeros(20))}}, r"expected \(20, 15\)"),
+        ({"extra": {"coordinate 1": (torch.zeros(20, 15), torch.zeros(20))}}, "rename"),
+        ({"covariates": {"s": torch.full((20,), torch.nan)}}, "covariate s are not finite"),
+        ({"weights": torch.ones(20, 15, dtype=torch.complex64)}, "expected real numbers"),
+        ({"truth_noise": -1.0}, "truth_noise is negative"),
+        ({"truth_noise": torch.ones(15)}, r"does not broadcast with truths \(20, 3\)"),
+        ({"swaps": 10}, "expected at least 99"),
+        ({"draws": torch.ones(20, 15, 3)}, "all draws of each simulation are equal"),
+        ({"draws": torch.ones(20, 15, 3, dtype=torch.complex64)}, "expected real numbers"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    draws, truths = vectors(20, 15)
+    given = {"draws": draws, "truths": truths, "swaps": 99, **change}
+    with pytest.raises(ValueError, match=message):
+        coverage(given.pop("draws"), given.pop("truths"), 0, **given)
+
+
+def test_levels_beyond_the_swaps_are_refused():
+    report = coverage(*vectors(20, 15), 0, swaps=99)
+    with pytest.raises(ValueError, match=r"expected 0.01 to 1"):
+        report.flagged(1e-3)
+
+
+def test_intervals_of_few_draws_hold_what_they_say():
+    """Pixels of exchangeable truth and draws, with and without ties, at 5 of 16 draws: within four standard errors."""
+    g = rng(0)
+    for values in (
+        torch.randn(17, 40000, generator=g),
+        torch.randint(3, (17, 40000), generator=g),
+    ):
+        for n in (5, 16):
+            found = pixel_coverage(values[1 : n + 1], values[0])
+            assert all(abs(v - p) < 4 * (p * (1 - p) / 40000) ** 0.5 for p, v in found.items())
 
 
 def test_a_report_is_written_and_drawn(tmp_path):
@@ -351,6 +489,18 @@ def test_the_same_seed_gives_the_same_report():
 
 
 # Populations
+
+
+@pytest.mark.parametrize("test", [c2st, pqmass])
+def test_sets_of_any_sizes(test):
+    """The larger one first: 20 pairs, as below. Pixels that never change do not count, others do."""
+    p = [test(normal(400, 2, seed=i), normal(100, 2, seed=50 + i), i)[1] for i in range(20)]
+    assert sum(value < 0.05 for value in p) < 6
+    same = lambda x: torch.cat([x, torch.ones(len(x), 1)], 1)
+    x, reference = normal(300, 5, seed=1), normal(300, 5, seed=2)
+    assert test(same(x + 2), same(reference), 0)[1] < 0.01
+    with pytest.raises(ValueError, match="not finite"):
+        test(x * torch.nan, reference, 0)
 
 
 @pytest.mark.parametrize("test", [c2st, pqmass])
@@ -401,6 +551,12 @@ def test_noise_of_the_truths_is_allowed_for():
     noisy = truths + 0.5 * normal(300, 3, seed=9)
     assert coverage(draws, noisy, 0).flagged(0.01) != []
     assert coverage(draws, noisy, 0, truth_noise=0.5).flagged(0.01) == []
+    # known better and worse, as many simulations as draws
+    draws, truths = vectors(200, 200, seed=20)
+    each = torch.linspace(0, 2, 200)[:, None]
+    noisy = truths + each * normal(200, 3, seed=29)
+    assert coverage(draws, noisy, 0, truth_noise=each).flagged(0.01) == []
+    assert coverage(draws, noisy, 0, truth_noise=each.flip(0)).flagged(0.01) != []
 
 
 # One observation

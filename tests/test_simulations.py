@@ -202,14 +202,14 @@ def test_the_command_writes_a_report(tmp_path, capsys):
 
 
 def test_processes_share_the_simulations(tmp_path):
-    """Two processes under accelerate write the report that one writes."""
+    """Two processes write the report that one writes."""
     config = tmp_path / "c.yaml"
     config.write_text(CONFIG)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     reports = []
     for launch in (
         ["-m"],
-        ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"],
+        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m"],
     ):
         output = tmp_path / f"{len(reports)}.json"
         words = ["scoreinv", "coverage", "--config", str(config), "--output", str(output)]
@@ -221,5 +221,8 @@ def test_processes_share_the_simulations(tmp_path):
             timeout=300,
         )
         assert done.returncode == 0, done.stderr[-2000:]
+        said = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if " " in line)
+        assert said["processes"].strip() == str(1 + len(reports))
         reports.append(json.loads(output.read_text()))
+        assert reports[-1].pop("meta")["config"]["sims"] == 12
     assert reports[0] == reports[1]

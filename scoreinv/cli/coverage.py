@@ -1,18 +1,24 @@
 """`scoreinv coverage`: whether posteriors of simulated data cover the truth.
 
-Under `accelerate launch --num_processes N -m scoreinv coverage ...` the simulations are shared out; the report is the same
-for any number of processes.
+Under `torchrun --nproc_per_node N -m scoreinv coverage ...`, or `accelerate launch` with GPUs, the simulations are shared
+out; the report is the same for any number of processes. (`accelerate launch --cpu` starts one, whatever it is told.)
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import scoreinv as si
 from scoreinv.cli.problem import SampledProblem, chosen, say
+from scoreinv.samplers.run import installed
 from scoreinv.samplers.simulations import finished_simulations, forget_simulations
+
+WAIT = timedelta(days=7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,7 @@ def coverage(config: CoverageConfig) -> None:
     """Simulate data like an observation's, sample every posterior, and test whether they cover the truths."""
     from accelerate import PartialState
 
-    process = PartialState(cpu=config.device == "cpu")
+    process = PartialState(cpu=config.device == "cpu", **_patience())
     if process.is_main_process:
         _prepare(config)
     process.wait_for_everyone()
@@ -95,12 +101,25 @@ def coverage(config: CoverageConfig) -> None:
     )
     cost = f"{float(found.evaluations.mean()):.0f} evaluations a draw, {float(found.seconds.sum()):.0f} s in all"
     say("simulations", f"{report.sims} of {config.n} draws, {cost}")
+    say("processes", process.num_processes)
     print(report)
-    report.write(config.path)
+    meta = {
+        "scoreinv": installed("scoreinv"),
+        "prior": prior.identity,
+        "amplitude": amplitude,
+        "data": seen.origin,
+        "config": asdict(config),
+    }
+    report.write(config.path, json.loads(json.dumps(meta, default=str)))
     picture = config.path.with_suffix(".png")
     report.plot().savefig(picture, dpi=120)
     say("report", config.path)
     say("figure", picture)
+
+
+def _patience() -> dict[str, timedelta]:
+    """Let processes wait for one another: one may find its share finished, hours before another."""
+    return {"timeout": WAIT} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
 
 
 def _prepare(config: CoverageConfig) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,8 +28,16 @@ from scoreinv.diagnostics.effects import (
 )
 from scoreinv.diagnostics.exchange import exchange_test
 from scoreinv.diagnostics.quantities import Quantities, band_names, quantities
-from scoreinv.diagnostics.ranks import STATISTICS, conditional, pooled, ranks, weighted
+from scoreinv.diagnostics.ranks import (
+    SIMULATIONS,
+    STATISTICS,
+    conditional,
+    pooled,
+    ranks,
+    unweighted,
+)
 from scoreinv.diagnostics.sharpness import Sharpness, sharpness
+from scoreinv.priors.base import stream
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,6 +45,7 @@ if TYPE_CHECKING:
 WANTED = 1.1  # a factor in width that a test should be able to see
 SHARP = "sharpness"
 EXAMPLES = 3
+SWAPS = 99  # least number
 
 
 @dataclass(frozen=True)
@@ -67,12 +76,13 @@ class Coverage:
     Attributes:
         sims: Simulations N that were judged.
         draws: Draws L of each that were compared, without the one that serves as TARP's reference.
+        swaps: Draws of the null.
         abstained: Simulations whose weights were too uneven to judge.
         findings: All statistics.
         dispersion: Width of the posteriors over the one that calibration asks for: below 1 too narrow.
         groups: The same for each band of spatial frequency, or coordinate.
-        bias: How far truths lie above the draws, in posterior standard deviations, for each scalar.
-        detectable: Factors in width below and above 1 that these simulations find with 80 % probability.
+        bias: How far truths lie above the mean of their draws, in posterior standard deviations, for each scalar.
+        detectable: Factors in width below and above 1 that the battery finds with 80 % probability at least.
         sharpness: What the draws know.
         ranks: Of the truths, with shape (N, K), for the quantities `names`.
         names: Of the quantities.
@@ -83,6 +93,7 @@ class Coverage:
 
     sims: int
     draws: int
+    swaps: int
     abstained: int
     findings: list[Finding]
     dispersion: Effect
@@ -99,8 +110,16 @@ class Coverage:
     def flagged(self, level: float = LEVEL) -> list[str]:
         """Families of tests that reject calibration, with this family-wise false-alarm rate; empty if none does.
 
-        "sharpness" stands for draws that know no more than draws for other data, or lose to the baseline.
+        "sharpness" stands beside them, outside that rate: for a mean that loses to the baseline, at this level, and for
+        draws that know no more than draws for other data, which is right only where the data say nothing.
+
+        Raises:
+            ValueError: A level that so many swaps cannot resolve.
         """
+        if not 1 / (self.swaps + 1) <= level < 1:
+            raise ValueError(
+                f"level is {level:g}, expected {1 / (self.swaps + 1):.2g} to 1: no p-value of {self.swaps} swaps is lower"
+            )
         found = [f.family for f in self.findings if f.adjusted <= level]
         sharp = self.sharpness
         if sharp.ignorant > LEVEL or sharp.behind <= level:
@@ -145,7 +164,7 @@ class Coverage:
                 f"about {least} simulations"
             )
         within = max(self.dispersion.high - 1, 1 - self.dispersion.low)
-        return f"calibrated within {100 * within:.0f} %"
+        return f"calibrated within {100 * within:.0f} % in width"
 
     def _also(self) -> str:
         """What scalars are off by themselves; a wrong width alone moves ranks of distances, not theirs."""
@@ -179,12 +198,14 @@ class Coverage:
             ),
             (
                 "detectable",
-                f"{low:+.1f} or {high:+.1f} % in width, with {100 * POWER:.0f} % probability",
+                f"{low:+.1f} or {high:+.1f} % in width, with {100 * POWER:.0f} % probability or more",
             ),
             ("sharpness", f"contraction {sharp.contraction:.3f}, skill {sharp.skill:.3f}{gain}"),
         ]
         if self.abstained:
-            lines.append(("not judged", f"{self.abstained} simulations with uneven weights"))
+            lines.append(
+                ("not judged", f"{self.abstained} simulations whose weights leave too few draws")
+            )
         return "\n".join(f"{name:<14}{text}" for name, text in lines)
 
     def as_dict(self) -> dict:
@@ -195,9 +216,15 @@ class Coverage:
         record["verdict"], record["flagged"], record["p"] = self.verdict, self.flagged(), self.p
         return json.loads(json.dumps(record), parse_constant=lambda _: None)
 
-    def write(self, path: str | Path) -> None:
-        """The report as JSON."""
-        Path(path).write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+    def write(self, path: str | Path, meta: Mapping[str, Any] | None = None) -> None:
+        """The report as JSON.
+
+        Args:
+            path: File.
+            meta: What else to keep: configuration, hashes, versions.
+        """
+        record = {**self.as_dict(), **({} if meta is None else {"meta": dict(meta)})}
+        Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
     def plot(self) -> Figure:
         """Rank distributions, coverage, widths and errors on one page."""
@@ -225,49 +252,62 @@ def coverage(
         draws: Of each simulation's posterior, with shape (N, L, *shape): images whose last two axes are pixels, or vectors.
         truths: With shape (N, *shape).
         seed: Of everything random: ties, projections, swaps.
-        weights: Of the draws, with shape (N, L), if they have any.
+        weights: Of the draws, with shape (N, L), if they have any: as many draws are kept as count alike.
         references: Points that depend on the data only, such as dirty images, with shape (N, *shape). If not given, one draw
             of each simulation is set aside for that.
         baseline: Point estimates from the data, such as Wiener filters, with shape (N, *shape), which a posterior mean must
             not lose to.
         extra: More quantities by name, of draws (N, L) and of truths (N,): the log density of a posterior that has one (its
             levels of highest density), shear, lens masses.
-        covariates: Of each simulation, with shape (N,), such as its signal to noise: biases and widths that go with them are
-            found even if they cancel over all simulations.
+        covariates: Functions of the data alone, one number for each simulation, with shape (N,), such as the signal to noise
+            that was measured: biases and widths that go with them are found even if they cancel over all simulations. A
+            function of the truth would be found to go with its own error.
         truth_noise: Standard deviation of the truths' own noise, broadcasting with them: real images of high signal to noise
             are truths up to that. As much is added to the draws, which costs power and keeps the rate of false alarms.
-        swaps: Draws of the null.
+        swaps: Draws of the null, at least 99.
 
     Raises:
         ValueError: Shapes that do not fit, values that are not finite, weights too uneven.
     """
-    draws, truths = (torch.as_tensor(v) for v in (draws, truths))
-    _check(draws, truths, references, baseline, weights)
-    extra = {k: tuple(torch.as_tensor(v) for v in pair) for k, pair in (extra or {}).items()}
-    if any(torch.as_tensor(v).shape != (len(truths),) for v in (covariates or {}).values()):
-        raise ValueError(
-            f"covariates are {', '.join(covariates)}, expected one number for each of {len(truths)} simulations"
-        )
-    draws, abstained = _noisy(draws, torch.as_tensor(truth_noise), seed), 0
+    draws, truths = _real("draws", draws), _real("truths", truths)
+    _check(draws, truths, swaps)
+    same = tuple(truths.shape)
+    references, baseline = (
+        None if v is None else _real(name, v, same)
+        for name, v in (("references", references), ("baseline", baseline))
+    )
+    alone, each = same[:1], tuple(draws.shape[:2])
+    extra = {
+        k: (_real(f"extra {k} of draws", d, each), _real(f"extra {k} of truths", t, alone))
+        for k, (d, t) in (extra or {}).items()
+    }
+    covariates = {k: _real(f"covariate {k}", v, alone) for k, v in (covariates or {}).items()}
+    truths, unit = truths.to(draws.dtype), _unit(truths)
+    draws, truths = draws / unit, truths / unit
+    references, baseline = (
+        None if v is None else v.to(draws.dtype) / unit for v in (references, baseline)
+    )
+    draws, abstained = _noisy(draws, truth_noise, same, unit, seed), 0
     if weights is not None:
-        if extra or covariates:
-            raise ValueError(
-                "extra quantities and covariates of weighted draws are not supported; resample the draws first"
-            )
-        keep, draws = weighted(draws, torch.as_tensor(weights), seed)
-        abstained = len(truths) - len(keep)
-        truths, references, baseline = (
-            None if v is None else torch.as_tensor(v)[keep] for v in (truths, references, baseline)
-        )
+        judged, kept = unweighted(_real("weights", weights, each), seed)
+        abstained = len(truths) - len(judged)
+        rows = judged[:, None]
+        draws, truths = draws[rows, kept], truths[judged]
+        references, baseline = (None if v is None else v[judged] for v in (references, baseline))
+        extra = {k: (d[rows, kept], t[judged]) for k, (d, t) in extra.items()}
+        covariates = {k: v[judged] for k, v in covariates.items()}
     if references is None:
-        references, draws = draws[:, -1], draws[:, :-1]
-        extra = {k: (d[:, :-1], t) for k, (d, t) in extra.items()}
-    found = quantities(draws, truths, torch.as_tensor(references), seed)
+        # a draw of each simulation; any, for draws may come in an order
+        order = torch.rand(draws.shape[:2], generator=stream(seed, 10)).argsort(1)
+        rows = torch.arange(len(draws))[:, None]
+        references, draws = draws[rows[:, 0], order[:, 0]], draws[rows, order[:, 1:]]
+        extra = {k: (d[rows, order[:, 1:]], t) for k, (d, t) in extra.items()}
+    found = quantities(draws, truths, references, seed)
     if extra:
-        found = found.joined(_extra(extra))
+        found = found.joined(_extra(extra, found.names))
     N, members, K = found.values.shape
     rank = ranks(found.values, seed)
-    findings = _findings(found, rank, covariates or {}, swaps, seed)
+    findings, critical = _findings(found, rank, covariates, swaps, seed)
     ratio, count = squared(draws, truths)
     image = truths.ndim >= 3
     names = (
@@ -275,44 +315,78 @@ def coverage(
         if image
         else [f"coordinate {i + 1}" for i in range(len(count))]
     )
-    scalars = [k for k in range(K) if found.families[k] in ("scalars", "given")]
+    scalars = [k for k in range(K) if found.families[k] in ("scalars", "extra")]
     radius = found.of("whitened distance" if image else "distance in units of sd")
     mean, sd = draws.double().mean(1), draws.double().std(1)
+    sharp = sharpness(draws, truths, baseline, swaps, seed)
+    L = members - 1
+    # t-scores: the mean of L draws is uncertain, and so is their variance
+    narrower = (1 + 1 / L) * (L - 1) / max(L - 3, 1)
+    z = ((mean - truths) / sd.clamp_min(torch.finfo(torch.float64).tiny)).square().mean(0)
     return Coverage(
         sims=N,
-        draws=members - 1,
+        draws=L,
+        swaps=swaps,
         abstained=abstained,
         findings=findings,
         dispersion=dispersion(ratio, count),
         groups={n: dispersion(ratio[:, [i]], count[[i]]) for i, n in enumerate(names)},
-        bias={found.names[k]: bias(rank[:, 0, k], members) for k in scalars},
-        detectable=detectable(radius, seed),
-        sharpness=sharpness(
-            draws, truths, None if baseline is None else torch.as_tensor(baseline), swaps, seed
-        ),
+        bias={found.names[k]: bias(found.values[..., k]) for k in scalars},
+        detectable=detectable(radius, critical, seed),
+        sharpness=replace(sharp, energy_score=unit * sharp.energy_score),
         ranks=rank[:, 0],
         names=found.names,
-        z=((mean - truths) / sd.clamp_min(1e-300)).square().mean(0).sqrt(),
-        examples=torch.stack([truths.double(), mean, sd], 1)[: EXAMPLES if image else 0],
+        z=(z / narrower).sqrt(),
+        examples=unit * torch.stack([truths.double(), mean, sd], 1)[: EXAMPLES if image else 0],
         seed=seed,
     )
 
 
-def _noisy(draws: Tensor, std: Tensor, seed: int) -> Tensor:
-    """Draws with noise of their own."""
+def _real(name: str, values: Any, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Values as real, finite numbers of this shape, without a gradient."""
+    v = torch.as_tensor(values).detach()
+    if v.is_complex():
+        raise ValueError(f"{name} are {v.dtype}, expected real numbers")
+    if shape is not None and tuple(v.shape) != shape:
+        raise ValueError(f"{name} have shape {tuple(v.shape)}, expected {shape}")
+    bad = int((~torch.isfinite(v)).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {v.numel()} values of the {name} are not finite; find out why first"
+        )
+    return v if v.is_floating_point() else v.double()
+
+
+def _unit(truths: Tensor) -> float:
+    """Standard deviation of all that is true: squares of numbers in it neither overflow nor vanish."""
+    wide = truths.double()
+    largest = float(wide.abs().max())
+    return largest * float((wide / largest).std()) or 1.0 if largest > 0 else 1.0
+
+
+def _noisy(
+    draws: Tensor, std: float | Tensor, shape: tuple[int, ...], unit: float, seed: int
+) -> Tensor:
+    """Draws with noise of their own, like that of their truths."""
+    std = torch.as_tensor(std)
+    if not bool((std >= 0).all() and torch.isfinite(std).all()):
+        raise ValueError("truth_noise is negative or not finite, expected a standard deviation")
     if not bool((std > 0).any()):
         return draws
-    generator = torch.Generator().manual_seed(seed)
-    return draws + std.to(draws.dtype) * torch.randn(
-        draws.shape, generator=generator, dtype=draws.dtype
-    )
+    try:
+        each = (std / unit).to(draws.dtype).broadcast_to(shape)[:, None]
+    except RuntimeError:
+        raise ValueError(
+            f"truth_noise has shape {tuple(std.shape)}, which does not broadcast with truths {shape}"
+        ) from None
+    noise = torch.randn(draws.shape, generator=stream(seed, 9), dtype=draws.dtype)
+    return draws + each * noise
 
 
 def _findings(
-    found: Quantities, rank: Tensor, covariates: Mapping[str, Tensor], swaps: int, seed: int
-) -> list[Finding]:
-    """All statistics of all quantities under the same swaps."""
-    along = {name: torch.as_tensor(v) for name, v in covariates.items()}
+    found: Quantities, rank: Tensor, along: Mapping[str, Tensor], swaps: int, seed: int
+) -> tuple[list[Finding], float]:
+    """All statistics of all quantities under the same swaps, and how large one must be to be found."""
 
     def statistic(who: Tensor) -> Tensor:
         return torch.cat(
@@ -324,21 +398,20 @@ def _findings(
     quantity = list(zip(found.families, found.names, strict=True))
     labels = [(*q, name) for name in names for q in quantity]
     values = zip(test.observed.tolist(), test.p.tolist(), test.adjusted().tolist(), strict=True)
-    return [Finding(*label, *value) for label, value in zip(labels, values, strict=True)]
+    findings = [Finding(*label, *value) for label, value in zip(labels, values, strict=True)]
+    return findings, test.critical(LEVEL)
 
 
-def _extra(extra: Mapping[str, tuple[Tensor, Tensor]]) -> Quantities:
+def _extra(extra: Mapping[str, tuple[Tensor, Tensor]], known: list[str]) -> Quantities:
+    if taken := set(extra) & set(known):
+        raise ValueError(
+            f"extra quantities are called {', '.join(sorted(taken))}, as the battery's own; rename"
+        )
     values = [torch.cat([t.double()[:, None], d.double()], 1) for d, t in extra.values()]
-    return Quantities(list(extra), ["given"] * len(extra), torch.stack(values, -1))
+    return Quantities(list(extra), ["extra"] * len(extra), torch.stack(values, -1))
 
 
-def _check(
-    draws: Tensor,
-    truths: Tensor,
-    references: Tensor | None,
-    baseline: Tensor | None,
-    weights: Tensor | None,
-) -> None:
+def _check(draws: Tensor, truths: Tensor, swaps: int) -> None:
     shape = tuple(truths.shape)
     if draws.ndim < 3 or (draws.shape[0], *draws.shape[2:]) != shape:
         swapped = draws.ndim == truths.ndim + 1 and (draws.shape[1], *draws.shape[2:]) == shape
@@ -351,22 +424,11 @@ def _check(
             f"draws have shape {tuple(draws.shape)} and truths {shape}, "
             f"expected (N, L, *shape) and (N, *shape){hint}"
         )
-    if len(draws) < 10 or draws.shape[1] < 10:
+    if len(draws) < SIMULATIONS or draws.shape[1] < 10:
         raise ValueError(
-            f"there are {len(draws)} simulations of {draws.shape[1]} draws, expected at least 10 of 10"
+            f"there are {len(draws)} simulations of {draws.shape[1]} draws, expected at least {SIMULATIONS} of 10"
         )
-    for name, v in (("references", references), ("baseline", baseline)):
-        if v is not None and tuple(v.shape) != shape:
-            raise ValueError(
-                f"{name} have shape {tuple(v.shape)}, truths {shape}; expected the same"
-            )
-    if weights is not None and tuple(weights.shape) != tuple(draws.shape[:2]):
-        raise ValueError(
-            f"weights have shape {tuple(weights.shape)}, draws {tuple(draws.shape)}; expected {tuple(draws.shape[:2])}"
-        )
-    for name, v in (("draws", draws), ("truths", truths)):
-        bad = int((~torch.isfinite(v)).sum())
-        if bad:
-            raise ValueError(
-                f"{bad} of {v.numel()} values of the {name} are not finite; find out why first"
-            )
+    if swaps < SWAPS:
+        raise ValueError(f"swaps is {swaps}, expected at least {SWAPS} for a p-value of 5 %")
+    if bool((draws == draws[:, :1]).all()):
+        raise ValueError("all draws of each simulation are equal: no posterior is like that")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scoreinv.diagnostics.quantities import band_power
 from scoreinv.diagnostics.ranks import normal_scores
+from scoreinv.priors.base import stream
 
 POWER, LEVEL = 0.8, 0.05  # with which a factor counts as detectable
 Z = 1.959964  # two-sided, 95 %
@@ -50,7 +51,7 @@ def squared(draws: Tensor, truths: Tensor) -> tuple[Tensor, Tensor]:
             count = torch.ones(len(t), dtype=torch.float64)
         expected = (1 + 1 / L) * spread / (L - 1)
         # the inverse of a variance that was estimated from few numbers is too large on average
-        free = (L - 1) * count
+        free = (L - 1) * count * math.prod(x.shape[1:-2])
         unbiased = torch.where(free > 2, (free - 2) / free, 1.0)
         ratios.append(unbiased * error[0] / expected.clamp_min(torch.finfo(torch.float64).tiny))
     return torch.stack(ratios), count
@@ -73,50 +74,63 @@ def dispersion(ratio: Tensor, count: Tensor) -> Effect:
     return Effect(*(math.exp(log_f + v * error) for v in (0.0, -Z, Z)))
 
 
-def bias(rank: Tensor, members: int) -> Effect:
-    """Mean normal score of ranks of truths, with shape (N,): by how many posterior sd truths lie above the draws."""
-    scores = normal_scores(rank, members)
-    error = Z * float(scores.std()) / math.sqrt(len(scores))
-    mean = float(scores.mean())
+def bias(values: Tensor) -> Effect:
+    """By how many posterior standard deviations truths lie above the mean of their draws.
+
+    Args:
+        values: Of truth and draws, with shape (N, L + 1).
+    """
+    draws = values[:, 1:].double()
+    sd = draws.std(1)
+    z = (values[:, 0].double() - draws.mean(1)) / sd.clamp_min(torch.finfo(torch.float64).tiny)
+    z = z[sd > 0]
+    if len(z) < 2:
+        return Effect(math.nan, math.nan, math.nan)
+    error, mean = Z * float(z.std()) / math.sqrt(len(z)), float(z.mean())
     return Effect(mean, mean - error, mean + error)
 
 
-def power(radius: Tensor, factor: float, seed: int, repeats: int = 400) -> float:
+def power(radius: Tensor, factor: float, critical: float, seed: int, repeats: int = 400) -> float:
     """Probability that posteriors wider by a factor are found out by the rank of a radius.
 
     Args:
         radius: Squared distances of all members from their mean, with shape (N, L + 1).
         factor: By which the draws are stretched about their mean.
+        critical: Standard deviations of its null from which the statistic rejects.
         seed: Of who plays the truth.
         repeats: Simulated tests.
     """
     N, members = radius.shape
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, 3)
     who = torch.randint(members, (repeats, N), generator=generator)
     truth = radius[torch.arange(N), who]
     ordered = radius.sort(1).values
-    below = torch.searchsorted(ordered, (truth.T / factor**2).contiguous()).clamp_max(members - 1)
-    scores = normal_scores(below, members).mean(0)
+    below = torch.searchsorted(ordered, (truth.T / factor**2).contiguous())
+    # a truth that moves up leaves its own place below
+    scores = normal_scores(below - int(factor < 1), members).mean(0)
     null = normal_scores(torch.arange(members), members).std(unbiased=False) / math.sqrt(N)
-    return float((scores.abs() > Z * null).double().mean())
+    return float((scores.abs() > critical * null).double().mean())
 
 
-def detectable(radius: Tensor, seed: int) -> tuple[float, float]:
-    """Factors below and above 1 by which a width must be off to be detected with `POWER` at `LEVEL`; 0 or inf if none is.
+def detectable(radius: Tensor, critical: float, seed: int) -> tuple[float, float]:
+    """Factors below and above 1 by which a width must be off to be found with probability `POWER`; 0 or inf if none is.
+
+    By the rank of one radius alone, held against what the whole battery asks of a statistic: other statistics can only help.
 
     Args:
         radius: Of all members, with shape (N, L + 1).
+        critical: See `power`.
         seed: Of the simulated tests.
     """
     found = []
     for sign, none in ((-1, 0.0), (1, math.inf)):
         low, high = 0.0, math.log(8.0)
-        if power(radius, math.exp(sign * high), seed) < POWER:
+        if power(radius, math.exp(sign * high), critical, seed) < POWER:
             found.append(none)
             continue
         while high - low > 1e-3:
             middle = 0.5 * (low + high)
-            reached = power(radius, math.exp(sign * middle), seed) >= POWER
+            reached = power(radius, math.exp(sign * middle), critical, seed) >= POWER
             low, high = (low, middle) if reached else (middle, high)
         found.append(math.exp(sign * high))
     return found[0], found[1]

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scoreinv.priors.base import stream
+
 CHUNK = 256  # swaps at a time
 
 
@@ -52,6 +54,10 @@ class Exchange:
         p[among] = self._exceeded(largest, self.observed[among].abs())
         return p
 
+    def critical(self, level: float) -> float:
+        """What the largest of all statistics exceeds with this probability if nothing is wrong [standard deviations]."""
+        return float(self.null.abs().max(1).values.quantile(1 - level))
+
     @staticmethod
     def _exceeded(null: Tensor, observed: Tensor) -> Tensor:
         # equal values that were summed in another order count as equal
@@ -70,7 +76,7 @@ def exchange_test(
         swaps: Draws B of the null; no p-value is below 1 / (B + 1).
         seed: Of the swaps.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, 5)
     who = torch.randint(members, (swaps, sims), generator=generator)
     who = torch.cat([torch.zeros(1, sims, dtype=torch.long), who])
     values = torch.cat([statistic(part) for part in who.split(CHUNK)]).double()

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from scoreinv.priors.base import stream
+
 RIDGE = 1e-2  # of the mean squared feature
 SWAPS = 499
 
@@ -38,7 +40,16 @@ def lc2st(
             f"draws have shape {tuple(draws.shape)}, truths {tuple(truths.shape)}, summaries {tuple(summaries.shape)}, "
             f"draws at the observation {tuple(at.shape)}; expected (N, k), (N, k), (N, m), (n, k)"
         )
-    generator = torch.Generator().manual_seed(seed)
+    for name, v in (
+        ("draws", draws),
+        ("truths", truths),
+        ("summaries", summaries),
+        ("at", at),
+        ("observed", observed),
+    ):
+        if not bool(torch.isfinite(v).all()):
+            raise ValueError(f"{name} has values that are not finite; find out why first")
+    generator = stream(seed, 7)
     raw = torch.cat([torch.cat([truths, draws]), summaries.repeat(2, 1)], 1).double()
     mean, sd = raw.mean(0), raw.std(0).clamp_min(1e-300)
     here = torch.cat([at, observed.expand(len(at), -1)], 1).double()

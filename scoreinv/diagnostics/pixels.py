@@ -6,18 +6,28 @@ binomial counting says; it shows gross errors. Calibration is tested over many s
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from scoreinv.priors.base import stream
 
 
 def pixel_coverage(
-    draws: Tensor, truth: Tensor, levels: tuple[float, ...] = (0.5, 0.68, 0.9, 0.95)
+    draws: Tensor,
+    truth: Tensor,
+    levels: tuple[float, ...] = (0.5, 0.68, 0.9, 0.95),
+    seed: int = 0,
 ) -> dict[float, float]:
     """Fraction of the pixels whose central interval at each level holds the true value.
+
+    Among few draws a rank stands for a range of levels, and among equal values for a range of ranks: the place in it is
+    random, so that the fractions are the levels on average for any number of draws.
 
     Args:
         draws: With shape (n, *shape).
         truth: With shape (*shape).
         levels: Probability of the intervals, between 0 and 1.
+        seed: Of the places.
 
     Raises:
         ValueError: Shapes that do not fit.
@@ -26,8 +36,8 @@ def pixel_coverage(
         raise ValueError(
             f"draws have shape {tuple(draws.shape)}, truth {tuple(truth.shape)}; expected (n, *shape) and (*shape)"
         )
-    n = len(draws)
     # the rank of an exchangeable value among n draws is uniform on 0 .. n
-    rank = (draws < truth).double().sum(0)
-    position = (rank + 0.5) / (n + 1)
+    below, equal = (draws < truth).double().sum(0), (draws == truth).double().sum(0)
+    place = torch.rand(truth.shape, generator=stream(seed), dtype=torch.float64)
+    position = (below + place * (equal + 1)) / (len(draws) + 1)
     return {p: float(((position - 0.5).abs() <= p / 2).double().mean()) for p in levels}

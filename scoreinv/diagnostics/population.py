@@ -1,13 +1,15 @@
 """Whether two sets of images come from one population: nearest neighbours, and counts in random cells.
 
-Both nulls are exact: labels are permuted, nothing is refitted. They ask whether draws of many posteriors, taken together,
-look like truths, which a sampler that mixes up its observations passes: a complement of coverage.
+Both nulls are exact: labels are permuted, and nothing else knows of them. They ask whether draws of many posteriors, taken
+together, look like truths, which a sampler that mixes up its observations passes: a complement of coverage.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from scoreinv.priors.base import stream
 
 NEIGHBOURS = 10
 PERMUTATIONS = 200
@@ -17,8 +19,8 @@ CELLS = 30
 def c2st(x: Tensor, reference: Tensor, seed: int) -> tuple[float, float]:
     """Accuracy of a classifier that tells two sets apart (0.5: it cannot), and how often chance does as well.
 
-    The classifier is the majority of the nearest neighbours, left-one-out, in units of the reference's standard deviation of
-    each pixel. Repeated images are taken once, and as many of the reference. Lopez-Paz & Oquab, Revisiting Classifier
+    The classifier is the majority of the nearest neighbours, left-one-out, in units of the standard deviation of each
+    pixel. Repeated images are taken once, and as many of both sets. Lopez-Paz & Oquab, Revisiting Classifier
     Two-Sample Tests (2017, arXiv:1610.06545); Schilling, Multivariate Two-Sample Tests Based on Nearest Neighbors (1986).
 
     Args:
@@ -27,9 +29,12 @@ def c2st(x: Tensor, reference: Tensor, seed: int) -> tuple[float, float]:
         seed: Of the permutations.
     """
     x, reference = _flat(x, reference)
-    x = x.unique(dim=0)
+    generator = stream(seed, 6)
+    x, reference = x.unique(dim=0), reference.unique(dim=0)
     n = min(len(x), len(reference))
-    both = torch.cat([x[:n], reference[:n]]) / reference.std(0)
+    # a random n of each: unique images come sorted
+    chosen = [v[torch.randperm(len(v), generator=generator)[:n]] for v in (x, reference)]
+    both = _scaled(torch.cat(chosen))
     label = (torch.arange(2 * n) < n).double()
     distance = torch.cdist(both, both).fill_diagonal_(torch.inf)
     near = distance.topk(min(NEIGHBOURS, 2 * n - 1), largest=False).indices
@@ -39,7 +44,7 @@ def c2st(x: Tensor, reference: Tensor, seed: int) -> tuple[float, float]:
         right = (votes * (label - 0.5) > 0).double() + 0.5 * (votes == 0).double()
         return float(right.mean())
 
-    found, generator = accuracy(label), torch.Generator().manual_seed(seed)
+    found = accuracy(label)
     null = [
         accuracy(label[torch.randperm(2 * n, generator=generator)]) for _ in range(PERMUTATIONS)
     ]
@@ -59,8 +64,8 @@ def pqmass(x: Tensor, reference: Tensor, seed: int) -> tuple[float, float]:
         seed: Of centres and permutations.
     """
     x, reference = _flat(x, reference)
-    generator = torch.Generator().manual_seed(seed)
-    both = torch.cat([x, reference]) / reference.std(0)
+    generator = stream(seed, 6)
+    both = _scaled(torch.cat([x, reference]))
     label = (torch.arange(len(both)) < len(x)).double()
     order = torch.randperm(len(both), generator=generator)
     cells = min(CELLS, max(2, len(both) // 10))
@@ -88,4 +93,12 @@ def _flat(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
             f"the sets have shapes {tuple(x.shape)} and {tuple(reference.shape)}; "
             "expected (n, *shape) and (m, *shape), at least 2 of each"
         )
+    if not bool(torch.isfinite(x).all() and torch.isfinite(reference).all()):
+        raise ValueError("the sets have values that are not finite; find out why first")
     return x.flatten(1), reference.flatten(1)
+
+
+def _scaled(both: Tensor) -> Tensor:
+    """In units of each pixel's standard deviation; pixels that never change do not count."""
+    sd = both.std(0)
+    return both / torch.where(sd > 0, sd, 1.0)

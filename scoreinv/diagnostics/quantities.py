@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scoreinv.priors.base import stream
+
 # edges of bands of spatial frequency [cycles per pixel]
 BANDS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
 SHAPES = ("total flux", "peak", "half-light radius", "ellipticity")
@@ -59,7 +61,7 @@ def quantities(draws: Tensor, truths: Tensor, references: Tensor, seed: int) -> 
         seed: Of the projections.
     """
     shape = truths.shape[1:]
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, 8)
     directions = torch.randn(math.prod(shape), PROJECTIONS, generator=generator)
     rows, names = [], []
     for x, truth, reference in zip(draws, truths, references, strict=True):
@@ -89,6 +91,8 @@ def _any(members: Tensor, reference: Tensor, directions: Tensor) -> Named:
     yield ("pixels", "beyond 2 sd"), (z2 > 4).sum(1)
     yield ("pixels", "largest in units of sd"), z2.max(1).values
     yield ("TARP", "distance to reference"), (flat - reference.flatten()).square().sum(1)
+    # truths go with their data; draws that ignore them do not
+    yield ("data", "overlap with reference"), r @ reference.flatten().to(r.dtype)
     for i, v in enumerate((flat @ directions.to(flat.dtype)).T):
         yield ("projections", f"projection {i + 1}"), v
 

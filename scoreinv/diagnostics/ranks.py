@@ -9,14 +9,16 @@ and Multiple Sample Comparison (2022, arXiv:2103.10522).
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from scoreinv.priors.base import stream
+
 STATISTICS = ("bias", "dispersion", "shape")
-LEAST = 50  # effective draws below which weighted ranks say little
+LEAST = 50  # draws below which ranks of weighted ones say little
+SIMULATIONS = 10  # below which nothing is judged
 
 
 def ranks(q: Tensor, seed: int) -> Tensor:
@@ -29,7 +31,7 @@ def ranks(q: Tensor, seed: int) -> Tensor:
     Returns:
         Integers with the shape of q.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, 1)
     shuffle = torch.rand(q.shape, generator=generator).argsort(1)
     order = q.gather(1, shuffle).argsort(dim=1, stable=True)
     return shuffle.gather(1, order).argsort(1)
@@ -63,10 +65,12 @@ def conditional(rank: Tensor, who: Tensor, covariate: Tensor) -> Tensor:
     Args:
         rank: Of every member, with shape (N, L + 1, K).
         who: Plays the truth, with shape (B, N).
-        covariate: With shape (N,); its ranks count.
+        covariate: With shape (N,); its ranks count, the same for equal values.
     """
     N, members, _ = rank.shape
-    weight = normal_scores(covariate.argsort().argsort(), N)
+    _, group, count = covariate.unique(return_inverse=True, return_counts=True)
+    middle = count.cumsum(0) - 0.5 * (count + 1)  # mean rank of equal values
+    weight = normal_scores(middle[group], N)
     scores = normal_scores(torch.arange(members), members)[rank[torch.arange(N), who]]
     along = lambda v: (weight[:, None] * v).mean(1)
     return torch.cat([along(scores), along(scores.square())], 1)
@@ -88,35 +92,38 @@ def ecdf_band(sims: int, members: int, level: float = 0.95, seed: int = 0) -> fl
     return float(shape[0, -4000:].quantile(level))
 
 
-def weighted(draws: Tensor, weights: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Unweighted draws in the place of weighted ones, as many as their effective size allows.
+def unweighted(weights: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Which draws to keep of weighted ones so that those kept count alike: each with probability w / max w.
+
+    None is kept twice, unlike in resampling: a truth is never a copy of a draw, and copies would give it away.
 
     Args:
-        draws: With shape (N, L, *shape).
         weights: With shape (N, L), of any normalisation.
-        seed: Of the resampling.
+        seed: Decides which.
 
     Returns:
-        The simulations that are kept, indices with shape (n,), and their draws (n, m, *shape), with m the least effective
-        size 1 / sum w^2 among them. Simulations with an effective size below 50 are not judged.
+        The simulations that are judged, indices with shape (n,), and the draws of each that are kept, with shape (n, m), m
+        the least number among them. Simulations that keep fewer than 50 are not judged.
 
     Raises:
-        ValueError: Weights that are negative, not finite, or all zero; effective sizes below 50 everywhere.
+        ValueError: Weights that are negative, not finite, or all zero; fewer than 10 simulations that can be judged.
     """
     total = weights.double().sum(1)
     if not bool(((weights >= 0).all(1) & (total > 0) & torch.isfinite(total)).all()):
         raise ValueError(
             "weights are negative, not finite or all zero in a simulation; expected w >= 0"
         )
-    w = weights.double() / total[:, None]
-    size = 1 / w.square().sum(1)
-    keep = torch.nonzero(size >= LEAST).flatten()
-    if len(keep) == 0:
+    generator = stream(seed, 2)
+    w = weights.double() / weights.double().max(1, keepdim=True).values
+    kept = torch.rand(w.shape, generator=generator, dtype=torch.float64) < w
+    count = kept.sum(1)
+    judged = torch.nonzero(count >= LEAST).flatten()
+    if len(judged) < SIMULATIONS:
         raise ValueError(
-            f"the largest effective size of the weights is {float(size.max()):.0f}, expected at least {LEAST} in some "
-            "simulations; take more draws, or a sampler with even weights"
+            f"weights leave {LEAST} draws or more in {len(judged)} of {len(w)} simulations (at most {int(count.max())}), "
+            f"expected {SIMULATIONS} such simulations; take more draws, or a sampler with even weights"
         )
-    m = math.floor(float(size[keep].min()))
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.multinomial(w[keep], m, replacement=True, generator=generator)
-    return keep, torch.stack([draws[k][i] for k, i in zip(keep, index, strict=True)])
+    m = int(count[judged].min())
+    # a random m of those that are kept: the others sort behind them
+    order = torch.rand(w.shape, generator=generator) + (~kept)
+    return judged, order[judged].argsort(1)[:, :m]

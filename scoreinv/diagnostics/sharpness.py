@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scoreinv.diagnostics.exchange import CHUNK
+from scoreinv.priors.base import stream
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,19 @@ def sharpness(
     scores = apart.double() - 0.5 * within.double()
     own, N = scores.diagonal().mean(), len(t)
     others = (scores.sum() - scores.diagonal().sum()) / (N * (N - 1))
-    generator = torch.Generator().manual_seed(seed)
+    generator = stream(seed, 4)
     order = torch.stack([torch.randperm(N, generator=generator) for _ in range(swaps)])
     shuffled = scores[order, torch.arange(N)].mean(1)
-    ignorant = (1 + int((shuffled <= own + 1e-9).sum())) / (swaps + 1)
+    # sums in another order differ in their last bits
+    ignorant = (1 + int((shuffled <= own + 1e-9 * own.abs()).sum())) / (swaps + 1)
     behind = gain = float("nan")
     if baseline is not None:
         # the mean of L draws scatters around that of the posterior
         scatter = x.double().var(1).sum(1) / x.shape[1]
         error = (x.mean(1) - t).double().square().sum(1) - scatter
         reference = (baseline.flatten(1) - t).double().square().sum(1)
-        behind = flipped((error - reference) / (error.abs() + reference), swaps, generator)
+        # the mean of squares is what a posterior mean makes least, not that of any other measure of loss
+        behind = flipped((error - reference) / reference.mean(), swaps, generator)
         gain = float(1 - error.sum() / reference.sum())
     return Sharpness(
         contraction=float(1 - x.var(1).mean() / t.var(0).mean()),

@@ -25,6 +25,7 @@ from scoreinv.finetune.control import (
     Control,
     ImageControl,
     VectorControl,
+    convolves,
     guidance,
     guidance_by_gradient,
 )
@@ -48,7 +49,6 @@ from scoreinv.samplers.run import sample
 from scoreinv.samplers.samples import Samples
 from scoreinv.samplers.smc import systematic
 
-FEW = 256  # pixels up to which a control is a perceptron
 PROBES = 256  # of them that measure how sure the prior is at each level
 FORMAT = 2  # of the files of a control
 IMAGES = 1024  # draws of the prior from which training data are simulated
@@ -270,7 +270,7 @@ def finetune(
         y: The only data to serve, with shape (*data); any data of the likelihood if not given.
         images: Images to simulate data of, with shape (N, C, H, W); 1,024 draws of the prior if not given.
         guided: Start from the chain pulled by the data.
-        control: See `scoreinv.finetune.control`; a perceptron for up to 256 pixels, else a U-Net, if not given.
+        control: See `scoreinv.finetune.control`; a U-Net, or a perceptron for few pixels, if not given.
         plan: How long and how fast.
         recipe: Objective and proposals; the log-variance if not given, on paths of the control, half of them joint
             simulations where it serves all data.
@@ -359,15 +359,15 @@ def new_control(
             if likelihood.gaussian
             else guidance_by_gradient(chain, reward)
         )
-    if math.prod(chain.shape) <= FEW:
+    if not convolves(chain.shape):
         return VectorControl(chain, examples, guide)
     return ImageControl(chain, None if examples is None else data_image(likelihood), guide)
 
 
 def new_twist(chain: PriorChain, likelihood: Likelihood, examples: Tensor | None) -> Twist:
     """A twist that suits the images' size and the data."""
-    few = math.prod(chain.shape) <= FEW
-    return Twist(chain, likelihood, None if few else data_image(likelihood), examples)
+    image = data_image(likelihood) if convolves(chain.shape) else None
+    return Twist(chain, likelihood, image, examples)
 
 
 def data_image(likelihood: Likelihood) -> Callable[[Tensor], Tensor]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from scoreinv.priors.unet import UNet, initialise, sinusoidal
 
 LONGEST = 10.0  # of guidance, in units of a step's noise
 TIMES = 32  # features of the clock
+FEW = 128  # pixels up to which a perceptron serves better than a U-Net
+WIDTHS = (32, 64)  # of that
 Guide = Callable[[Step, Tensor, Tensor], Tensor]
 
 
@@ -156,7 +158,7 @@ class ImageControl(Control):
         reference: Reference,
         image: Callable[[Tensor], Tensor] | None = None,
         guide: Guide | None = None,
-        widths: tuple[int, ...] = (32, 64),
+        widths: tuple[int, ...] = WIDTHS,
         seed: int = 0,
         planes: int | None = None,
     ) -> None:
@@ -174,6 +176,11 @@ class ImageControl(Control):
         if self._image is not None:
             inputs = [*inputs, self._image(y).float()]
         return self.network(torch.cat(inputs, 1), clock)
+
+
+def convolves(shape: Sequence[int]) -> bool:
+    """Whether a U-Net suits images of this shape: it halves them a few times."""
+    return math.prod(shape) > FEW and all(n % 2 ** len(WIDTHS) == 0 for n in shape[-2:])
 
 
 def numbers(y: Tensor) -> Tensor:

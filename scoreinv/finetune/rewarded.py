@@ -11,7 +11,6 @@ arXiv:2405.20971).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,12 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scoreinv.finetune.amortised import FEW, IMAGES, PROBES
+from scoreinv.finetune.amortised import IMAGES, PROBES
 from scoreinv.finetune.control import (
     Control,
     Guide,
     ImageControl,
     VectorControl,
+    convolves,
     guidance_by_gradient,
 )
 from scoreinv.finetune.evidence import Evidence, evidence, simulated_bounds
@@ -103,7 +103,7 @@ def finetune_by_reward(
         observe: Draws a y of each image with probability r(x, y), for images and a seed, if the reward is one.
         images: Of the prior, with shape (N, C, H, W); 1,024 draws if not given.
         guided: Start from the chain pulled by the reward's gradient.
-        control: See `scoreinv.finetune.control`; a perceptron for up to 256 pixels, else a U-Net, if not given.
+        control: See `scoreinv.finetune.control`; a U-Net, or a perceptron for few pixels, if not given.
         plan: How long and how fast.
         recipe: Objective and proposals; the log-variance if not given, on paths of the control, half of them joint draws
             where `observe` makes them.
@@ -138,7 +138,7 @@ def finetune_by_reward(
 
 
 def _new_control(chain: PriorChain, y: Tensor | None, guide: Guide | None, seed: int) -> Control:
-    if math.prod(chain.shape) <= FEW:
+    if not convolves(chain.shape):
         return VectorControl(chain, y, guide, seed=seed)
     if y is None:
         return ImageControl(chain, None, guide, seed=seed)

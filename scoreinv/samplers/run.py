@@ -249,11 +249,12 @@ def provenance(posterior: Posterior, sampler: Sampler, seed: int) -> dict[str, A
         "sampler": f"{type(sampler).__name__}({', '.join(options)})",
         "prior": dict(posterior.prior.identity),
         "likelihood": f"{type(posterior.likelihood.operator).__name__}, {type(posterior.likelihood.noise).__name__}",
-        "versions": {name: _version(name) for name in ("scoreinv", "torch", "numpy")},
+        "versions": {name: installed(name) for name in ("scoreinv", "torch", "numpy")},
     }
 
 
-def _version(name: str) -> str:
+def installed(name: str) -> str:
+    """Version of a package."""
     try:
         return version(name)
     except PackageNotFoundError:
