@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -241,6 +242,26 @@ def test_a_learned_score_is_nearly_exact_and_an_unlearned_one_is_not():
     assert excess(400) < 1.1 < excess(0)
 
 
+def test_records_of_another_table_are_refused(tmp_path):
+    store = tmp_path / "a.jsonl"
+    Records(store, bench.Rank).add(bench.Rank("grid; SMC", 0.5))
+    with pytest.raises(ValueError, match="records of another table"):
+        Records(store, Score)
+
+
+def test_weights_that_were_dropped_now_and_then_show_in_the_row():
+    """Effective sizes are of the runs that have weights, in whatever order they come."""
+    one = score(FIELDS["blur"], si.SMC(levels=3), n=20, seed=0, island=20)
+    other = replace(one, ess=math.nan, weighted=False)
+    for group in ([one, other], [other, one]):
+        found = row("SMC", group)
+        assert found["method"] == "SMC, weights dropped in 1 of 2"
+        assert found["least ESS / n"] == one.ess
+    assert row("SMC", [one, one])["method"] == "SMC" and math.isnan(
+        row("Guided", [other])["least ESS / n"]
+    )
+
+
 def test_draws_that_are_not_finite_do_not_stop_the_table(monkeypatch):
     class Broken(PiGDM):
         def island(self, posterior, n, generator):
@@ -282,6 +303,14 @@ def test_ranks_of_truths_and_their_negative_control(monkeypatch):
         draws = sample(*arguments, **options)
         return draws.with_(x=draws.mean + 0.5 * (draws.x - draws.mean))
 
+    def failing(posterior, *arguments, seed, **options):
+        if seed % 2:
+            raise FloatingPointError("no")
+        return sample(posterior, *arguments, seed=seed, **options)
+
+    monkeypatch.setattr(bench, "sample", failing)
+    half = next(coverage({"SMC": si.SMC(6)}, 6, seed=0))[0]
+    assert (half["truths"], half["failed"]) == (3, 3) and math.isfinite(half["rank score sd"])
     monkeypatch.setattr(bench, "sample", narrow)
     wrong = ranked()
     assert wrong["uniform p"] < 1e-4 and wrong["rank score sd"] > 1 + 4 * wrong["error"]

@@ -456,6 +456,24 @@ def test_interrupted_run_goes_on(config, tmp_path):
     assert torch.equal(si.read_samples(output).x, si.read_samples(whole).x)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--n", "0"), "n is 0"),
+        (("--island", "1"), "island is 1"),
+        (("--batch", "0"), "batch 0"),
+        (("--amplitude", "-1"), "amplitude -1"),
+        (("--prior", "nowhere"), "nowhere"),
+    ],
+)
+def test_a_command_that_cannot_run_leaves_the_old_result(capsys, config, words, message):
+    path, output = config
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(b"a result")
+    assert message in failure(capsys, "sample", "--config", path, "--overwrite", *words)
+    assert output.read_bytes() == b"a result"
+
+
 def test_overwrite_forgets_the_islands_of_another_problem(capsys, config):
     path, output = config
     command = ["sample", "--config", str(path), "--n", "4"]
@@ -569,6 +587,12 @@ def test_bench(capsys, tmp_path, methods):
     assert "--methods Guided,TDS --n 20 --seeds 1 --quick true --smc.levels 4" in page
     assert page.count("| Guided |") == page.count("| TDS |") == 3
     assert "Of the suite's 27 problems, 3 were run." in page
+    assert "methods is empty" in failure(capsys, "bench", "exact", "--methods", "[]")
+    assert "at least 20 draws" in failure(capsys, "bench", "exact", "--n", "4")
+    words = ["--methods", "PiGDM", "--problems", "amplitudes 2", "--workers", "1", "--seeds", "1"]
+    assert "none of PiGDM takes the data of amplitudes 2" in failure(
+        capsys, "bench", "exact", *words
+    )
     assert "methods are DPSS" in failure(capsys, "bench", "exact", "--methods", "DPSS")
     assert "problems are grid 9 1" in failure(capsys, "bench", "exact", "--problems", "grid 9 1")
     assert "a name in .json" in failure(capsys, "bench", "exact", "--output", "runs/table")

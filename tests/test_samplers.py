@@ -17,7 +17,8 @@ from scoreinv.gaussian import Dense, Diagonal, Fourier
 from scoreinv.kernels import conditional
 from scoreinv.operators import gaussian_psf
 from scoreinv.priors.base import Prior, stream
-from scoreinv.samplers.path import Twisted, descend_together, path_integral
+from scoreinv.samplers.path import Trace, Twisted, descend_together, path_integral
+from scoreinv.samplers.run import _worn
 from scoreinv.samplers.smc import (
     effective,
     in_order,
@@ -559,3 +560,18 @@ def test_a_companion_that_the_prior_does_not_expect_is_found(monkeypatch):
     assert (seen[DOUBT] > 0.5).all()
     # without the data's doubt some draws lose it: the test can fail
     assert (seen[math.inf] < 0.1).any()
+
+
+def test_draws_that_are_copies_of_a_few_say_so():
+    """A resampled handful is no posterior, whatever the weights were called."""
+    x = torch.randn(2, 1, 4, 4).repeat_interleave(8, 0)
+    sound = Trace(ess=[0.6, 0.9])
+    assert _worn(torch.randn(16, 1, 4, 4), [(x, sound, 0.0)]) == ""
+    assert "2 of 16 draws differ" in _worn(x, [(x, sound, 0.0)])
+    assert "0.8 particles" in _worn(torch.randn(16, 1, 4, 4), [(x, Trace(ess=[0.05]), 0.0)])
+
+
+def test_options_of_weights_are_checked():
+    for wrong in ({"resample_below": 5}, {"resample_below": -1}, {"drop_above": float("nan")}):
+        with pytest.raises(ValueError, match="expected 0 to 1, and above 0"):
+            si.SMC(**wrong)

@@ -25,7 +25,7 @@ class Ablated(SMC):
             - "finer steps": one step from a level to the next.
             - "skipping": always the finer steps.
             - "network's twist": particles are resampled by the likelihood of m_s(x) under the global covariance, before what
-              the denoised image says beyond it counts.
+              the denoised image says beyond it counts; so the local covariance is out, too.
             - "spare particles": one for each draw.
     """
 

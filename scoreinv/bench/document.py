@@ -32,8 +32,9 @@ of a classifier against exact draws, is 0.5; mode TV, the total variation betwee
 error of log Z [nat] are near 0. `SW / floor` is the sliced Wasserstein distance over that of as many exact draws, which
 itself scatters by up to a half on one problem with far modes; `var seen` and `unseen` are the variances of what the data
 see of an image and of the rest; `Mahalanobis` is the squared radius inside the modes (< 1: too narrow). Evaluations and
-vector-Jacobian products (VJPs) are per draw; seconds (of one thread) and memory (its peak over what was there before)
-are for all draws; `least ESS / n` is the smallest effective sample size between two resamplings, where weights are used.
+vector-Jacobian products (VJPs) are per draw; seconds (of one thread) and memory (by how much the process grew: what an
+earlier run freed is used again and does not show) are for all draws; `least ESS / n` is the smallest effective sample size
+between two resamplings, mean over islands, where weights are used.
 Of what is known by tempering (counts, outliers, amplitudes) two references lie 0.6 to 1.3 floors from one another.
 Samplers of other packages run by their own code, at its defaults."""
 PEERS = ("azula", "deepinv")

@@ -389,8 +389,11 @@ class Rank:
 
 
 def rank(problem: Problem, sampler: Sampler, n: int, seed: int, key: str = "") -> Rank:
-    """Sample one problem and rank its truth."""
-    draws = sample(problem.posterior, n, sampler, seed=seed, island=max(2, n), evidence=False)
+    """Sample one problem and rank its truth; nan where the sampler fails."""
+    try:
+        draws = sample(problem.posterior, n, sampler, seed=seed, island=max(2, n), evidence=False)
+    except FloatingPointError:
+        return Rank(key, math.nan)
     generator = stream(seed, -4)
     direction = torch.randn(len(problem.truth), generator=generator, dtype=torch.float64)
     # along directions in which the prior is wide, so that small images and large ones are ranked by what shows
@@ -444,13 +447,14 @@ def coverage(
             {
                 "problem": name,
                 "method": title,
-                "truths": count,
+                "truths": len(r),
+                "failed": len(every) - len(r),
                 "uniform p": float(stats.kstest(r, "uniform").pvalue),
                 "rank score sd": float(stats.norm.ppf(r).std(ddof=1)),
-                "error": (2 * count) ** -0.5,
+                "error": (2 * len(r)) ** -0.5,
             }
-            for title, r in ranks.items()
-            if r
+            for title, every in ranks.items()
+            if len(r := [v for v in every if not math.isnan(v)]) > 1
         ]
 
 
@@ -459,6 +463,10 @@ def row(title: str, scores: list[Score]) -> dict[str, float | str]:
     every, scores = scores, [s for s in scores if not math.isnan(s.wasserstein)] or scores
     lost = sum(math.isnan(s.wasserstein) for s in every)
     title = f"{title}, {lost} of {len(every)} failed" if lost else title
+    dropped = sum(not s.weighted for s in scores)
+    if 0 < dropped < len(scores):
+        title = f"{title}, weights dropped in {dropped} of {len(scores)}"
+    sizes = [s.ess for s in scores if not math.isnan(s.ess)]
     mean = lambda key: sum(getattr(s, key) for s in scores) / len(scores)
     return {
         "problem": scores[0].problem,
@@ -480,7 +488,7 @@ def row(title: str, scores: list[Score]) -> dict[str, float | str]:
         "VJPs": max(s.vjps for s in scores),
         "seconds": mean("seconds"),
         "MB": max(s.memory for s in scores),
-        "least ESS / n": min(s.ess for s in scores),
+        "least ESS / n": min(sizes, default=math.nan),
         "seeds": len(scores),
         "n": scores[0].n,
     }

@@ -33,7 +33,12 @@ class Records(Generic[T]):
             except json.JSONDecodeError:
                 continue
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-            self._known[fields["key"]] = kind(**values)
+            try:
+                self._known[fields["key"]] = kind(**values)
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path} holds records of another table, or of another version; choose another output, or delete it"
+                ) from error
 
     def __contains__(self, key: str) -> bool:
         return key in self._known

@@ -19,6 +19,7 @@ from scoreinv.bench.peers import Peer
 from scoreinv.samplers.path import Sampler
 from scoreinv.training import fresh_images
 
+FEW = 20  # draws
 TABLES = ("exact", "coverage", "learned", "rtb", "speed", "scaling")
 
 
@@ -92,6 +93,12 @@ class BenchConfig:
             )
         if self.output and Path(self.output).suffix != ".json":
             raise ValueError(f"output is {self.output}, expected a name in .json")
+        if not self.methods:
+            raise ValueError(f"methods is empty, expected some of {', '.join(exact.METHODS)}")
+        if self.what == "exact" and self.n is not None and self.n < FEW:
+            raise ValueError(
+                f"n is {self.n}, expected at least {FEW} draws to compare with exact ones"
+            )
         least = {"truths": 2, "seeds": 1, "repeats": 1, "workers": 1, "n": 2}
         for key, value in least.items():
             given = getattr(self, key)
@@ -105,7 +112,9 @@ def bench(config: BenchConfig) -> int:
     rows = dict(zip(TABLES, tables, strict=True))[config.what](config)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.output).write_text(json.dumps(rows, indent=1) + "\n")
+        # JSON knows no nan
+        known = json.loads(json.dumps(rows), parse_constant=lambda _: None)
+        Path(config.output).write_text(json.dumps(known, indent=1) + "\n")
     return 1 if any(row.get("missed", "-") != "-" for row in rows) else 0
 
 
@@ -124,6 +133,10 @@ def _exact(config: BenchConfig) -> list[dict[str, Any]]:
         new = [exact.row(title, scores) for title, scores in group.items()]
         rows += new
         print(table(new), end="\n\n", flush=True)
+    if not rows:
+        raise ValueError(
+            f"none of {', '.join(config.methods)} takes the data of {', '.join(_problems(config))}"
+        )
     if config.output:
         page, picture = (Path(config.output).with_suffix(end) for end in (".md", ".png"))
         picture.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +188,8 @@ def _changed(config: BenchConfig) -> str:
     for f in fields(config.smc):
         if getattr(config.smc, f.name) != f.default:
             changed[f"smc.{f.name}"] = getattr(config.smc, f.name)
-    joined = lambda v: ",".join(map(str, v)) if isinstance(v, tuple) else str(v).lower()
+    text = lambda v: str(v).lower() if isinstance(v, bool) else str(v)
+    joined = lambda v: ",".join(map(text, v)) if isinstance(v, tuple) else text(v)
     return " ".join(f"--{name} {shlex.quote(joined(value))}" for name, value in changed.items())
 
 

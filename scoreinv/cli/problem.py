@@ -54,6 +54,10 @@ class Problem:
         if len(given) != 1:
             seen = " and ".join(given) or "none"
             raise ValueError(f"expected exactly one of the sections {', '.join(DATA)}; got {seen}")
+        if self.n < 1 or (self.amplitude is not None and not self.amplitude > 0):
+            raise ValueError(
+                f"n is {self.n} and amplitude {self.amplitude}; expected at least 1 draw and an amplitude above 0"
+            )
 
     @property
     def data(self) -> VisibilityData | CutoutData | Simulation | SimulatedCutout:

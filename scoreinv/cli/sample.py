@@ -34,6 +34,10 @@ class SampleConfig(SampledProblem):
         super().__post_init__()
         if self.path.suffix not in ENDINGS:
             raise ValueError(f"output is {self.output}, expected a name in {', '.join(ENDINGS)}")
+        if self.island < 2 or self.batch < 1:
+            raise ValueError(
+                f"island is {self.island} and batch {self.batch}; expected at least 2 and 1"
+            )
 
     @property
     def path(self) -> Path:
@@ -58,7 +62,9 @@ def sample(config: SampleConfig) -> None:
     prior = si.load_prior(config.prior, config.device)
     seen, amplitude, compared = chosen(config, prior)
     introduce(prior, seen, amplitude, compared)
-    draws = _draw(config, si.Posterior(prior.rescaled(amplitude), seen.likelihood, seen.y), seen)
+    posterior = si.Posterior(prior.rescaled(amplitude), seen.likelihood, seen.y)
+    _clear(config)
+    draws = _draw(config, posterior, seen)
     draws = completed(draws, config, seen, amplitude)
     print(draws)
     for name, text in findings(draws, seen):
@@ -75,8 +81,13 @@ def _prepare(config: SampleConfig) -> None:
     for path in filter(None, (config.path, config.picture)):
         if path.exists() and not config.overwrite:
             raise FileExistsError(f"{path} exists; choose another output, or pass --overwrite")
-        path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _clear(config: SampleConfig) -> None:
+    """Make way for a result that nothing stands against any more."""
+    for path in filter(None, (config.path, config.picture)):
+        path.unlink(missing_ok=True)
     if config.overwrite and config.islands.exists():
         shutil.rmtree(config.islands)
 

@@ -47,7 +47,9 @@ class Guided:
     local: bool = True
 
     particles: ClassVar[int] = 1
-    label: ClassVar[str] = "not used (one pass, approximate); evidence from the path integral"
+    label: ClassVar[str] = (
+        "not used (one pass, approximate); evidence from the path integral, a few nat off"
+    )
 
     def __post_init__(self) -> None:
         check_counts(self.levels)

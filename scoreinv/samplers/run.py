@@ -34,6 +34,7 @@ from scoreinv.samplers.smc import SMC, in_order, systematic
 Finished = tuple[Tensor, Trace, float]  # draws, trace and seconds of an island
 SCOUTS = 2  # islands that find out whether weights collapse, at most
 SCOUTING = 32  # particles of each; fewer would take the noise of a quartile for a collapse
+FEWEST = 4  # effective particles of an island, or draws that differ, of which a posterior should not be made
 
 
 def sample(
@@ -174,6 +175,8 @@ def _pool(
         x, log_z = draws[:n], float(evidence.mean())
     collapsed_at = traces[0].collapsed_at
     label = sampler.dropped(collapsed_at) if collapsed_at > 0 else sampler.label
+    if traces[0].log_weights is not None:
+        label += _worn(x, islands)
     if traces[0].log_weights is None and not posterior.likelihood.gaussian:
         label += f"; in the place of the {type(posterior.likelihood.noise).__name__} the Gaussian near the data"
     spread = float(evidence.std()) if len(evidence) > 1 else math.nan
@@ -194,6 +197,18 @@ def _pool(
         grid=grid,
         data_image=posterior.data_image(),
         residual_image=posterior.residual_image(x.double().mean(0)),
+    )
+
+
+def _worn(x: Tensor, islands: list[Finished]) -> str:
+    """What the result must say where few particles have become all draws; empty if all is well."""
+    effective = min(len(x) * min(t.ess, default=1.0) for x, t, _ in islands)
+    distinct = len(x.flatten(1).unique(dim=0))
+    if effective >= FEWEST and distinct >= min(FEWEST, len(x)):
+        return ""
+    return (
+        f", and worn out: {effective:.1f} particles of an island carried all its weight at a level, and {distinct} of "
+        f"{len(x)} draws differ; do not trust their spread, take more particles or levels"
     )
 
 

@@ -1,4 +1,7 @@
-"""Sequential Monte Carlo along the noise levels: the default sampler, asymptotically exact.
+"""Sequential Monte Carlo along the noise levels: the default sampler, exact in the limit of many particles and levels.
+
+But for its start: at three times the prior's widest standard deviation, noisy images are taken for Gaussian. A mode that is
+rarer than one in a hundred and ten standard deviations away loses a tenth of its weight there.
 
 Particles target p_s(x) g_s(x), with the likelihood of the denoised image as the twist,
 
@@ -79,6 +82,10 @@ class SMC:
         check_counts(self.levels)
         if self.particles < 1:
             raise ValueError(f"particles is {self.particles}, expected at least one for each draw")
+        if not (0 <= self.resample_below <= 1 and self.drop_above > 0):
+            raise ValueError(
+                f"resample_below is {self.resample_below} and drop_above {self.drop_above}; expected 0 to 1, and above 0"
+            )
 
     def refuses(self, posterior: Posterior) -> str:
         """It takes every posterior."""
@@ -108,7 +115,7 @@ class SMC:
         return (
             f"dropped: at sigma = {collapsed_at:.3g} the variance of d log w / d log sigma over the particles rose above "
             f"{self.drop_above:g} (the prior is far from Gaussian there); all draws took guided steps from the start "
-            "instead and count equally, evidence approximate, from the path integral"
+            "instead and count equally, evidence from the path integral, a few nat off"
         )
 
     def _path(self, posterior: Posterior) -> list[float]:

@@ -31,6 +31,11 @@ class DAPS(Baseline):
 
     steps: int = 5
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, expected at least 1")
+
     def island(self, posterior: Posterior, n: int, generator: torch.Generator) -> Decoupled:
         """n particles at the start, with their stream."""
         return Decoupled(posterior, self, n, generator)

@@ -3,7 +3,7 @@
     x' = ancestral(D) + zeta J^T A^T e / |e|,     e = y - A D(x, sigma)
 
 with the norm of each particle's own misfit. Chung et al. (2023, arXiv:2209.14687), algorithm 1 with the step size of its
-section 3.3.
+section 3.3, which is constant here in the coordinate x_0 + sigma n; theirs is in a coordinate that shrinks with the noise.
 """
 
 from __future__ import annotations

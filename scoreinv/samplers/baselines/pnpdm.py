@@ -41,6 +41,11 @@ class PnPDM(Baseline):
         ratio = (low / high) ** (1 / (falling - 1))
         return [high * ratio ** min(i, falling - 1) for i in range(self.levels)]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, expected at least 1")
+
     def island(self, posterior: Posterior, n: int, generator: torch.Generator) -> Split:
         """n particles at the start, with their stream."""
         return Split(posterior, self, n, generator)
