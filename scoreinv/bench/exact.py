@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scoreinv.bench.ablation import PARTS, Ablated
-from scoreinv.bench.imperfect import learned
+from scoreinv.bench.imperfect import estimated, learned
 from scoreinv.bench.increments import increments
 from scoreinv.bench.memory import peak_memory
 from scoreinv.bench.peers import Azula, DeepInv, Peer
@@ -53,7 +53,8 @@ from scoreinv.samplers.path import Sampler
 
 LARGE = 512  # pixels from which a fifth of the draws are made
 QUICK = ("grid 8 1", "grid 80 4", "power law 64 16")  # problems for a first look
-LEARNED = ("grid 8 2", "power law 64 16")  # problems that come with a learned score, too
+LEARNED = ("grid 8 2", "power law 64 16")  # problems that come with a learned score, too, and with
+IMAGES = (500, 5000)  # from which their moments are estimated
 FLOOR = 10  # sets of exact draws for the noise floor
 METHODS: dict[str, Sampler] = {
     "SMC": SMC(),
@@ -235,6 +236,8 @@ def problems() -> dict[str, Callable[[int], Problem]]:
         suite[f"field 64 {kind}"] = partial(gaussian_field, kind=kind)
     for name in LEARNED:
         suite[f"{name} learned"] = partial(learned, suite[name])
+        for count in IMAGES:
+            suite[f"{name} of {count}"] = partial(estimated, suite[name], count)
     return suite
 
 

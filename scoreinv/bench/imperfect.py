@@ -1,7 +1,8 @@
-"""Exact problems under a score that a small network learned: what it adds to the error of a sampler.
+"""Exact problems under a score that a small network learned, or under moments of few images: what that costs a sampler.
 
-The posterior to be met is still that of the true prior, so the rows of a problem and of its learned twin differ by the error
-of the network alone. The network corrects the Wiener filter of the prior's moments, in white coordinates on the axes of C,
+The posterior to be met is still that of the true prior, so the rows of a problem and of its twins differ by the error of
+the network, or of the moments, alone. The network corrects the Wiener filter of the prior's moments, in white coordinates on
+the axes of C,
 
     D(x, s) = m_s(x) + C_s^1/2 F((C + s^2)^-1/2 (x - mu), ln s)
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scoreinv.bench.problems import MixtureProblem
+from scoreinv.gaussian import Covariance, Dense, Fourier, Gaussian
 from scoreinv.kernels import noise_levels
 from scoreinv.posterior import Posterior
 from scoreinv.priors import Prior
@@ -136,5 +138,47 @@ def learned(
     return replace(
         exact,
         name=f"{exact.name}, learned score",
+        posterior=Posterior(prior, posterior.likelihood, posterior.y),
+    )
+
+
+class RoughPrior(Prior):
+    """A prior with its exact denoiser, whose moments are those of a few of its images.
+
+    Args:
+        prior: The true one.
+        count: Images.
+        seed: Of the images.
+    """
+
+    def __init__(self, prior: Prior, count: int, seed: int) -> None:
+        images = prior.sample(count, seed)
+        self.shape, self.dtype, self.true = tuple(prior.shape), prior.dtype, prior
+        self.sigma_min, self.sigma_max = prior.sigma_min, prior.sigma_max
+        covariance = sample_covariance(images, prior.moments.covariance)
+        self.moments = Gaussian(images.mean(0), covariance)
+        self.identity = {**prior.identity, "moments": f"of {count} images, seed {seed}"}
+
+    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.true.denoise(x, sigma)
+
+
+def sample_covariance(images: Tensor, like: Covariance) -> Covariance:
+    """Covariance of images with shape (n, C, H, W): of each frequency alone if `like` is stationary, else of all pixels."""
+    r = images.double() - images.double().mean(0)
+    if isinstance(like, Fourier):
+        power = torch.fft.fft2(r, norm="ortho").abs().square().sum(0)
+        return Fourier(power / (len(r) - 1))
+    return Dense(r.flatten(1).T @ r.flatten(1) / (len(r) - 1))
+
+
+def estimated(make: Callable[[int], MixtureProblem], count: int, seed: int) -> MixtureProblem:
+    """The problem with moments of so many images in the place of the exact ones."""
+    exact = make(seed)
+    posterior = exact.posterior
+    prior = RoughPrior(posterior.prior, count, seed + 1)
+    return replace(
+        exact,
+        name=f"{exact.name}, moments of {count:,} images",
         posterior=Posterior(prior, posterior.likelihood, posterior.y),
     )
