@@ -276,6 +276,69 @@ def test_every_family_keeps_its_rate():
     assert bool(((single / n - 0.05).abs() < 5 * (0.05 * 0.95 / n) ** 0.5).all()), single / n
 
 
+def battery_rejects(seed, shape=(3,), **options):
+    """Whether the battery rejects exact posteriors of Gaussian numbers, with options that are functions of the seed."""
+    x = normal(40, 62, *shape, seed=seed)
+    mean = 3 * normal(40, 1, *shape, seed=10**6 + seed)
+    draws, truths = mean + x[:, 1:], (mean + x[:, :1])[:, 0]
+    given = {k: v(draws, truths, mean, seed) for k, v in options.items()}
+    truths = given.pop("truths", truths)
+    return bool(coverage(draws, truths, seed, swaps=199, **given).flagged(0.05))
+
+
+def two_sets(test):
+    return lambda seed: (
+        test(normal(60, 4, seed=seed), normal(90, 4, seed=10**6 + seed), seed)[1] <= 0.05
+    )
+
+
+def local_rejects(seed):
+    s = normal(300, 1, seed=seed)
+    theta, draws = (s + normal(300, 2, seed=k + seed) for k in (10**6, 2 * 10**6))
+    at = 1.5 + normal(100, 2, seed=3 * 10**6 + seed)
+    return lc2st(draws, theta, s, at, torch.tensor([1.5]), seed) <= 0.05
+
+
+def loses_to_the_exact_mean(seed):
+    """The hardest baseline of all, which no draws' mean beats or loses to."""
+    x, mean = normal(60, 31, 3, seed=seed), 3 * normal(60, 1, 3, seed=10**6 + seed)
+    found = sharpness(mean + x[:, 1:], (mean + x[:, :1])[:, 0], mean[:, 0], 199, seed)
+    return found.behind <= 0.05
+
+
+OTHER = {
+    "vectors": battery_rejects,
+    "three channels": lambda s: battery_rejects(s, (3, 8, 8)),
+    "weights": lambda s: battery_rejects(
+        s, weights=lambda d, t, m, k: 0.8 + 0.2 * torch.rand(d.shape[:2], generator=rng(k))
+    ),
+    "covariates": lambda s: battery_rejects(
+        s, covariates=lambda d, t, m, k: {"signal": m.sum((1, 2)).round()}
+    ),
+    "extra": lambda s: battery_rejects(
+        s, extra=lambda d, t, m, k: {"largest": (d.max(-1).values, t.max(-1).values)}
+    ),
+    "noisy truths": lambda s: battery_rejects(
+        s,
+        truths=lambda d, t, m, k: t + 0.5 * normal(*t.shape, seed=7 * 10**6 + k),
+        truth_noise=lambda d, t, m, k: 0.5,
+    ),
+    "behind": loses_to_the_exact_mean,
+    "c2st": two_sets(c2st),
+    "pqmass": two_sets(pqmass),
+    "lc2st": local_rejects,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHER)
+def test_every_other_test_keeps_its_rate(name):
+    """500 exact posteriors are rejected in 3 to 7 % of the cases at 5 %: two standard errors on either side."""
+    rate = sum(OTHER[name](seed) for seed in range(500)) / 500
+    print(name, rate)
+    assert 0.03 <= rate <= 0.07
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "least"), [(0.9, 0.9), (1.1, 0.9), (1.05, 0.5)])
 def test_power_at_a_hundred_simulations(width, least):
