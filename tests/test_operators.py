@@ -331,6 +331,19 @@ def test_draws_of_the_information(A, noise):
     assert p_value(draws, gaussian(zero, H / 1.1)) < 1e-6
 
 
+def test_draws_of_many_visibilities_do_not_go_through_them(monkeypatch):
+    """By the factor of H they have its covariance, but for a millionth of the variance."""
+    uv = EVEN.uv.repeat(1 + 400 // len(EVEN.uv), 1)
+    A, noise = NUFFT(uv, (1, 8, 10), EVEN.pixel_scale), GaussianNoise(std=2.0)
+    information, H = A.information(noise, torch.float64), information_matrix(A, noise)
+    monkeypatch.setattr(NUFFT, "_image", None)
+    draws = information.draw(6000, rng(1)).flatten(1)
+    H = H + 1e-6 * H.diagonal().mean() * torch.eye(len(H))
+    zero = torch.zeros(len(H), dtype=torch.float64)
+    assert p_value(draws, gaussian(zero, H)) > FALSE_ALARMS
+    assert p_value(draws, gaussian(zero, H / 1.1)) < 1e-6
+
+
 @pytest.mark.parametrize("A", [ODD, EVEN], ids=["odd", "even"])
 def test_toeplitz_by_direct_sum(A):
     weight = 0.5 + uniform(*A.data_shape)

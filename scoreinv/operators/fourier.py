@@ -9,11 +9,13 @@ Semicircle" Kernel, 2019, arXiv:1808.06736).
 
 With independent noise, H = A^H S^-1 A is a Toeplitz operator: convolution with the dirty beam
 psf(d) = sum_k w_k cos(2 pi (u_k dl + v_k dm)) at the lags -(N - 1) .. N - 1. Zero-padding to 2N
-makes it two FFTs, exact, at a cost that does not depend on the number of visibilities.
+makes it two FFTs, exact, at a cost that does not depend on the number of visibilities. Neither do draws of N(0, H) where the
+visibilities are many and H is small enough to be factorised as a matrix; elsewhere they go through the visibilities.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import finufft
@@ -27,6 +29,9 @@ from scoreinv.operators.base import LinearOperator
 from scoreinv.operators.information import Information, white
 
 DRAW_TOLERANCE = 1e-4  # of random draws: far below what their covariance can show
+MATRIX = 4096  # pixels up to which H is factorised as a matrix, in seconds and 0.3 GB
+MANY = 3  # visibilities for each pixel from which a draw by that factor is the cheaper one
+JITTER = 1e-6  # of H's diagonal, added to factorise it
 ARCSEC = np.pi / 180 / 3600
 
 
@@ -110,7 +115,7 @@ class NUFFT(LinearOperator):
         return self._image(weight.to(torch.complex128)[None], (2 * H, 2 * W))[0, 0]
 
     def information(self, noise: GaussianNoise, dtype: torch.dtype) -> Information:
-        """The exact Toeplitz operator; draws of N(0, H) go through the visibilities."""
+        """The exact Toeplitz operator."""
         weight = noise.pixel_precision
         if weight is None:
             return super().information(noise, dtype)
@@ -132,7 +137,37 @@ class NUFFT(LinearOperator):
             z = root * white(self.data_shape, n, generator, root.dtype)
             return self._image(z, (H, W), DRAW_TOLERANCE)
 
+        if len(self.uv) >= MANY * H * W and H * W <= MATRIX:
+            draw = _Factored(beam, dtype).draw
         return Information(self.shape, apply, draw, exact=None, nearby=circulant)
+
+
+class _Factored:
+    """Draws of N(0, H) by the Cholesky factor of the Toeplitz operator of a beam with shape (2H, 2W), found when needed."""
+
+    def __init__(self, beam: Tensor, dtype: torch.dtype) -> None:
+        self.beam, self.dtype = beam, dtype
+
+    @cached_property
+    def factor(self) -> Tensor:
+        matrix = toeplitz(self.beam)
+        matrix.diagonal().mul_(1 + JITTER)
+        return torch.linalg.cholesky(matrix).to(self.dtype)
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        H, W = self.beam.shape[0] // 2, self.beam.shape[1] // 2
+        z = white((H * W,), n, generator, self.dtype)
+        return (z @ self.factor.T).reshape(n, 1, H, W)
+
+
+def toeplitz(beam: Tensor) -> Tensor:
+    """The matrix of convolution with a beam of shape (2H, 2W), lag 0 at (H, W), with shape (H W, H W)."""
+    H, W = beam.shape[0] // 2, beam.shape[1] // 2
+    rows, columns = beam.stride()
+    # entry (i, j), (k, l) is the beam at the lag (i - k, j - l); strides cannot fall, so k and l are turned round
+    first = beam.storage_offset() + rows + columns
+    lags = beam.as_strided((H, W, H, W), (rows, columns, rows, columns), first)
+    return lags.flip(2, 3).reshape(H * W, H * W)
 
 
 def nearest_circulant(beam: Tensor) -> Tensor:
