@@ -392,10 +392,23 @@ def test_ignoring_the_data_passes_coverage_and_fails_sharpness():
     wiener = truths + 0.3 * simulated(contraction=1.0, seed=6, L=1)[1]
     assert coverage(prior, truths, 0, baseline=wiener).sharpness.behind < 1e-3
     good = coverage(draws, truths, 0, baseline=wiener)
-    assert "data" in coverage(prior, truths, 0, references=wiener).flagged(1e-3)
-    assert coverage(draws, truths, 0, references=wiener).flagged() == []
+    many, truths = simulated(contraction=0.3, seed=105, L=200)
+    nearly = many[:, 100:].mean(1)  # the exact mean, up to a tenth of a posterior sd
+    assert "data" in coverage(prior, truths, 0, references=nearly).flagged(1e-3)
+    assert coverage(many[:, :100], truths, 0, references=nearly).flagged() == []
     assert good.flagged() == [] and good.sharpness.contraction == pytest.approx(0.91, abs=0.02)
     assert good.sharpness.ignorant < 1e-3 and 0.5 < good.sharpness.skill < 0.9
+
+
+def test_information_of_gaussians_is_the_logarithm_of_their_contraction():
+    """Posteriors a tenth as wide as the prior in all of 64 directions: 64 log 10 nat. Vectors: 3 log 10 / 2."""
+    draws, truths = simulated(N=400, L=30, contraction=0.1)
+    found = sharpness(draws, truths, None, 99, 0).information
+    assert found == pytest.approx(64 * math.log(10), rel=0.02)
+    draws, truths = vectors(4000, 20)
+    found = sharpness(draws, truths, None, 99, 0).information
+    assert found == pytest.approx(1.5 * math.log(10), rel=0.02)
+    assert abs(sharpness(normal(4000, 20, 3), truths, None, 99, 0).information - found) < 0.1
 
 
 def test_levels_of_highest_density():

@@ -200,7 +200,11 @@ class Coverage:
                 "detectable",
                 f"{low:+.1f} or {high:+.1f} % in width, with {100 * POWER:.0f} % probability or more",
             ),
-            ("sharpness", f"contraction {sharp.contraction:.3f}, skill {sharp.skill:.3f}{gain}"),
+            (
+                "sharpness",
+                f"contraction {sharp.contraction:.3f}, information {sharp.information:.4g} nat, "
+                f"skill {sharp.skill:.3f}{gain}",
+            ),
         ]
         if self.abstained:
             lines.append(
