@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 INK, FAINT, BAD, GOOD = "#1b1b1f", "#6f6f78", "#d1495b", "#30638e"
 COLOURS = ("#30638e", "#d1495b", "#edae49", "#3a7d44", "#7b4b94", "#00798c", "#8d6a3f", "#444444")
 CURVES = ("whitened distance", "distance in units of sd", "distance to reference")
-WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6, 2.0)
+FINE = (0.8, 0.9, 1.0, 1.1, 1.2)  # ticks of widths near 1, and of others
+COARSE = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 def page(report: Coverage) -> Figure:
@@ -108,11 +109,12 @@ def _widths(ax: Axes, report: Coverage) -> None:
     groups = dict(list(report.groups.items())[:10])
     _effects(ax, {"all": report.dispersion, **groups}, 1.0)
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(FixedLocator(WIDTHS))
+    low, high = ax.get_xlim()
+    low, high = min(low, 0.88), max(high, 1.13)
+    ax.xaxis.set_major_locator(FixedLocator(FINE if 0.7 < low < high < 1.4 else COARSE))
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.xaxis.set_minor_formatter(NullFormatter())
-    low, high = ax.get_xlim()
-    ax.set_xlim(min(low, 0.88), max(high, 1.13))
+    ax.set_xlim(low, high)
     _finish(ax, "width of the posterior", "over the calibrated one (95 %)", "")
 
 
@@ -129,9 +131,10 @@ def _p_values(ax: Axes, report: Coverage) -> None:
     colours = [BAD if p <= 0.05 else GOOD for p in least]
     ax.barh(range(len(least)), [1 / p for p in least], color=colours, height=0.55)
     ax.set_xscale("log")
-    ticks = [1, 10, 100, 1000]
+    most = report.swaps + 1  # 1 over the least p-value
+    ticks = [t for t in (1, 10, 100, 1000, 10_000) if t <= most]
     ax.set_xticks(ticks, [f"{1 / t:g}" for t in ticks])
-    ax.set_xlim(1, 3000)
+    ax.set_xlim(1, 1.5 * most)
     ax.axvline(20, color=FAINT, lw=0.8, ls="--")
     ax.set_yticks(range(len(least)), families, fontsize=7)
     ax.invert_yaxis()
