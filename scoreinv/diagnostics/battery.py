@@ -358,7 +358,7 @@ def _real(name: str, values: Any, shape: tuple[int, ...] | None = None) -> Tenso
         raise ValueError(
             f"{bad} of {v.numel()} values of the {name} are not finite; find out why first"
         )
-    return v if v.is_floating_point() else v.double()
+    return v if v.dtype in (torch.float32, torch.float64) else v.double()
 
 
 def _unit(truths: Tensor) -> float:
