@@ -9,7 +9,6 @@ import scoreinv as si
 from scoreinv.bench.problems import grid_mixture
 from scoreinv.gaussian import Diagonal
 from scoreinv.kernels import bridge, conditional
-from scoreinv.priors.base import stream
 from scoreinv.samplers.baselines import (
     DAPS,
     DPS,
@@ -20,6 +19,7 @@ from scoreinv.samplers.baselines import (
     PiGDM,
     PnPDM,
 )
+from scoreinv.streams import stream
 
 SHAPE = (1, 4, 4)
 GUIDES = {"MMPS": MMPS(10, 16), "PiGDM": PiGDM(10), "convolved": ConvolvedLikelihood(10)}

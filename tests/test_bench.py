@@ -37,8 +37,8 @@ from scoreinv.bench.problems import (
 from scoreinv.bench.records import Records
 from scoreinv.bench.scores import mean_error, sliced_wasserstein, variance_ratio
 from scoreinv.operators import gaussian_psf
-from scoreinv.priors.base import stream
 from scoreinv.samplers.baselines import PiGDM
+from scoreinv.streams import stream
 
 
 @pytest.mark.parametrize("make", [grid_mixture, power_law_mixture])

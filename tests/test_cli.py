@@ -508,7 +508,7 @@ def finetuning(prior, tmp_path):
         "prior": str(prior),
         "amplitude": 1.0,
         "steps": 6,
-        "plan": {"iterations": 4, "groups": 2, "paths": 4},
+        "plan": {"iterations": 4, "groups": 2, "paths": 4, "rate": 1e-4},
         "images": 40,
         "sims": 2,
         "paths": 16,
@@ -586,7 +586,7 @@ def test_bench(capsys, tmp_path, methods):
     page = output.with_suffix(".md").read_text()
     assert "--methods Guided,TDS --n 20 --seeds 1 --quick true --smc.levels 4" in page
     assert page.count("| Guided |") == page.count("| TDS |") == 3
-    assert "Of the suite's 27 problems, 3 were run." in page
+    assert "Of the suite's 31 problems, 3 were run." in page
     assert "methods is empty" in failure(capsys, "bench", "exact", "--methods", "[]")
     assert "at least 20 draws" in failure(capsys, "bench", "exact", "--n", "4")
     words = ["--methods", "PiGDM", "--problems", "amplitudes 2", "--workers", "1", "--seeds", "1"]

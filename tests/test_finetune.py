@@ -25,8 +25,8 @@ from scoreinv.finetune.proposals import (
 from scoreinv.finetune.reference import PriorChain, TwistedChain
 from scoreinv.finetune.training import Plan, Recipe, train_control
 from scoreinv.gaussian import Dense, Diagonal, Fourier, Scalar
-from scoreinv.priors.base import stream
 from scoreinv.samplers.path import descend_together
+from scoreinv.streams import stream
 
 SHAPE = (1, 1, 2)
 

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "scoreinv"
 # Each part of the package may import the parts before it. Noise comes before operators because the
 # information A^T S^-1 A is computed by the operator that knows its own structure.
 ORDER = [
+    "streams",
     "diagnostics",
     "gaussian",
     "kernels",
@@ -35,7 +36,7 @@ ORDER = [
     "__main__",
 ]
 # These may import less: only what is named here.
-RESTRICTED = {"diagnostics": set(), "simulators": {"data"}}
+RESTRICTED = {"diagnostics": {"streams"}, "simulators": {"data"}}
 # These may import `scoreinv` itself, that is, the public names.
 USERS = {"bench", "cli"}
 HEAVY = {"torchvision", "score_models", "accelerate"}

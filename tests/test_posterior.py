@@ -6,9 +6,9 @@ import torch
 import scoreinv as si
 from scoreinv.gaussian import Diagonal, Fourier
 from scoreinv.posterior import amplitude_by_evidence
-from scoreinv.priors.base import stream
 from scoreinv.samplers.anneal import local_precision
 from scoreinv.samplers.smc import local_covariance
+from scoreinv.streams import stream
 from tests import analytic
 
 

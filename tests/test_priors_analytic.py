@@ -8,7 +8,7 @@ import torch
 
 from scoreinv.gaussian import Dense, Diagonal, Fourier, LowRank
 from scoreinv.priors import GaussianPrior, MixturePrior, Prior
-from scoreinv.priors.base import stream
+from scoreinv.streams import stream
 from tests.analytic import Mixture, dense, gaussian, normal, p_value, power_law, spd, uniform
 
 SHAPE, D = (2, 4, 5), 40

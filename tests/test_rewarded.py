@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import scoreinv as si
-from scoreinv.priors.base import stream
+from scoreinv.streams import stream
 
 SIDE = 5.0  # between neighbouring modes
 CELLS = torch.cartesian_prod(torch.arange(-1.0, 2.0), torch.arange(-1.0, 2.0)).double()

@@ -16,7 +16,7 @@ from scoreinv.conditioning.local import DOUBT
 from scoreinv.gaussian import Dense, Diagonal, Fourier
 from scoreinv.kernels import conditional
 from scoreinv.operators import gaussian_psf
-from scoreinv.priors.base import Prior, stream
+from scoreinv.priors.base import Prior
 from scoreinv.samplers.path import Trace, Twisted, descend_together, path_integral
 from scoreinv.samplers.run import _worn
 from scoreinv.samplers.smc import (
@@ -27,6 +27,7 @@ from scoreinv.samplers.smc import (
     systematic,
     variance_rate,
 )
+from scoreinv.streams import stream
 from tests import analytic
 from tests.analytic import dense
 

@@ -10,8 +10,8 @@ from astropy.io import fits
 from matplotlib.image import imsave
 
 import scoreinv as si
-from scoreinv.priors.base import stream
 from scoreinv.priors.unet import UNet
+from scoreinv.streams import stream
 from scoreinv.training import (
     Network,
     Optimisation,

@@ -37,7 +37,6 @@ from scoreinv.bench.records import Records
 from scoreinv.bench.scores import mean_error, sliced_wasserstein, variance_ratio
 from scoreinv.bench.tempered import amplitudes, counts, outliers
 from scoreinv.diagnostics.population import c2st
-from scoreinv.priors.base import stream
 from scoreinv.samplers import SMC, Anneal, Guided, sample
 from scoreinv.samplers.baselines import (
     DAPS,
@@ -50,6 +49,7 @@ from scoreinv.samplers.baselines import (
     PnPDM,
 )
 from scoreinv.samplers.path import Sampler
+from scoreinv.streams import stream
 
 LARGE = 512  # pixels from which a fifth of the draws are made
 QUICK = ("grid 8 1", "grid 80 4", "power law 64 16")  # problems for a first look

@@ -21,7 +21,7 @@ from scoreinv.gaussian import Covariance, Dense, Fourier, Gaussian
 from scoreinv.kernels import noise_levels
 from scoreinv.posterior import Posterior
 from scoreinv.priors import Prior
-from scoreinv.priors.base import stream
+from scoreinv.streams import stream
 
 STEPS, BATCH, RATE, WIDTH, LAYERS = 3000, 512, 2e-3, 256, 3
 WAVES = 4  # octaves of ln s, and of each coordinate, that the network sees

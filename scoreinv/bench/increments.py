@@ -28,7 +28,7 @@ from scoreinv.noise import GaussianNoise
 from scoreinv.operators import DenseOperator
 from scoreinv.posterior import Posterior
 from scoreinv.priors import Prior
-from scoreinv.priors.base import stream
+from scoreinv.streams import stream
 
 NODES, TAIL = (
     24,

@@ -35,8 +35,8 @@ from scoreinv.operators import (
 from scoreinv.operators.fourier import ARCSEC
 from scoreinv.posterior import Posterior
 from scoreinv.priors import GaussianPrior, MixturePrior
-from scoreinv.priors.base import stream
 from scoreinv.simulators.arrays import alma_track
+from scoreinv.streams import stream
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from scoreinv.noise import GaussianNoise
 from scoreinv.operators import DenseOperator
 from scoreinv.posterior import Posterior
 from scoreinv.priors import GaussianPrior, MixturePrior
-from scoreinv.priors.base import stream
+from scoreinv.streams import stream
 
 PLANE = (1, 1, 2)
 PATHS = 4000  # over which controls are judged

@@ -28,10 +28,10 @@ from scoreinv.operators import NUFFT
 from scoreinv.operators.fourier import ARCSEC
 from scoreinv.posterior import Posterior
 from scoreinv.priors import ScorePrior
-from scoreinv.priors.base import stream
 from scoreinv.samplers import SMC, Guided, sample
 from scoreinv.samplers.figure import FAINT, INK, TRUE
 from scoreinv.samplers.path import Sampler
+from scoreinv.streams import stream
 
 SIZES = (32, 64, 128)
 VISIBILITIES = (300, 3_000, 30_000, 300_000)

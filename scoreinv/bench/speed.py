@@ -13,9 +13,9 @@ from scoreinv.noise import GaussianNoise
 from scoreinv.operators import NUFFT
 from scoreinv.posterior import Posterior
 from scoreinv.priors import Prior
-from scoreinv.priors.base import stream
 from scoreinv.samplers import sample
 from scoreinv.samplers.path import Sampler
+from scoreinv.streams import stream
 
 
 def timed(f: Callable[[], object]) -> float:

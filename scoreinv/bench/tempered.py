@@ -33,8 +33,8 @@ from scoreinv.noise import GaussianNoise, PoissonNoise, StudentNoise
 from scoreinv.operators import Amplitude, DenseOperator
 from scoreinv.posterior import Posterior
 from scoreinv.priors import MixturePrior
-from scoreinv.priors.base import stream
 from scoreinv.samplers.smc import systematic
+from scoreinv.streams import stream
 
 MOVES = 20  # at each temperature; four times as many at the last
 CHAINS = 4000  # at least, whatever number of draws is asked for

@@ -37,7 +37,7 @@ from scoreinv.diagnostics.ranks import (
     unweighted,
 )
 from scoreinv.diagnostics.sharpness import Sharpness, sharpness
-from scoreinv.priors.base import stream
+from scoreinv.streams import stream
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

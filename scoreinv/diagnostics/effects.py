@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scoreinv.diagnostics.quantities import band_power
 from scoreinv.diagnostics.ranks import normal_scores
-from scoreinv.priors.base import stream
+from scoreinv.streams import stream
 
 POWER, LEVEL = 0.8, 0.05  # with which a factor counts as detectable
 Z = 1.959964  # two-sided, 95 %

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scoreinv.priors.base import stream
+from scoreinv.streams import stream
 
 CHUNK = 256  # swaps at a time
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scoreinv.priors.base import stream
+from scoreinv.streams import stream
 
 RIDGE = 1e-2  # of the mean squared feature
 SWAPS = 499

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scoreinv.priors.base import stream
+from scoreinv.streams import stream
 
 NEIGHBOURS = 10
 PERMUTATIONS = 200

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scoreinv.priors.base import stream
+from scoreinv.streams import stream
 
 # edges of bands of spatial frequency [cycles per pixel]
 BANDS = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from scoreinv.priors.base import stream
+from scoreinv.streams import stream
 
 STATISTICS = ("bias", "dispersion", "shape")
 LEAST = 50  # draws below which ranks of weighted ones say little

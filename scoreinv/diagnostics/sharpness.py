@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scoreinv.diagnostics.exchange import CHUNK
 from scoreinv.diagnostics.quantities import band_power
-from scoreinv.priors.base import stream
+from scoreinv.streams import stream
 
 
 @dataclass(frozen=True)

@@ -43,11 +43,12 @@ from scoreinv.finetune.twist import Twist, learn_twist
 from scoreinv.gaussian import Covariance
 from scoreinv.likelihood import Likelihood
 from scoreinv.posterior import Posterior
-from scoreinv.priors.base import Prior, stream
+from scoreinv.priors.base import Prior
 from scoreinv.samplers.path import Descent, Island, Request
 from scoreinv.samplers.run import sample
 from scoreinv.samplers.samples import Samples
 from scoreinv.samplers.smc import systematic
+from scoreinv.streams import stream
 
 PROBES = 256  # of them that measure how sure the prior is at each level
 FORMAT = 2  # of the files of a control

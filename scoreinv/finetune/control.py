@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from scoreinv.finetune.reference import PriorChain, Reference, Step, foreseen, pulled
 from scoreinv.likelihood import Likelihood
-from scoreinv.priors.base import stream
 from scoreinv.priors.unet import UNet, initialise, sinusoidal
+from scoreinv.streams import stream
 
 LONGEST = 10.0  # of guidance, in units of a step's noise
 TIMES = 32  # features of the clock

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from scoreinv.finetune.paths import Engine
-from scoreinv.priors.base import stream
+from scoreinv.streams import stream
 
 ALPHA = 0.05
 HEAVY = 0.7  # k-hat from which importance sampling is not to be trusted

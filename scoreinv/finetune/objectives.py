@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from scoreinv.finetune.control import numbers
-from scoreinv.priors.base import stream
 from scoreinv.priors.unet import initialise
+from scoreinv.streams import stream
 
 
 class Objective(abc.ABC):

@@ -23,8 +23,9 @@ from scoreinv.gaussian import Covariance, dot, selected
 from scoreinv.kernels import conditional, noise_levels, reverse_covariance
 from scoreinv.likelihood import Likelihood
 from scoreinv.operators.information import white
-from scoreinv.priors.base import Prior, stream
+from scoreinv.priors.base import Prior
 from scoreinv.samplers.smc import DIFFERENCE, local_covariance
+from scoreinv.streams import stream
 
 
 class NotKnownError(ValueError):

@@ -32,8 +32,9 @@ from scoreinv.finetune.paths import Engine, Reward
 from scoreinv.finetune.proposals import JointSimulations, OnPolicy
 from scoreinv.finetune.reference import PriorChain, measured
 from scoreinv.finetune.training import Observe, Plan, Recipe, train_control
-from scoreinv.priors.base import Prior, stream
+from scoreinv.priors.base import Prior
 from scoreinv.samplers.smc import systematic
+from scoreinv.streams import stream
 
 
 @dataclass(frozen=True)

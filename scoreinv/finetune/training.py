@@ -17,7 +17,7 @@ from tqdm import tqdm
 from scoreinv.finetune.objectives import LogVariance, Objective
 from scoreinv.finetune.paths import Engine
 from scoreinv.finetune.proposals import OnPolicy, Proposal
-from scoreinv.priors.base import stream
+from scoreinv.streams import stream
 
 CHECKPOINT = "checkpoint.safetensors"
 SAVE_EVERY = 200  # iterations

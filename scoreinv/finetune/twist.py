@@ -30,8 +30,8 @@ from scoreinv.finetune.paths import Engine, Paths, chunk
 from scoreinv.finetune.reference import PriorChain, foreseen, foreseen_log_prob
 from scoreinv.finetune.training import Plan, Simulate, falling
 from scoreinv.likelihood import Likelihood
-from scoreinv.priors.base import stream
 from scoreinv.priors.unet import UNet, initialise, sinusoidal
+from scoreinv.streams import stream
 
 
 class Twist(nn.Module):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from scoreinv.gaussian import Covariance, Dense, Diagonal, Fourier, Gaussian, Scalar, blocks
 from scoreinv.kernels import expectation
-from scoreinv.priors.base import Prior, stream
+from scoreinv.priors.base import Prior
+from scoreinv.streams import stream
 
 LARGE = 1024  # pixels up to which the moments of a mixture are a full matrix; half as many for stationary components
 

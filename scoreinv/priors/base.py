@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scoreinv.gaussian import Covariance, Gaussian, Modulated
 from scoreinv.kernels import bridge, noise_levels
+from scoreinv.streams import stream
 
 
 class Prior(abc.ABC):
@@ -160,18 +161,6 @@ class Prior(abc.ABC):
                 f"images have shape {tuple(x.shape)}, "
                 f"expected (B, {', '.join(map(str, self.shape))})"
             )
-
-
-def stream(*seed: int) -> torch.Generator:
-    """A generator for each tuple of integers; different tuples give unrelated streams."""
-    state = 0
-    for value in seed:
-        # splitmix64 (Steele, Lea & Flood 2014): nearby integers land far apart
-        state = (state + 0x9E3779B97F4A7C15 + int(value)) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return torch.Generator().manual_seed(state >> 1)
 
 
 class RescaledPrior(Prior):

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from scoreinv.data.grid import Grid
 from scoreinv.posterior import Posterior
-from scoreinv.priors.base import stream
 from scoreinv.samplers.path import Sampler, Trace, descend_together
 from scoreinv.samplers.samples import Samples
 from scoreinv.samplers.smc import SMC, in_order, systematic
+from scoreinv.streams import stream
 
 Finished = tuple[Tensor, Trace, float]  # draws, trace and seconds of an island
 SCOUTS = 2  # islands that find out whether weights collapse, at most

@@ -47,9 +47,9 @@ from scoreinv.gaussian import Covariance, dot
 from scoreinv.kernels import bridge, noise_levels
 from scoreinv.operators.information import white
 from scoreinv.posterior import Posterior
-from scoreinv.priors.base import stream
 from scoreinv.samplers.guided import Guided
 from scoreinv.samplers.path import Descent, Island, Request, Twisted, banded, check_counts
+from scoreinv.streams import stream
 
 FINER = 4  # steps from one level to the next where the network brings news
 QUIET = 0.01  # news between two levels, of the denoised images or in their weights, that one step may carry [nat]

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scoreinv.kernels import noise_levels
-from scoreinv.priors.base import stream
 from scoreinv.priors.network import ErrorModel, ScorePrior, preconditioning
 from scoreinv.priors.unet import error_head, initialise
+from scoreinv.streams import stream
 
 RATE, EMA, WARMUP = 2e-3, 0.995, 50
 CUTS = (1 / 16, 3 / 16)  # between the bands of the error [cycles per pixel]

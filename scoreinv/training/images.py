@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from scoreinv.gaussian import Fourier, Gaussian
-from scoreinv.priors.base import stream
 from scoreinv.simulators import simulate_images
+from scoreinv.streams import stream
 from scoreinv.training.own import listing, read_folder
 from scoreinv.training.run import TrainingData, TrainingRun
 

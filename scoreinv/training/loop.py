@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scoreinv.gaussian import Gaussian
-from scoreinv.priors.base import stream
 from scoreinv.priors.network import ErrorModel, ScorePrior, preconditioning
 from scoreinv.priors.unet import UNet, initialise
 from scoreinv.priors.zoo import save_prior
+from scoreinv.streams import stream
 from scoreinv.training.error import learn_error
 from scoreinv.training.images import image_moments, load_images, seen
 from scoreinv.training.run import Optimisation, TrainingRun
