@@ -79,7 +79,10 @@ def _differences(ax: Axes, report: Coverage) -> None:
     ax.fill_between(share, -band, band, color="0.88", lw=0, zorder=0)
     ax.axhline(0, color=FAINT, lw=0.6)
     _finish(ax, "ranks of the truth", "rank / draws", "share below, less the uniform one")
-    ax.legend(fontsize=6.5, ncols=2, loc="best", framealpha=0.8, edgecolor="none")
+    # no corner of it is free of lines
+    ax.legend(
+        fontsize=6.5, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14)
+    )
 
 
 def _curve(ax: Axes, report: Coverage) -> None:
