@@ -592,8 +592,8 @@ def test_a_control_is_kept_and_found_again(tmp_path):
     with pytest.raises(ValueError, match="another problem: its likelihood"):
         si.load_amortised(tmp_path, prior, other)
     card = json.loads((tmp_path / "control.json").read_text())
-    (tmp_path / "control.json").write_text(json.dumps(card | {"format": 1}))
-    with pytest.raises(ValueError, match="control of format 1"):
+    (tmp_path / "control.json").write_text(json.dumps(card | {"format": 2}))
+    with pytest.raises(ValueError, match="control of format 2"):
         si.load_amortised(tmp_path, prior, likelihood)
     (tmp_path / "control.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="no control"):

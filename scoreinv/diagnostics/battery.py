@@ -363,9 +363,10 @@ def _real(name: str, values: Any, shape: tuple[int, ...] | None = None) -> Tenso
 
 def _unit(truths: Tensor) -> float:
     """Standard deviation of all that is true: squares of numbers in it neither overflow nor vanish."""
-    wide = truths.double()
-    largest = float(wide.abs().max())
-    return largest * float((wide / largest).std()) or 1.0 if largest > 0 else 1.0
+    largest = float(truths.abs().max())
+    if not largest > 0:
+        return 1.0
+    return largest * float((truths.double() / largest).std()) or largest
 
 
 def _noisy(
