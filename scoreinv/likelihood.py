@@ -17,7 +17,7 @@ from torch import Tensor
 from scoreinv.gaussian import Covariance
 from scoreinv.noise import GaussianNoise, Noise
 from scoreinv.operators import Amplitude, LinearOperator
-from scoreinv.operators.information import white
+from scoreinv.operators.information import Information, white
 
 PROBES = 256  # draws that measure how a Gaussian error of an image shows in amplitudes
 
@@ -121,6 +121,16 @@ class Likelihood:
         square = (y - clean).square() / total + (2 * math.pi * total).log()
         # masked data do not count
         return -0.5 * square.where(total.isfinite(), 0.0).flatten(1).sum(1)
+
+    def information(self, dtype: torch.dtype) -> Information:
+        """H = A^T S^-1 A for images of this precision, prepared once for all data; linear and Gaussian only."""
+        if dtype not in self._informations:
+            self._informations[dtype] = self.operator.information(self.noise, dtype)
+        return self._informations[dtype]
+
+    @cached_property
+    def _informations(self) -> dict[torch.dtype, Information]:
+        return {}
 
     @cached_property
     def _probes(self) -> Tensor:

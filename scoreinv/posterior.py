@@ -286,7 +286,7 @@ def _likeliest(prior: Prior, likelihood: Likelihood, y: Tensor) -> tuple[float, 
     solver = conditioner(likelihood, y, prior.moments.covariance, torch.float64)
     D = likelihood.projection(y)
     # <y, S^-1 y> - chance = a^2 <mu + sqrt(C) z, H (mu + sqrt(C) z)> on average: a first guess of the scale
-    H = likelihood.operator.information(likelihood.noise, torch.float64).apply
+    H = likelihood.information(torch.float64).apply
     z = prior.moments.sample(8, torch.Generator().manual_seed(0)).double()
     expected = float((z * H(z)).flatten(1).sum(1).mean())
     if not expected > 0:

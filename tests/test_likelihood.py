@@ -102,6 +102,18 @@ def test_projection(likelihood):
     torch.testing.assert_close(likelihood.projection(y).flatten(), expected)
 
 
+@each
+def test_information_is_prepared_once_for_each_precision(likelihood):
+    A, S = model(likelihood)
+    x = normal(2, *SHAPE)
+    H = likelihood.information(torch.float64)
+    torch.testing.assert_close(
+        H.apply(x).flatten(1), x.flatten(1) @ (A.T @ torch.linalg.solve(S, A))
+    )
+    assert likelihood.information(torch.float64) is H
+    assert likelihood.information(torch.float32) is not H
+
+
 def test_each_part_of_complex_data_has_the_full_weight():
     # V = 3 + 4i with std 2 in each part: chi^2 = 9 / 4 + 16 / 4
     A = DenseOperator(torch.zeros(1, D, dtype=torch.complex128), SHAPE)

@@ -37,7 +37,7 @@ def conditioner(
     constant = float(noise.log_prob(torch.zeros_like(y)[None]))
     whitened = noise.whiten(y[None].to(torch.complex128 if operator.complex else torch.float64))
     misfit = -0.5 * float(whitened.abs().square().sum())
-    information = operator.information(noise, dtype)
+    information = likelihood.information(dtype)
     D = likelihood.projection(y)
     if (
         information.exact is not None
