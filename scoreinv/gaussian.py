@@ -367,7 +367,7 @@ class Modulated:
     """
 
     a: Tensor
-    rho: Covariance
+    rho: Fourier
     white: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> Modulated:
@@ -378,6 +378,17 @@ class Modulated:
         """K x, with shape (B, C, H, W)."""
         stationary = (self.a * self.rho.apply(self.a * x[:, None])).sum(1)
         return stationary if self.white is None else stationary + self.white.square() * x
+
+    def deviation(self) -> Tensor:
+        """Standard deviation of each pixel, with shape (B, C, H, W)."""
+        correlated = self.rho.spectrum.mean((-2, -1), keepdim=True).to(self.a.dtype)
+        variance = (self.a.square() * correlated).sum(1)
+        return (variance if self.white is None else variance + self.white.square()).sqrt()
+
+    def widened(self, factor: Tensor) -> Modulated:
+        """With all standard deviations of a pixel multiplied by a factor, with shape (B, C, H, W)."""
+        white = None if self.white is None else factor * self.white
+        return Modulated(factor[:, None] * self.a, self.rho, white)
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """A draw of N(0, K) for each image, with shape (B, C, H, W)."""

@@ -164,16 +164,19 @@ class Posterior:
             return self._levels[s]
         return self._prepare(s, prior)
 
-    def around(self, s: float, error: Modulated) -> LocalConditioned:
+    def around(
+        self, s: float, error: Modulated, skewness: Tensor | None = None
+    ) -> LocalConditioned:
         """Gaussians around denoised images, with errors that the prior knows, conditioned on the data.
 
         Args:
             s: Noise level.
             error: Covariance of x_0 about the denoised images, from `Prior.error_covariance`.
+            skewness: Of x_0 about them, from `Prior.error_skewness`, with shape (B, C, H, W); None for Gaussians.
         """
         if s > HIGH * self._deviation:
-            return LocalConditioned(self.conditioner, error, s, LOOSE * SHORT * s)
-        return LocalConditioned(self.conditioner, error, s, SHORT * s, self.noise_image)
+            return LocalConditioned(self.conditioner, error, s, LOOSE * SHORT * s, skewness)
+        return LocalConditioned(self.conditioner, error, s, SHORT * s, skewness, self.noise_image)
 
     @cached_property
     def _deviation(self) -> float:

@@ -428,6 +428,34 @@ def test_draws_of_a_gaussian_for_each_image():
     assert float(white.square().sum(0).mean() / D) == pytest.approx(1.0, abs=0.005)
 
 
+@pytest.mark.parametrize("skewness", [2.0, 0.7, 0.0, -1.0])
+def test_a_skewed_pixel_is_moved_as_a_gamma_variable_would_be(skewness):
+    """The force of data so noisy that they do not learn from the pixel: the mean of a shifted Gamma variable under it.
+
+    All parts of a pixel are widened by one factor.
+    """
+    z, a = normal(1, *SHAPE), 0.2 + uniform(1, 2, *SHAPE)
+    K = Modulated(a, Fourier(torch.ones(2, 1, *SHAPE[-2:], dtype=torch.float64)))
+    d = K.deviation()
+    torch.testing.assert_close(d, a.square().sum(1).sqrt())
+    noise = 1e4
+    likelihood = Likelihood(Identity(SHAPE), GaussianNoise(std=noise))
+    e = 0.3 * z.tanh() / d
+    solver = conditioner(likelihood, noise**2 * e[0], STATIONARY, torch.float64)
+    local = LocalConditioned(solver, K, 1.0, 1e-12, torch.full_like(z, skewness))
+    tilted = local.tilted(0 * z)
+    if skewness == 0:
+        expected = d.square() * e
+    else:
+        # shape k and scale theta of Gamma variables with this variance and skewness, turned round if it is negative
+        k, theta = 4 / skewness**2, 0.5 * abs(skewness) * d
+        turn = math.copysign(1.0, skewness)
+        expected = turn * (k / (1 / theta - turn * e) - k * theta)
+    torch.testing.assert_close(tilted.deviation().square() * e, expected, rtol=1e-5, atol=1e-9)
+    factor = tilted.a / a
+    torch.testing.assert_close(factor[:, 0], factor[:, 1])
+
+
 def test_data_that_an_error_does_not_foresee_are_believed():
     """A source of 30 standard deviations on a sky that is thought to be blank; a blank sky stays as it was."""
     likelihood = Likelihood(PERIODIC, GaussianNoise(std=0.02))
@@ -442,7 +470,7 @@ def test_data_that_an_error_does_not_foresee_are_believed():
         y[flux] = likelihood.simulate(truth, 3)[0]
         solver = conditioner(likelihood, y[flux], STATIONARY, torch.float64)
         for scale in (1.0, math.inf):
-            local = LocalConditioned(solver, Modulated(a, PARTS), s, 1e-6, scale * noise)
+            local = LocalConditioned(solver, Modulated(a, PARTS), s, 1e-6, noise=scale * noise)
             found[flux, scale] = local.draw(0 * a[:, 0], rng(4))
     chi2 = lambda scale: float(likelihood.chi2(y[1.0], found[1.0, scale]).mean()) / D
     assert chi2(math.inf) > 5

@@ -10,6 +10,7 @@ from astropy.io import fits
 from matplotlib.image import imsave
 
 import scoreinv as si
+from scoreinv.gaussian import Fourier, Modulated
 from scoreinv.priors.unet import UNet
 from scoreinv.streams import stream
 from scoreinv.training import (
@@ -22,7 +23,7 @@ from scoreinv.training import (
     train,
 )
 from scoreinv.training import loop as training
-from scoreinv.training.error import bands
+from scoreinv.training.error import bands, skewness
 from scoreinv.training.loop import _median_power, learning_rate
 from scoreinv.training.own import read_folder
 
@@ -232,7 +233,35 @@ def test_a_network_learns_its_error(trained):
     assert loss(variance) < loss(flat) - 0.1
     assert loss(variance.flip(0)) > loss(variance) + 0.1
     assert 0.5 < float(r2.mean() / variance.mean()) < 2.0
+    assert prior.error.gamma.isfinite().all()
+    significance = torch.tensor([-1.0, 0.3, 1.0, 4.0])
+    expected = prior.error.gamma[0] * torch.tensor([2 / 0.3, 2 / 0.3, 2.0, 0.5])
+    found = prior.error_skewness(significance, float(prior.error.levels[0]))
+    torch.testing.assert_close(found, expected.float())
+    twice = prior.rescaled(2.0).error_skewness(significance, 2 * float(prior.error.levels[0]))
+    torch.testing.assert_close(twice, found)
     assert 0.0 <= prior.excess_noise <= 0.4 and prior.excess_noise == prior.error.excess_noise
+
+
+def test_skewness_of_errors_is_measured():
+    """Gamma variables about the denoised image have gamma = 1, Gaussian ones 0, and blank skies that are turned round -1.
+
+    Within 0.05; 1e5 pixels leave 0.012 (standard deviation over 20 seeds).
+    """
+    mean, width, shape = 3.0, 2.0, (400, 1, 16, 16)
+
+    class Flat:
+        def denoise_with_error(self, x, sigma):
+            return torch.full_like(x, mean), torch.full_like(x, width)[:, None]
+
+        def error_covariance(self, a, sigma):
+            return Modulated(a, Fourier(torch.ones(1, 1, 16, 16, dtype=torch.float64)))
+
+    rng = np.random.default_rng(0)
+    skewed = torch.from_numpy(rng.gamma((mean / width) ** 2, width**2 / mean, shape)).float()
+    normal = mean + width * torch.randn(shape, generator=stream(1))
+    for images, gamma in ((skewed, 1.0), (normal, 0.0), (2 * mean - skewed, -1.0)):
+        assert skewness(Flat(), images, 1e-6, stream(3)) == pytest.approx(gamma, abs=0.05)
 
 
 def test_bands_of_an_error_share_its_power():

@@ -7,6 +7,15 @@ With K = sum_b a_b rho_b a_b, stationary parts that are modulated in each image 
 comes from conjugate gradients with K itself as the preconditioner, which never meets K^-1. The few directions that the data
 see well come first, and that is what they need: the circulant nearest to H, with one number for a, takes more iterations.
 
+What is not known of an image is skewed: a faint place is blank, or holds a source. A Gaussian lets the data pull every such
+source in a little, and a few of them fully; the draws then miss them. So each pixel is taken as a Gamma variable of variance
+d^2 and skewness g, shifted to the mean D. A force e of the data, the gradient of their log-likelihood, moves its mean by
+
+    d^2 e / (1 - t),    t = 1/2 g d e,
+
+as it would that of a Gaussian of variance d^2 / (1 - t). The Gaussian's own shift is u = K e, with the forces on the pixels
+that go together: e is taken as u / d^2, and K is widened, or narrowed, by (1 - t)^-1 before the image is drawn.
+
 A network can be sure of blank sky where there is a source, whose like it has rarely seen beside such a galaxy: K is then too
 small for the data to pull the source in, and all draws lose it. So the data are asked once more. Where what they still miss,
 A^T S^-1 (y - A x), stands out of its own noise, nothing is believed there but the noisy image itself, x_0 ~ N(x_s, s^2): K
@@ -26,7 +35,9 @@ from scoreinv.conditioning.base import Conditioner
 from scoreinv.gaussian import Modulated
 
 DOUBT = 4.0  # standard deviations of their noise by which the data must miss an image
+TILTS = (-0.5, 0.9)  # between which t is taken; at 1 a Gamma variable has no mean
 ITERATIONS = 500  # of a solve, at most
+ROUGH = 5.0  # times the length that matters of a draw is enough for t
 REACH = 2  # pixels around such a place that are doubted, too
 
 
@@ -38,6 +49,7 @@ class LocalConditioned:
         K: Covariance of each image.
         s: Noise level of the images that K is of.
         length: Updates of a solve that are shorter do not matter [model unit].
+        skewness: Of each pixel, with shape (B, C, H, W); None for Gaussians.
         noise: Standard deviation of A^T S^-1 n in each pixel, with shape (C, H, W), for noise n of the data; None if they
             must not doubt K.
     """
@@ -48,14 +60,16 @@ class LocalConditioned:
         K: Modulated,
         s: float,
         length: float,
+        skewness: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> None:
         self.conditioner, self.K, self.s = conditioner, K, s
-        self.length, self.noise = length, noise
+        self.length, self.skewness, self.noise = length, skewness, noise
 
     def draw(self, m: Tensor, generator: torch.Generator) -> Tensor:
         """Draws of N(m, K) conditioned on the data, with shape (B, C, H, W); K is widened where the data doubt it."""
-        x, n = self._drawn(m, self.K, generator)
+        K = self.tilted(m)
+        x, n = self._drawn(m, K, generator)
         if self.noise is None:
             return x
         missed = self.conditioner.misfit(x, n)
@@ -64,9 +78,16 @@ class LocalConditioned:
         again = doubted.flatten(1).any(1)
         if bool(again.any()):
             near = F.max_pool2d(doubted[again].to(m.dtype), 2 * REACH + 1, 1, REACH)
-            K = Modulated(self.K.a[again], self.K.rho, self.s * near)
-            x[again], _ = self._drawn(m[again], K, generator)
+            doubtful = Modulated(K.a[again], K.rho, self.s * near)
+            x[again], _ = self._drawn(m[again], doubtful, generator)
         return x
+
+    def tilted(self, m: Tensor) -> Modulated:
+        """K as wide as the data make it around means m."""
+        if self.skewness is None:
+            return self.K
+        t = 0.5 * self.skewness * self.shift(m, ROUGH) / self.K.deviation()
+        return self.K.widened((1 - t.clamp(*TILTS)).rsqrt())
 
     def _drawn(self, m: Tensor, K: Modulated, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draws by Matheron's rule, and the noise that the data were perturbed by for them."""
@@ -75,10 +96,10 @@ class LocalConditioned:
         u = respond(K, self.conditioner.inform, self.conditioner.misfit(x, n), self.length)
         return x + u, n
 
-    def shift(self, m: Tensor) -> Tensor:
-        """By which the data move means m, with shape (B, C, H, W)."""
+    def shift(self, m: Tensor, slack: float = 1.0) -> Tensor:
+        """By which the data move means m, with shape (B, C, H, W); updates may be longer by `slack`."""
         e = self.conditioner.misfit(m)
-        return respond(self.K, self.conditioner.inform, e, self.length)
+        return respond(self.K, self.conditioner.inform, e, slack * self.length)
 
 
 def respond(K: Modulated, H: Callable[[Tensor], Tensor], e: Tensor, length: float) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scoreinv.gaussian import Covariance, Gaussian, Modulated
+from scoreinv.gaussian import Fourier, Gaussian, Modulated
 from scoreinv.kernels import bridge, noise_levels
 from scoreinv.streams import stream
 
@@ -59,13 +59,22 @@ class Prior(abc.ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not know its error")
 
-    def correlation(self, sigma: float) -> Covariance | None:
+    def correlation(self, sigma: float) -> Fourier | None:
         """How the parts of these errors go together across pixels; None if the prior does not know its error."""
         return None
 
     def error_covariance(self, a: Tensor, sigma: float) -> Modulated:
         """The covariance of x_0 given x_sigma, for standard deviations a from `denoise_with_error`."""
         return Modulated(a, self.correlation(sigma))
+
+    def error_skewness(self, significance: Tensor, sigma: float) -> Tensor | None:
+        """Skewness of x_0 given x_sigma in each pixel, with shape (B, C, H, W); None if the prior does not know it.
+
+        Args:
+            significance: E[x_0 | x_sigma] over the standard deviation of x_0 about it, with shape (B, C, H, W).
+            sigma: Noise level.
+        """
+        return None
 
     @property
     def knows_error(self) -> bool:
@@ -189,5 +198,8 @@ class RescaledPrior(Prior):
         denoised, error = self.prior.denoise_with_error(x / self.amplitude, sigma / self.amplitude)
         return self.amplitude * denoised, self.amplitude * error
 
-    def correlation(self, sigma: float) -> Covariance | None:
+    def correlation(self, sigma: float) -> Fourier | None:
         return self.prior.correlation(sigma / self.amplitude)
+
+    def error_skewness(self, significance: Tensor, sigma: float) -> Tensor | None:
+        return self.prior.error_skewness(significance, sigma / self.amplitude)

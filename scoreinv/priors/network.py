@@ -6,7 +6,9 @@
 
 A second head says how far D is off: the covariance of x_0 given x_sigma is taken as sum_b a_b rho_b a_b over a few bands b
 of frequency, with the standard deviations a_b(x, sigma) of the pixels from the head and a stationary rho_b for each level.
-Coarse errors reach far from a source and fine ones do not; one rho for both would leave faint wings too stiff.
+Coarse errors reach far from a source and fine ones do not; one rho for both would leave faint wings too stiff. The errors
+are skewed, too: a place is blank, or holds a source. How skewed is measured at each level, in units of what a Gamma variable
+of mean D and this variance would be. 0 would be Gaussian; galaxies have 1 above a twentieth of the peak.
 
 Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022, arXiv:2206.00364), table 1.
 """
@@ -19,9 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from scoreinv.gaussian import Covariance, Fourier, Gaussian
+from scoreinv.gaussian import Fourier, Gaussian
 from scoreinv.priors.base import Prior
 from scoreinv.priors.unet import ErrorHead
+
+FAINTEST = 0.3  # significance of a pixel, below which a Gamma is not taken to be more skewed
 
 
 def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -39,20 +43,40 @@ class ErrorModel:
         head: The logarithm of the variance of F in each pixel and band, from the network's features.
         levels: Noise levels at which rho was measured, rising, with shape (L,) [model unit].
         power: Spectra of rho at each, with shape (L, bands, 1, H, W).
+        gamma: Skewness of the errors at each over that of a Gamma distribution of the same mean and width, with shape (L,).
         excess_noise: `Prior.excess_noise`, with which draws of x_0 given x_sigma have their errors' width.
     """
 
     head: ErrorHead
     levels: Tensor
     power: Tensor
+    gamma: Tensor
     excess_noise: float = 0.0
 
     def correlation(self, sigma: float) -> Fourier:
         """rho between the measured levels, by interpolating logarithms."""
+        i, share = self._place(sigma)
+        return Fourier(torch.lerp(self.power[i - 1].log(), self.power[i].log(), share).exp())
+
+    def skewness(self, significance: Tensor, sigma: float) -> Tensor:
+        """`Prior.error_skewness`, with gamma interpolated between the measured levels."""
+        i, share = self._place(sigma)
+        gamma = float(torch.lerp(self.gamma[i - 1], self.gamma[i], share))
+        return gamma * gamma_skewness(significance)
+
+    def _place(self, sigma: float) -> tuple[int, float]:
+        """Between which measured levels sigma is: the index of the upper one, and how far up, in the logarithm."""
         at, known = math.log(sigma), self.levels.log()
         i = int(torch.searchsorted(known, at).clamp(1, len(known) - 1))
-        share = min(1.0, max(0.0, (at - float(known[i - 1])) / float(known[i] - known[i - 1])))
-        return Fourier(torch.lerp(self.power[i - 1].log(), self.power[i].log(), share).exp())
+        return i, min(1.0, max(0.0, (at - float(known[i - 1])) / float(known[i] - known[i - 1])))
+
+
+def gamma_skewness(significance: Tensor) -> Tensor:
+    """Skewness of a Gamma distribution by its mean over its standard deviation, with the same shape.
+
+    A denoised image can fall to zero and below, where no Gamma is; there it is that of `FAINTEST`.
+    """
+    return 2 / significance.clamp_min(FAINTEST)
 
 
 class ScorePrior(Prior):
@@ -109,8 +133,11 @@ class ScorePrior(Prior):
         a = out[:, None] * (0.5 * log_v).exp()
         return (skip * x + out * F).to(x.dtype), a.to(x.dtype)
 
-    def correlation(self, sigma: float) -> Covariance | None:
+    def correlation(self, sigma: float) -> Fourier | None:
         return None if self.error is None else self.error.correlation(sigma)
+
+    def error_skewness(self, significance: Tensor, sigma: float) -> Tensor | None:
+        return None if self.error is None else self.error.skewness(significance, sigma)
 
     def _prepared(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """c_skip, c_out, and the inputs of the network on its device."""

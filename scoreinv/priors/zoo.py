@@ -23,7 +23,7 @@ from scoreinv.priors.network import ErrorModel, ScorePrior
 from scoreinv.priors.score_models import ScoreModelsPrior, load_score_models
 from scoreinv.priors.unet import UNet, error_head
 
-FORMAT = 1
+FORMAT = 2
 SHIPPED = Path(__file__).parent / "weights"
 
 
@@ -89,6 +89,7 @@ def save_prior(folder: Path, prior: ScorePrior, card: dict[str, Any]) -> str:
         tensors |= {f"error.head.{k}": v.half() for k, v in prior.error.head.state_dict().items()}
         tensors["error.levels"] = prior.error.levels.float()
         tensors["error.power"] = prior.error.power.float()
+        tensors["error.gamma"] = prior.error.gamma.float()
         tensors["error.excess_noise"] = torch.tensor([prior.error.excess_noise])
     path = folder / "weights.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, path)
@@ -140,6 +141,7 @@ def _error(network: UNet, tensors: dict[str, Tensor]) -> ErrorModel | None:
         head.eval().requires_grad_(False),
         tensors["error.levels"].double(),
         tensors["error.power"].double(),
+        tensors["error.gamma"].double(),
         float(tensors["error.excess_noise"]),
     )
 
