@@ -26,6 +26,7 @@ from scoreinv.finetune.objectives import LogVariance
 from scoreinv.finetune.paths import Engine
 from scoreinv.finetune.proposals import Given, LocalSearch, OnPolicy
 from scoreinv.finetune.reference import PriorChain, measured
+from scoreinv.finetune.sdes import SamplerControl
 from scoreinv.finetune.training import Plan, Recipe, train_control
 from scoreinv.gaussian import Dense
 from scoreinv.likelihood import Likelihood
@@ -33,9 +34,12 @@ from scoreinv.noise import GaussianNoise
 from scoreinv.operators import DenseOperator
 from scoreinv.posterior import Posterior
 from scoreinv.priors import GaussianPrior, MixturePrior
+from scoreinv.samplers.baselines import DPS, PiGDM
+from scoreinv.samplers.guided import Guided
 from scoreinv.streams import stream
 
 PLANE = (1, 1, 2)
+SIMULATED = 20  # data sets that a control for any data, or a sampler, is judged on
 PATHS = 4000  # over which controls are judged
 AXIS = torch.tensor([-10.0, -5.0, 0.0, 5.0, 10.0], dtype=torch.float64)
 MODES = torch.cartesian_prod(AXIS, AXIS)
@@ -232,7 +236,7 @@ def mixture(seed: int) -> tuple[MixturePrior, Likelihood]:
 
 
 def amortised(steps: int, iterations: int) -> Callable:
-    """Any data of the mixture: numbers are means over 20 new data sets."""
+    """Any data of the mixture: numbers are means over new data sets."""
 
     def run(seed: int) -> dict[str, float]:
         prior, likelihood = mixture(1)
@@ -241,14 +245,38 @@ def amortised(steps: int, iterations: int) -> Callable:
         untrained = finetune(
             prior, likelihood, seed=seed, steps=steps, plan=Plan(1, groups=2, paths=2, rate=1e-12)
         )
-        rows = [_one_of_many(learned, untrained, seed, i) for i in range(20)]
+        rows = [
+            _one_of_many(prior, likelihood, learned.engine, seed, i, untrained)
+            for i in range(SIMULATED)
+        ]
         return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
 
     return run
 
 
-def _one_of_many(learned: Amortised, untrained: Amortised, seed: int, i: int) -> dict[str, float]:
-    prior, likelihood = learned.chain.prior, learned.likelihood
+def sde(sampler: Guided | PiGDM | DPS, steps: int) -> Callable:
+    """A sampler on the same data and the same chain, as the control that it is."""
+
+    def run(seed: int) -> dict[str, float]:
+        prior, likelihood = mixture(1)
+        levels = PriorChain(prior, steps).levels
+        chain = PriorChain(prior, steps, measured(prior, levels, prior.sample(PROBES, seed), seed))
+        control = SamplerControl(chain, likelihood, sampler)
+        engine = Engine(chain, control, lambda x, y: likelihood.log_prob(y, x))
+        rows = [_one_of_many(prior, likelihood, engine, seed, i) for i in range(SIMULATED)]
+        return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
+
+    return run
+
+
+def _one_of_many(
+    prior: MixturePrior,
+    likelihood: Likelihood,
+    engine: Engine,
+    seed: int,
+    i: int,
+    untrained: Amortised | None = None,
+) -> dict[str, float]:
     x = prior.sample(1, 1000 * seed + i + 1)
     y = likelihood.simulate(x, 1000 * seed + i + 1)[0]
     parts = [Posterior(c, likelihood, y) for c in prior.components]
@@ -264,9 +292,11 @@ def _one_of_many(learned: Amortised, untrained: Amortised, seed: int, i: int) ->
     ]
     exact = torch.cat(draws).flatten(1).double()
     exact = exact[torch.randperm(len(exact), generator=stream(seed, 18, i))]
-    row = judged(learned.engine, y, log_z, exact, seed)
-    first = untrained.condition(y).evidence(PATHS, seed).elbo - log_z
-    return {**row, "log Z": abs(row["log Z"]), "untrained": first}
+    row = judged(engine, y, log_z, exact, seed)
+    row["log Z"] = abs(row["log Z"])
+    if untrained is not None:
+        row["untrained"] = untrained.condition(y).evidence(PATHS, seed).elbo - log_z
+    return row
 
 
 def _free(shape: tuple[int, ...]) -> Callable[[int, int], tuple[Tensor, None]]:
@@ -344,6 +374,9 @@ CASES = {
     "amortised, T = 50": Case(
         amortised(50, 500), {"SW2": (0, 0.2), "log Z": (0, 0.15)}, quick=False
     ),
+    "Guided, T = 20": Case(sde(Guided(), 20)),
+    "PiGDM, T = 20": Case(sde(PiGDM(), 20)),
+    "DPS, T = 20": Case(sde(DPS(zeta=0.1), 20)),
     "25 modes": Case(
         density(ALL.log_prob, 2, 50.0, 40, 1000, 0.0, ALL.draws),
         {"ELBO": (-0.21, INF), "log Z": (-0.02, 0.02)},

@@ -3,6 +3,7 @@
 from scoreinv.finetune.amortised import Amortised, Conditioned, Steered, finetune, load_amortised
 from scoreinv.finetune.evidence import Evidence, evidence
 from scoreinv.finetune.rewarded import Rewarded, finetune_by_reward
+from scoreinv.finetune.sdes import SamplerControl, sampler_bounds
 from scoreinv.finetune.training import Plan, Recipe
 
 __all__ = [
@@ -12,9 +13,11 @@ __all__ = [
     "Plan",
     "Recipe",
     "Rewarded",
+    "SamplerControl",
     "Steered",
     "evidence",
     "finetune",
     "finetune_by_reward",
     "load_amortised",
+    "sampler_bounds",
 ]

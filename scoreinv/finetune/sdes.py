@@ -1,0 +1,146 @@
+"""Samplers as controls of a prior's chain, so that all are compared in nats.
+
+A sampler whose steps are those of the chain with another estimate m of x_0, in the place of the denoised image D, moves
+their mean by (1 - a) (m - D), a = (s / sigma)^2. With the step's covariance V that is the control
+
+    u  =  V^-1/2 (1 - a) (m - D),
+
+so its paths have weights, and its ELBO and its upper bound say how far it is from the posterior, whatever its draws look
+like. All walk the same chain, with its levels and its noise; the estimates are those of
+
+    Guided    m = D + (C_sigma^-1 + H)^-1 A^T S^-1 (y - A D)
+    PiGDM     m = D + sigma^2 J^T A^T (S + r^2 A A^T)^-1 (y - A D),  r^2 = sigma^2 v / (sigma^2 + v)
+    DPS       a step of zeta J^T A^T e / |e|,  e = y - A D,
+
+J the Jacobian of D; sources in `scoreinv.samplers.guided` and `scoreinv.samplers.baselines`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from scoreinv.finetune.control import Control
+from scoreinv.finetune.evidence import Evidence, simulated_bounds
+from scoreinv.finetune.paths import Engine
+from scoreinv.finetune.reference import PriorChain, foreseen, pulled, solver, weighed
+from scoreinv.gaussian import Scalar
+from scoreinv.likelihood import Likelihood
+from scoreinv.samplers.baselines import DPS, PiGDM
+from scoreinv.samplers.guided import Guided
+
+Shift = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class SamplerControl(Control):
+    """A control that learns nothing: it moves the chain as a sampler would.
+
+    Args:
+        chain: That is moved.
+        likelihood: Linear, with Gaussian noise.
+        sampler: `Guided`, `PiGDM` or `DPS`; how many levels it has is the chain's business.
+
+    Raises:
+        ValueError: Another sampler, whose steps are not Gaussian ones of this kind, or another likelihood.
+    """
+
+    def __init__(
+        self, chain: PriorChain, likelihood: Likelihood, sampler: Guided | PiGDM | DPS
+    ) -> None:
+        super().__init__(chain)
+        if type(sampler) not in SHIFTS:
+            known = ", ".join(kind.__name__ for kind in SHIFTS)
+            raise ValueError(
+                f"the steps of {type(sampler).__name__} have no density relative to the chain's; expected one of {known}"
+            )
+        if not likelihood.gaussian:
+            raise ValueError(
+                f"{type(likelihood.operator).__name__} with {type(likelihood.noise).__name__}: "
+                "samplers are compared on linear data with Gaussian noise"
+            )
+        self._shift: Shift = SHIFTS[type(sampler)](chain, likelihood, sampler)
+
+    def forward(
+        self, x: Tensor, denoised: Tensor, g: Tensor | None, k: Tensor, y: Tensor | None
+    ) -> Tensor:
+        step = self.reference.around(x, denoised, k, None)
+        return step.covariance.map(torch.rsqrt).apply(self._shift(x, denoised, k, y))
+
+    def correction(
+        self, inputs: list[Tensor], clock: Tensor, features: Tensor, y: Tensor | None
+    ) -> Tensor:
+        raise NotImplementedError("a sampler's steps are not learned")
+
+
+def sampler_bounds(
+    sampler: Guided | PiGDM | DPS,
+    chain: PriorChain,
+    likelihood: Likelihood,
+    sims: int,
+    paths: int,
+    seed: int,
+) -> list[Evidence]:
+    """Evidence reports of a sampler for simulated data, as `Amortised.bounds` has them for a trained control.
+
+    Args:
+        sampler: `Guided`, `PiGDM` or `DPS`.
+        chain: The prior's.
+        likelihood: Linear, with Gaussian noise.
+        sims: Data sets.
+        paths: For each.
+        seed: Decides all; the same data for every sampler.
+    """
+    reward = lambda x, y: likelihood.log_prob(y, x)
+    engine = Engine(chain, SamplerControl(chain, likelihood, sampler), reward)
+    return simulated_bounds(engine, likelihood.simulate, sims, paths, seed)
+
+
+def _guided(chain: PriorChain, likelihood: Likelihood, sampler: Guided) -> Shift:
+    given = foreseen(chain, likelihood)
+    return lambda x, denoised, k, y: pulled(chain, likelihood, given, denoised, k, y)
+
+
+def _pigdm(chain: PriorChain, likelihood: Likelihood, sampler: PiGDM) -> Shift:
+    C = chain.prior.moments.covariance
+    v = float(C.eigenvalues(chain.shape).mean())
+    variances = [s**2 * v / (s**2 + v) for s in chain.levels]
+    conditioner = solver(likelihood, C, chain.dtype)
+    given = [conditioner.given(Scalar(r2)) for r2 in variances]
+
+    def shift(x: Tensor, denoised: Tensor, k: Tensor, y: Tensor) -> Tensor:
+        e, pull = weighed(likelihood, y, denoised), torch.empty_like(denoised)
+        for i in k.unique().tolist():
+            pull[k == i] = given[i].respond(e[k == i]) / variances[i]
+        sigma, s = chain.sigma(k), chain.sigma(k + 1)
+        return _scaled(sigma**2 - s**2, _transposed(chain, x, k, pull))
+
+    return shift
+
+
+def _dps(chain: PriorChain, likelihood: Likelihood, sampler: DPS) -> Shift:
+    A = likelihood.operator
+
+    def shift(x: Tensor, denoised: Tensor, k: Tensor, y: Tensor) -> Tensor:
+        e = y - A(denoised.double())
+        length = e.abs().square().flatten(1).sum(1).sqrt().clamp_min(1e-300)
+        pull = A.transpose(e / length.reshape(-1, *[1] * (e.ndim - 1))).to(x.dtype)
+        return sampler.zeta * _transposed(chain, x, k, pull)
+
+    return shift
+
+
+SHIFTS: dict[type, Callable[..., Shift]] = {Guided: _guided, PiGDM: _pigdm, DPS: _dps}
+
+
+def _transposed(chain: PriorChain, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """J^T v, with shape (B, *shape), for the Jacobian J of the denoiser at x."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        denoised = chain.prior.denoise(x, chain.sigma(k).to(x.dtype))
+        return torch.autograd.grad(denoised, x, v.to(denoised.dtype))[0]
+
+
+def _scaled(c: Tensor, x: Tensor) -> Tensor:
+    return c.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) * x
