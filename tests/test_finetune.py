@@ -341,11 +341,9 @@ def test_paths_of_the_chain_given_data_at_their_ends_are_imitated(chained, monke
     )
     with torch.no_grad():
         learner.control.last.weight.normal_(0, 0.1, generator=stream(9))
-    seen = {}
-
-    def observe(x, seed):
-        seen["x"], seen["y"] = x, likelihood.simulate(x, seed)
-        return seen["y"]
+    # of 80 paths 50 count, in an order of their own
+    free, which = learner.unsteered(80, stream(20)), torch.randperm(80, generator=stream(22))[:50]
+    y = likelihood.simulate(free.x[which], 23)
 
     def gathered():
         used = [p for p in learner.control.parameters() if p.grad is not None]
@@ -353,14 +351,12 @@ def test_paths_of_the_chain_given_data_at_their_ends_are_imitated(chained, monke
 
     def gradient(steps=None):
         learner.control.zero_grad()
-        gain = learner.imitate(50, observe, stream(20), steps)
+        gain = learner.imitate(free, which, y, stream(24), steps)
         return gain, gathered()
 
     gain, one = gradient()
-    nothing = Engine(chain, learner.control, lambda x, _: torch.zeros(len(x)))
-    free, _ = nothing.paths(50, None, stream(20), controlled=False)
-    assert torch.equal(free.x, seen["x"])
-    paths, _ = learner.onwards(free.states, seen["y"], stream(21))
+    assert float(free.log_reward.abs().max()) == 0
+    paths, _ = learner.onwards(free.states[:, which], y, stream(21))
     learner.control.zero_grad()
     learner.learn(paths, torch.full((50,), -1 / 50))
     whole = gathered()
@@ -370,7 +366,8 @@ def test_paths_of_the_chain_given_data_at_their_ends_are_imitated(chained, monke
     # a part of the steps is right on average: over all steps, one by one
     parts = []
     for i in range(6):
-        monkeypatch.setattr(torch, "randperm", lambda n, i=i, **_: torch.arange(n).roll(-i))
+        order = lambda T, n, i=i, **_: ((torch.arange(T) - i) % T)[:, None].expand(T, n).double()
+        monkeypatch.setattr(torch, "rand", order)
         parts.append(gradient(1)[1])
     mean = torch.stack(parts).mean(0)
     assert torch.allclose(mean, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
