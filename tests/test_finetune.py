@@ -486,6 +486,24 @@ def test_guidance_by_gradient_agrees_with_the_exact_one_where_errors_are_small()
     assert torch.allclose(exact, slope, rtol=0.02)
 
 
+def test_guidance_by_gradient_is_all_of_a_linear_reward():
+    """For a Gaussian prior log w is constant, but for the start, whose own share of the reward no step can mend."""
+    prior = gaussian()
+    b = torch.tensor([0.7, -1.2], dtype=torch.float64)
+    reward = lambda x, _: x.flatten(1) @ b
+    learned = si.finetune_by_reward(
+        prior, reward, seed=0, steps=6, guided=True, plan=Plan(iterations=1, paths=2, rate=1e-12)
+    )
+    report = learned.evidence(500, 1)
+    C, mean = prior.moments.covariance, prior.moments.mean.flatten()
+    pull = C.apply(b.reshape(1, 1, 1, 2)).flatten()
+    assert report.log_z == pytest.approx(float(mean @ b + 0.5 * b @ pull), abs=0.05)
+    assert report.std < 0.15
+    # without, the weights carry all of the reward
+    plain = Engine(learned.engine.reference, VectorControl(learned.engine.reference), reward)
+    assert float(plain.paths(500, None, stream(2))[1].std()) > 5 * report.std
+
+
 def problem(d=8, m=3, modes=6, std=0.3, seed=1):
     """A mixture in d dimensions, of which m are measured."""
     g = stream(seed)
