@@ -383,11 +383,9 @@ def test_paths_of_the_chain_given_data_at_their_ends_are_imitated(chained, monke
     )
     with torch.no_grad():
         learner.control.last.weight.normal_(0, 0.1, generator=stream(9))
-    seen = {}
-
-    def observe(x, seed):
-        seen["x"], seen["y"] = x, likelihood.simulate(x, seed)
-        return seen["y"]
+    # of 80 paths 50 count, in an order of their own
+    free, which = learner.unsteered(80, stream(20)), torch.randperm(80, generator=stream(22))[:50]
+    y = likelihood.simulate(free.x[which], 23)
 
     def gathered():
         used = [p for p in learner.control.parameters() if p.grad is not None]
@@ -395,14 +393,12 @@ def test_paths_of_the_chain_given_data_at_their_ends_are_imitated(chained, monke
 
     def gradient(steps=None):
         learner.control.zero_grad()
-        gain = learner.imitate(50, observe, stream(20), steps)
+        gain = learner.imitate(free, which, y, stream(24), steps)
         return gain, gathered()
 
     gain, one = gradient()
-    nothing = Engine(chain, learner.control, lambda x, _: torch.zeros(len(x)))
-    free, _ = nothing.paths(50, None, stream(20), controlled=False)
-    assert torch.equal(free.x, seen["x"])
-    paths, _ = learner.onwards(free.states, seen["y"], stream(21))
+    assert float(free.log_reward.abs().max()) == 0
+    paths, _ = learner.onwards(free.states[:, which], y, stream(21))
     learner.control.zero_grad()
     learner.learn(paths, torch.full((50,), -1 / 50))
     whole = gathered()
@@ -412,7 +408,8 @@ def test_paths_of_the_chain_given_data_at_their_ends_are_imitated(chained, monke
     # a part of the steps is right on average: over all steps, one by one
     parts = []
     for i in range(6):
-        monkeypatch.setattr(torch, "randperm", lambda n, i=i, **_: torch.arange(n).roll(-i))
+        order = lambda T, n, i=i, **_: ((torch.arange(T) - i) % T)[:, None].expand(T, n).double()
+        monkeypatch.setattr(torch, "rand", order)
         parts.append(gradient(1)[1])
     mean = torch.stack(parts).mean(0)
     assert torch.allclose(mean, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
@@ -529,6 +526,24 @@ def test_guidance_by_gradient_agrees_with_the_exact_one_where_errors_are_small()
     exact = guidance(chain, likelihood)(step, k, y.expand(5, 1))
     slope = guidance_by_gradient(chain, lambda x, _: likelihood.log_prob(y, x))(step, k, None)
     assert torch.allclose(exact, slope, rtol=0.02)
+
+
+def test_guidance_by_gradient_is_all_of_a_linear_reward():
+    """For a Gaussian prior log w is constant, but for the start, whose own share of the reward no step can mend."""
+    prior = gaussian()
+    b = torch.tensor([0.7, -1.2], dtype=torch.float64)
+    reward = lambda x, _: x.flatten(1) @ b
+    learned = si.finetune_by_reward(
+        prior, reward, seed=0, steps=6, guided=True, plan=Plan(iterations=1, paths=2, rate=1e-12)
+    )
+    report = learned.evidence(500, 1)
+    C, mean = prior.moments.covariance, prior.moments.mean.flatten()
+    pull = C.apply(b.reshape(1, 1, 1, 2)).flatten()
+    assert report.log_z == pytest.approx(float(mean @ b + 0.5 * b @ pull), abs=0.05)
+    assert report.std < 0.15
+    # without, the weights carry all of the reward
+    plain = Engine(learned.engine.reference, VectorControl(learned.engine.reference), reward)
+    assert float(plain.paths(500, None, stream(2))[1].std()) > 5 * report.std
 
 
 def problem(d=8, m=3, modes=6, std=0.3, seed=1):

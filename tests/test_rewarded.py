@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import scoreinv as si
+from scoreinv.gaussian import Fourier
 from scoreinv.streams import stream
 
 SIDE = 5.0  # between neighbouring modes
@@ -99,18 +100,32 @@ def test_offline_control_finds_the_best_policy_near_the_behaviour(nine):
         assert float(gained) > 1.0
 
 
-def test_images_are_told_the_class_in_every_pixel():
-    prior = si.GaussianPrior(torch.zeros(1, 20, 20), 1.0)
-    brighter = lambda x, y: x.flatten(1).sum(1).double() * (y[:, 0] - y[:, 1]) / 20
-    plan = si.Plan(iterations=4, groups=2, paths=4, rate=1e-2)
-    learned = si.finetune_by_reward(
-        prior, brighter, seed=0, steps=5, y=torch.eye(2).double(), plan=plan
-    )
-    control = learned.engine.control
-    assert type(control).__name__ == "ImageControl"
-    x, k = prior.sample(1, 1).expand(2, -1, -1, -1), torch.tensor([2, 2])
-    u = control(x, x, None, k, torch.eye(2).double())
-    assert bool(torch.isfinite(u).all()) and float((u[0] - u[1]).detach().abs().max()) > 1e-4
+def test_images_are_of_the_class_that_is_asked_for():
+    """Three patterns of 12 x 12 pixels: the control tells them apart from labels alone, the untrained one does not."""
+    row = torch.arange(12.0)
+    waves = [torch.cos(2 * torch.pi * (k * row[:, None] + row) / 12) for k in range(3)]
+    rough = Fourier(torch.full((1, 12, 12), 0.05))
+    parts = [si.GaussianPrior(w[None].double(), rough) for w in waves]
+    prior = si.MixturePrior([1.0, 1.0, 1.0], parts)
+    seen = torch.stack(waves).flatten(1).double()
+    log_p = lambda x: torch.log_softmax(x.flatten(1).double() @ seen.T / 12, 1)
+    of_class = lambda x, y: (log_p(x) * y).sum(1)
+
+    def label(x, seed):
+        chosen = torch.multinomial(log_p(x).exp(), 1, generator=stream(seed))[:, 0]
+        return F.one_hot(chosen, 3).double()
+
+    shares = []
+    for simulated in (1, 60):
+        plan = si.Plan(0, simulated, groups=8, paths=4, steps=4, rate=2e-3)
+        learned = si.finetune_by_reward(
+            prior, of_class, seed=0, steps=8, y=torch.eye(3).double(), observe=label,
+            images=prior.sample(64, 0), plan=plan,
+        )  # fmt: skip
+        assert type(learned.engine.control).__name__ == "ImageControl"
+        found = [log_p(learned.weighted(64, 1, y)[0]).argmax(1) for y in torch.eye(3).double()]
+        shares.append(sum(float((c == k).double().mean()) for k, c in enumerate(found)) / 3)
+    assert shares[0] < 0.5 and shares[1] > 0.65
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ from scoreinv.samplers.smc import systematic
 from scoreinv.streams import stream
 
 PROBES = 256  # of them that measure how sure the prior is at each level
-FORMAT = 3  # of the files of a control
+FORMAT = 4  # of the files of a control
 IMAGES = 1024  # draws of the prior from which training data are simulated
 
 

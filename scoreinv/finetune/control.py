@@ -8,7 +8,8 @@ Gaussian prior would leave,
 
     g  =  V^-1/2 (1 - a) (C_sigma^-1 + H)^-1 A^T S^-1 (y - A D),
 
-the proposal that `scoreinv.samplers.path` draws from. It is all of u for a Gaussian prior.
+the proposal that `scoreinv.samplers.path` draws from. It is all of u for a Gaussian prior. Of other rewards it is the part
+that their slope makes, V^-1/2 (1 - a) C_sigma grad log r.
 """
 
 from __future__ import annotations
@@ -55,14 +56,14 @@ class Control(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def correction(
-        self, inputs: list[Tensor], clock: Tensor, features: Tensor, y: Tensor | None
+        self, inputs: list[Tensor], k: Tensor, features: Tensor, y: Tensor | None
     ) -> Tensor:
         """F, with shape (B, *shape).
 
         Args:
             inputs: Images of about unit scale, each with shape (B, *shape).
-            clock: With shape (B,).
-            features: Of the clock, with shape (B, TIMES).
+            k: Steps, with shape (B,).
+            features: Of their clock, with shape (B, TIMES).
             y: Data, with shape (B, *data), or None.
         """
 
@@ -88,7 +89,7 @@ class Control(nn.Module, abc.ABC):
             denoised.float() / over(self.reference.scale(last)),
             *([] if g is None else [g.float()]),
         ]
-        u = self.correction(inputs, clock, features, y)
+        u = self.correction(inputs, k, features, y)
         if g is not None:
             u = u + over(self.gate(features)[:, 0]) * g.float()
         return u.to(x.dtype)
@@ -131,7 +132,7 @@ class VectorControl(Control):
         nn.init.zeros_(self.last.bias)
 
     def correction(
-        self, inputs: list[Tensor], clock: Tensor, features: Tensor, y: Tensor | None
+        self, inputs: list[Tensor], k: Tensor, features: Tensor, y: Tensor | None
     ) -> Tensor:
         flat = [v.flatten(1) for v in (*inputs, features)]
         if len(self.middle):
@@ -142,15 +143,18 @@ class VectorControl(Control):
 class ImageControl(Control):
     """The U-Net of the shipped priors, over the images stacked as channels.
 
-    Data enter as an image and through the guidance.
+    It answers the gradient of a log-reward, over the standard deviation of a pixel, and `Reference.steered` makes u of it:
+    in directions that a step leaves no choice in, u would only learn noise. Data enter as an image or as numbers, and
+    through the guidance.
 
     Args:
         reference: The chain that is moved.
-        image: The image of data y, with shape (B, planes, H, W); none if not given.
+        image: The image of data y, with shape (B, C, H, W) of the chain's images; none if not given.
         guide: See `Control`.
         widths: See `scoreinv.priors.unet.UNet`.
         seed: Of the first weights.
-        planes: Of that image; as many as the chain's images have channels if not given.
+        examples: Data like those to come, with shape (n, *data), for y that are no image but a few numbers, such as classes;
+            they scale and shift all features, as the clock does.
     """
 
     def __init__(
@@ -160,22 +164,27 @@ class ImageControl(Control):
         guide: Guide | None = None,
         widths: tuple[int, ...] = WIDTHS,
         seed: int = 0,
-        planes: int | None = None,
+        examples: Tensor | None = None,
     ) -> None:
         super().__init__(reference, guide)
         self._image, channels = image, reference.shape[0]
-        stacked = (2 + (guide is not None)) * channels
-        if image is not None:
-            stacked += planes or channels
-        self.network = UNet(stacked, widths, embedding=64, outputs=channels)
+        stacked = (2 + (guide is not None) + (image is not None)) * channels
+        seen = torch.zeros(1, 0) if examples is None else numbers(examples)
+        self.register_buffer("middle", seen.mean(0))
+        self.register_buffer("unit", (seen - self.middle).square().mean(0).sqrt().clamp_min(1e-12))
+        self.network = UNet(stacked, widths, embedding=64, outputs=channels, told=seen.shape[1])
         initialise(self.network, stream(seed))
 
     def correction(
-        self, inputs: list[Tensor], clock: Tensor, features: Tensor, y: Tensor | None
+        self, inputs: list[Tensor], k: Tensor, features: Tensor, y: Tensor | None
     ) -> Tensor:
         if self._image is not None:
             inputs = [*inputs, self._image(y).float()]
-        return self.network(torch.cat(inputs, 1), clock)
+        told = (numbers(y) - self.middle) / self.unit if len(self.middle) else None
+        clock = self.reference.clock(k).float()
+        slope = self.network(torch.cat(inputs, 1), clock, told)
+        last = self.reference.scale(torch.full_like(k, self.reference.steps))
+        return self.reference.steered(slope / last.float().reshape(-1, 1, 1, 1), k)
 
 
 def convolves(shape: Sequence[int]) -> bool:
@@ -211,12 +220,12 @@ def guidance(chain: PriorChain, likelihood: Likelihood) -> Guide:
 def guidance_by_gradient(
     chain: Reference, reward: Callable[[Tensor, Tensor | None], Tensor]
 ) -> Guide:
-    """V^1/2 grad log r at the denoised image, for rewards of which nothing else is known."""
+    """`Reference.steered` by grad log r at the denoised image, for rewards of which nothing else is known."""
 
     def g(step: Step, k: Tensor, y: Tensor | None) -> Tensor:
         with torch.enable_grad():
             x = step.denoised.detach().requires_grad_(True)
             slope = torch.autograd.grad(reward(x, y).sum(), x)[0]
-        return step.covariance.sqrt(slope.nan_to_num())
+        return chain.steered(slope.nan_to_num(), k)
 
     return g

@@ -20,7 +20,7 @@ and Control (2024, arXiv:2405.20971); diffusion samplers: Sendera et al., Improv
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -155,10 +155,16 @@ class Engine:
             self.reference.noised(x, self.reference.steps, generator), y, generator
         )
 
+    def unsteered(self, n: int, generator: torch.Generator) -> Paths:
+        """n paths of the chain itself, of which no reward is asked."""
+        free = replace(self, reward=lambda x, _: x.new_zeros(len(x), dtype=torch.float64))
+        return free.paths(n, None, generator, controlled=False)[0]
+
     def imitate(
         self,
-        n: int,
-        observe: Callable[[Tensor, int], Tensor],
+        paths: Paths,
+        which: Tensor,
+        y: Tensor,
         generator: torch.Generator,
         steps: int | None = None,
     ) -> float:
@@ -168,25 +174,28 @@ class Engine:
         reverse of noising, and a control would learn the difference.
 
         Args:
-            n: Paths.
-            observe: Data of images, with shape (B, *shape), and a seed.
-            generator: Of everything random.
-            steps: Of the chain whose gradient counts, scaled up to all of them; all if not given.
+            paths: Of the chain, see `unsteered`.
+            which: Numbers of those that count, with shape (n,).
+            y: Data observed at their ends, with shape (n, *data).
+            generator: Chooses the steps.
+            steps: Of each path whose gradient counts, scaled up to all of them; all if not given.
 
         Returns:
             By how much the control makes such paths likelier than the reference does [nat].
         """
-        ref, T = self.reference, self.reference.steps
-        free = Engine(ref, self.control, lambda x, _: x.new_zeros(len(x), dtype=torch.float64))
-        paths, _ = free.paths(n, None, generator, controlled=False)
-        y = observe(paths.x, int(torch.randint(2**62, (1,), generator=generator)))
-        chosen = torch.randperm(T, generator=generator)[: steps or T]
+        ref, T, n = self.reference, self.reference.steps, len(which)
+        # of each path other steps: neighbours that share a step would say nearly the same
+        chosen = torch.rand(T, n, generator=generator).argsort(0)[: steps or T]
         gain = 0.0
-        for part in chosen.split(chunk(paths)):
-            k = part.repeat_interleave(n)
+        for part in chosen.split(chunk(paths.x, n)):
+            k = part.flatten()
             here, there, D = (
-                v.flatten(0, 1)
-                for v in (paths.states[part], paths.states[part + 1], paths.denoised[part])
+                v[at, which].flatten(0, 1)
+                for v, at in (
+                    (paths.states, part),
+                    (paths.states, part + 1),
+                    (paths.denoised, part),
+                )
             )
             data = y.repeat(len(part), *[1] * (y.ndim - 1))
             with torch.no_grad():
@@ -209,7 +218,7 @@ class Engine:
         """
         T, B = self.reference.steps, len(paths)
         chosen = torch.arange(T) if steps is None else steps
-        for part in chosen.split(chunk(paths)):
+        for part in chosen.split(chunk(paths.x, B)):
             k = part.repeat_interleave(B)
             flat = lambda v, part=part: v[part].flatten(0, 1)
             y = None if paths.y is None else paths.y.repeat(len(part), *[1] * (paths.y.ndim - 1))
@@ -219,9 +228,9 @@ class Engine:
             (T / len(chosen) * (weights * log_ratio).sum()).backward()
 
 
-def chunk(paths: Paths) -> int:
-    """Steps that go through a network with a gradient at once."""
-    return max(1, 64 * CHUNK // (paths.x[0].numel() * len(paths)))
+def chunk(x: Tensor, n: int) -> int:
+    """Steps of n paths that go through a network with a gradient at once, for images like x, with shape (B, *shape)."""
+    return max(1, 64 * CHUNK // (x[0].numel() * n))
 
 
 def log_density(u: Tensor, z: Tensor) -> Tensor:

@@ -100,6 +100,10 @@ class Reference(abc.ABC):
     def scale(self, k: Tensor) -> Tensor:
         """Standard deviation of a pixel of x_k, with shape (B,)."""
 
+    def steered(self, slope: Tensor, k: Tensor) -> Tensor:
+        """u of steps k that a log-reward with the gradient g asks for, with the shape (B, *shape) of g: V^1/2 g."""
+        return self.step(slope, k, None).covariance.sqrt(slope)
+
     def log_terminal(self, x: Tensor) -> Tensor:
         """log-density of x_T that a reward must be freed of, with shape (B,); 0 for a prior, which is part of the target."""
         return torch.zeros(len(x), dtype=torch.float64)
@@ -150,6 +154,10 @@ class PriorChain(Reference):
             reverse_covariance(C, a, b)
             for C, a, b in zip(self.covariances, *self._spans, strict=True)
         ]
+        self._steer = [
+            C.map(lambda v, a=a, b=b: _lean(v, a, b))
+            for C, a, b in zip(self.covariances, *self._spans, strict=True)
+        ]
         self._pixel = moments.covariance.marginal_variance(self.shape)
 
     def start(self, n: int, y: Tensor | None) -> Step:
@@ -170,6 +178,10 @@ class PriorChain(Reference):
     def _spans(self) -> tuple[list[float], list[float]]:
         """Levels from which the steps lead, and to which."""
         return self.levels, [*self.levels[1:], 0.0]
+
+    def steered(self, slope: Tensor, k: Tensor) -> Tensor:
+        """V^-1/2 (1 - a) C_sigma g: what reweighing x_0 by exp(g . x_0) does to the step under a Gaussian prior."""
+        return selected(self._steer, k, self.shape).apply(slope)
 
     def noised(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
         states = [x]
@@ -255,6 +267,12 @@ class TwistedChain(PriorChain):
         mean = plain.mean + pulled(self, self.likelihood, self._given, denoised, k, y)
         V = selected(self._twisted, k, self.shape)
         return Step(mean, V, denoised, (plain, self._volumes[k]))
+
+
+def _lean(v: Tensor, sigma: float, s: float) -> Tensor:
+    """V^-1/2 (1 - a) C_sigma along a direction of prior variance v, for the step from sigma to s."""
+    a, error = (s / sigma) ** 2, sigma**2 / (1 + sigma**2 / v)
+    return (1 - a) * error / (s**2 * (1 - a) + (1 - a) ** 2 * error).sqrt()
 
 
 def measured(prior: Prior, levels: Sequence[float], images: Tensor, seed: int) -> list[Covariance]:

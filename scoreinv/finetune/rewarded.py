@@ -11,7 +11,6 @@ arXiv:2405.20971).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -139,17 +138,8 @@ def finetune_by_reward(
 
 
 def _new_control(chain: PriorChain, y: Tensor | None, guide: Guide | None, seed: int) -> Control:
-    if not convolves(chain.shape):
-        return VectorControl(chain, y, guide, seed=seed)
-    if y is None:
-        return ImageControl(chain, None, guide, seed=seed)
-    return ImageControl(chain, _planes(chain.shape), guide, seed=seed, planes=y[0].numel())
-
-
-def _planes(shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """y as images that are the same in every pixel."""
-    H, W = shape[-2:]
-    return lambda y: y.flatten(1)[:, :, None, None].expand(-1, -1, H, W)
+    kind = ImageControl if convolves(chain.shape) else VectorControl
+    return kind(chain, examples=y, guide=guide, seed=seed)
 
 
 def _check(reward: Reward, images: Tensor, y: Tensor | None) -> None:

@@ -69,7 +69,7 @@ class SamplerControl(Control):
         return step.covariance.map(torch.rsqrt).apply(self._shift(x, denoised, k, y))
 
     def correction(
-        self, inputs: list[Tensor], clock: Tensor, features: Tensor, y: Tensor | None
+        self, inputs: list[Tensor], k: Tensor, features: Tensor, y: Tensor | None
     ) -> Tensor:
         raise NotImplementedError("a sampler's steps are not learned")
 

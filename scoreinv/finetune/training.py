@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scoreinv.finetune.objectives import LogVariance, Objective
-from scoreinv.finetune.paths import Engine
+from scoreinv.finetune.paths import Engine, Paths
 from scoreinv.finetune.proposals import OnPolicy, Proposal
 from scoreinv.streams import stream
 
 CHECKPOINT = "checkpoint.safetensors"
 SAVE_EVERY = 200  # iterations
+POOL = 4  # batches of paths of the chain that are drawn at once, where iterations take some of their steps
 Simulate = Callable[[int, int], tuple[Tensor, Tensor | None]]  # (n, seed) -> images and their data
 Observe = Callable[[Tensor, int], Tensor]  # images and a seed -> data
 
@@ -32,7 +33,8 @@ class Plan:
     Args:
         iterations: Of the optimiser, on whole paths.
         simulated: Iterations before them, on `groups * paths` paths of the chain, each with data observed at its end
-            (`Engine.imitate`). For a control that serves all data.
+            (`Engine.imitate`). For a control that serves all data. Where `steps` are some of the chain's, the
+            paths serve until each step has counted once or so; more often, and images are learned by heart.
         twist: Batches of paths after all iterations, on which a `Twist` is learned.
         groups: Different y in a batch of paths; 1 where there is only one.
         paths: Paths of each, G.
@@ -133,6 +135,8 @@ def train_control(
     path = None if folder is None else Path(folder) / CHECKPOINT
     if path is not None and path.exists():
         state.load(path)
+    pool, T = None, engine.reference.steps
+    served = POOL * max(1, T // (plan.steps or T))
     with tqdm(
         total=plan.total,
         initial=state.step,
@@ -145,9 +149,10 @@ def train_control(
             state.optimiser.param_groups[0]["lr"] = plan.rate * falling(i / plan.total)
             state.optimiser.zero_grad()
             if i < plan.simulated:
-                generator = stream(plan.seed, 3, i)
-                n = plan.groups * plan.paths
-                found = {"gain": engine.imitate(n, observe, generator, plan.steps)}
+                if pool is None or i % served == 0:
+                    generator = stream(plan.seed, 9, i // served)
+                    pool = engine.unsteered(POOL * plan.groups * plan.paths, generator)
+                found = _imitation(engine, pool, observe, plan, i)
             else:
                 found = _batch(engine, simulate, plan, recipe, i)
             nn.utils.clip_grad_norm_(engine.control.parameters(), plan.clip)
@@ -237,6 +242,16 @@ class _State:
         self.optimiser.load_state_dict(state)
         for i, (_, proposal) in enumerate(self.recipe.proposals):
             proposal.restore(part(f"proposal.{i}"))
+
+
+def _imitation(
+    engine: Engine, pool: Paths, observe: Observe, plan: Plan, i: int
+) -> dict[str, float]:
+    """The gradient of iteration i on paths of the chain."""
+    generator = stream(plan.seed, 3, i)
+    which = torch.randperm(len(pool), generator=generator)[: plan.groups * plan.paths]
+    y = observe(pool.x[which], int(torch.randint(2**62, (1,), generator=generator)))
+    return {"gain": engine.imitate(pool, which, y, generator, plan.steps)}
 
 
 def _batch(

@@ -56,6 +56,7 @@ class UNet(nn.Module):
         blocks: Residual blocks in each level, on the way down and on the way up.
         embedding: Features of the noise-level embedding.
         outputs: Channels of F; those of the image if not given.
+        told: Numbers that each image comes with, such as its class, which join the embedding; none if 0.
     """
 
     def __init__(
@@ -65,12 +66,14 @@ class UNet(nn.Module):
         blocks: int = 1,
         embedding: int = 128,
         outputs: int | None = None,
+        told: int = 0,
     ) -> None:
         super().__init__()
         self.features = embedding
         self.embed = nn.Sequential(
             nn.Linear(embedding, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
         )
+        self.tell = nn.Linear(told, embedding, bias=False) if told else None
         self.first = nn.Conv2d(4 * channels, widths[0], 3, padding=1)
         self.down, self.pool = nn.ModuleList(), nn.ModuleList()
         self.up, self.lift = nn.ModuleList(), nn.ModuleList()
@@ -93,9 +96,11 @@ class UNet(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def look(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    def look(self, x: Tensor, c: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The last features, with shape (B, widths[0], H / 2, W / 2), and the embedding of c, with shape (B, embedding)."""
         e = self.embed(sinusoidal(c, self.features))
+        if self.tell is not None:
+            e = e + self.tell(y)
         h = self.first(F.pixel_unshuffle(x, 2))
         skips = []
         for i, level in enumerate(self.down):
@@ -111,9 +116,9 @@ class UNet(nn.Module):
                 h = block(h, e)
         return h, e
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """F(x, c) for scaled images x, with shape (B, C, H, W), and conditions c, with shape (B,)."""
-        return self.read(self.look(x, c)[0])
+    def forward(self, x: Tensor, c: Tensor, y: Tensor | None = None) -> Tensor:
+        """F for scaled images x, with shape (B, C, H, W), conditions c, with shape (B,), and what they are told, y."""
+        return self.read(self.look(x, c, y)[0])
 
     def read(self, h: Tensor) -> Tensor:
         """F from the last features, with shape (B, C, H, W)."""
