@@ -380,7 +380,7 @@ def test_summary_recognises_a_width_that_is_off():
     outcomes = []
     for _ in range(200):
         error = (2 * torch.randn(4, 50, generator=g)).square().sum(1)
-        outcomes.append(Outcome("", tuple(error.tolist()), (50.0,) * 4, 0.0, 0.1, 1, 0.0, ""))
+        outcomes.append(Outcome("", tuple(error.tolist()), (50.0,) * 4, 0.0, 0.0, 0.1, 1, 0.0, ""))
     row = summary(outcomes, n=16)
     assert abs(row["total"] - 2) < 4 * row["total_error"] < 0.2
 
@@ -407,11 +407,13 @@ def test_calibration_of_a_gaussian_prior_and_its_negative_control(tmp_path):
     assert len(store.read_text().splitlines()) == 24
     assert calibrate(prior, likelihood, truths, sampler, n=16, seed=0, store=store) == outcomes
     assert abs(row["flux_mean"]) < 4 / 24**0.5 and 0.5 < row["flux_std"] < 1.6
+    assert abs(row["likelier"]) < 4 * row["likelier_error"] < 20
     # other truths in the same file are run, not taken for these; a line that was cut off does no harm
     with store.open("a") as f:
         f.write('{"key": "0')
     brighter = calibrate(prior, likelihood, 2 * truths, sampler, n=16, seed=0, store=store)
-    assert summary(brighter, n=16)["total"] > 1.3
+    other = summary(brighter, n=16)
+    assert other["total"] > 1.3 and other["likelier"] > 4 * other["likelier_error"]
 
 
 @pytest.mark.parametrize("n", [2, 8])

@@ -2,7 +2,7 @@
 
 Truths drawn from the prior itself test the inference; held-out simulated images test the prior with it. The error of the
 posterior mean over its predicted standard deviation, rms over all truths, is 1 for a calibrated posterior: in total, in
-bands of spatial frequency, and as normal scores of the total flux.
+bands of spatial frequency, and as normal scores of the total flux. And truths fit the data as well as draws do, on average.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Outcome:
         error: Squared error of the posterior mean in each band of spatial frequency.
         predicted: What the posterior's variance predicts for it.
         flux: Normal score of the true total flux.
+        likelier: log p(y | truth) less its mean over the draws [nat].
         normalised: Squared error of the draws' mean over the truth's sum of squares.
         evaluations: Network evaluations per draw.
         seconds: Wall time.
@@ -51,6 +52,7 @@ class Outcome:
     error: tuple[float, ...]
     predicted: tuple[float, ...]
     flux: float
+    likelier: float
     normalised: float
     evaluations: float
     seconds: float
@@ -101,6 +103,7 @@ def outcome(
     draws = sample(posterior, n, sampler, seed=seed, island=n, evidence=False)
     x, truth = draws.x.double(), truth.double()
     mean = x.mean(0)
+    log_p = likelihood.log_prob(posterior.y, torch.cat([truth[None], x]))
     flux = x.flatten(1).sum(1)
     # the mean of n draws scatters by a share 1 / n of the variance around the exact posterior mean
     inflation = (1 + 1 / n) * n / (n - 1)
@@ -111,6 +114,7 @@ def outcome(
         tuple(band_power((mean - truth)[None])[0].tolist()),
         tuple((inflation * band_power(x - mean).mean(0)).tolist()),
         float(stats.norm.ppf(stats.t.cdf(t, n - 1))),
+        float(log_p[0] - log_p[1:].mean()),
         float((mean - truth).square().sum() / truth.square().sum()),
         draws.evaluations,
         draws.seconds,
@@ -163,6 +167,7 @@ def summary(outcomes: list[Outcome], n: int) -> dict[str, float | list[float]]:
 
     total = error.sum(1), predicted.sum(1)
     flux = np.array([o.flux for o in outcomes])
+    likelier = np.array([o.likelier for o in outcomes])
     return {
         "truths": len(outcomes),
         "total": float(ratio(*total)[0]),
@@ -171,6 +176,8 @@ def summary(outcomes: list[Outcome], n: int) -> dict[str, float | list[float]]:
         "bands_error": jackknife(error, predicted).tolist(),
         "flux_mean": float(flux.mean()),
         "flux_std": float(flux.std(ddof=1)),
+        "likelier": float(likelier.mean()),
+        "likelier_error": float(likelier.std(ddof=1) / math.sqrt(len(likelier))),
         "normalised_error": float(np.median(normalised)),
         "evaluations": max(o.evaluations for o in outcomes),
         "seconds": float(np.mean([o.seconds for o in outcomes])),
