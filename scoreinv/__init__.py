@@ -10,6 +10,7 @@ from scoreinv.finetune import (
     finetune,
     finetune_by_reward,
     load_amortised,
+    sampler_bounds,
 )
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise, PoissonNoise, StudentNoise
@@ -92,6 +93,7 @@ __all__ = [
     "sample",
     "sample_again",
     "sample_simulations",
+    "sampler_bounds",
     "shipped_priors",
     "simulators",
 ]

@@ -197,7 +197,12 @@ def test_samplers_are_controls_whose_paths_weigh_the_evidence():
         _, log_w = steered.paths(4000, y.expand(4000, 1), stream(7))
         name, found = type(sampler).__name__, evidence(log_w)
         elbo[name] = found.elbo - exact
-        gap[name] = [r.gap for r in sampler_bounds(sampler, chain, likelihood, 10, 100, 0)]
+        gap[name] = [
+            r.gap
+            for r in sampler_bounds(
+                sampler, prior, likelihood, seed=0, steps=40, sims=10, paths=100
+            )
+        ]
         if name == "DPS":
             continue
         w = (log_w - log_w.max()).exp()

@@ -25,7 +25,7 @@ from scoreinv.finetune.free import Brownian
 from scoreinv.finetune.objectives import LogVariance
 from scoreinv.finetune.paths import Engine
 from scoreinv.finetune.proposals import Given, LocalSearch, OnPolicy
-from scoreinv.finetune.reference import PriorChain, measured
+from scoreinv.finetune.reference import measured_chain
 from scoreinv.finetune.sdes import SamplerControl
 from scoreinv.finetune.training import Plan, Recipe, train_control
 from scoreinv.gaussian import Dense
@@ -207,8 +207,7 @@ def nine(seed: int) -> dict[str, float]:
         x = x.flatten(1)
         return (after.log_prob(x) - before.log_prob(x)).clamp_min(-30.0)
 
-    levels = PriorChain(prior, 30).levels
-    chain = PriorChain(prior, 30, measured(prior, levels, prior.sample(PROBES, seed), seed))
+    chain = measured_chain(prior, 30, prior.sample(PROBES, seed), seed)
     engine = Engine(chain, VectorControl(chain, seed=seed), reward)
     images = after.draws(5000, stream(seed, 15)).reshape(-1, *PLANE)
     recipe = Recipe(LogVariance(), [(0.5, OnPolicy()), (0.5, Given(images))])
@@ -259,8 +258,7 @@ def sde(sampler: Guided | PiGDM | DPS, steps: int) -> Callable:
 
     def run(seed: int) -> dict[str, float]:
         prior, likelihood = mixture(1)
-        levels = PriorChain(prior, steps).levels
-        chain = PriorChain(prior, steps, measured(prior, levels, prior.sample(PROBES, seed), seed))
+        chain = measured_chain(prior, steps, prior.sample(PROBES, seed), seed)
         control = SamplerControl(chain, likelihood, sampler)
         engine = Engine(chain, control, lambda x, y: likelihood.log_prob(y, x))
         rows = [_one_of_many(prior, likelihood, engine, seed, i) for i in range(SIMULATED)]

@@ -298,6 +298,12 @@ def measured(prior: Prior, levels: Sequence[float], images: Tensor, seed: int) -
     return found
 
 
+def measured_chain(prior: Prior, steps: int, images: Tensor, seed: int) -> PriorChain:
+    """The reverse chain of a prior with `measured` covariances; see there for the arguments."""
+    levels = PriorChain(prior, steps).levels
+    return PriorChain(prior, steps, measured(prior, levels, images.to(prior.dtype), seed))
+
+
 def solver(likelihood: Likelihood, C: Covariance, dtype: torch.dtype) -> Conditioner:
     """Conditions Gaussians on any data of a likelihood, through `Conditioned.respond`."""
     operator = likelihood.operator

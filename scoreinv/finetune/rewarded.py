@@ -29,7 +29,7 @@ from scoreinv.finetune.control import (
 from scoreinv.finetune.evidence import Evidence, evidence, simulated_bounds
 from scoreinv.finetune.paths import Engine, Reward
 from scoreinv.finetune.proposals import JointSimulations, OnPolicy
-from scoreinv.finetune.reference import PriorChain, measured
+from scoreinv.finetune.reference import PriorChain, measured_chain
 from scoreinv.finetune.training import Observe, Plan, Recipe, train_control
 from scoreinv.priors.base import Prior
 from scoreinv.samplers.smc import systematic
@@ -115,8 +115,7 @@ def finetune_by_reward(
     """
     images = prior.sample(IMAGES, seed) if images is None else images
     _check(reward, images[:2], y)
-    levels = PriorChain(prior, steps).levels
-    chain = PriorChain(prior, steps, measured(prior, levels, images[:PROBES], seed))
+    chain = measured_chain(prior, steps, images[:PROBES], seed)
     if control is None:
         guide = guidance_by_gradient(chain, reward) if guided else None
         control = _new_control(chain, y, guide, seed)

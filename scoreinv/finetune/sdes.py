@@ -25,12 +25,21 @@ from torch import Tensor
 from scoreinv.finetune.control import Control
 from scoreinv.finetune.evidence import Evidence, simulated_bounds
 from scoreinv.finetune.paths import Engine
-from scoreinv.finetune.reference import PriorChain, foreseen, pulled, solver, weighed
+from scoreinv.finetune.reference import (
+    PriorChain,
+    foreseen,
+    measured_chain,
+    pulled,
+    solver,
+    weighed,
+)
 from scoreinv.gaussian import Scalar
 from scoreinv.likelihood import Likelihood
+from scoreinv.priors.base import Prior
 from scoreinv.samplers.baselines import DPS, PiGDM
 from scoreinv.samplers.guided import Guided
 
+PROBES = 256  # draws of the prior that measure how sure it is at each level
 Shift = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -76,22 +85,26 @@ class SamplerControl(Control):
 
 def sampler_bounds(
     sampler: Guided | PiGDM | DPS,
-    chain: PriorChain,
+    prior: Prior,
     likelihood: Likelihood,
-    sims: int,
-    paths: int,
+    *,
     seed: int,
+    steps: int = 50,
+    sims: int = 8,
+    paths: int = 64,
 ) -> list[Evidence]:
     """Evidence reports of a sampler for simulated data, as `Amortised.bounds` has them for a trained control.
 
     Args:
-        sampler: `Guided`, `PiGDM` or `DPS`.
-        chain: The prior's.
+        sampler: `Guided`, `PiGDM` or `DPS`; its levels are the chain's.
+        prior: Whose chain is walked.
         likelihood: Linear, with Gaussian noise.
+        seed: Decides all; the same data for every sampler.
+        steps: Of the chain.
         sims: Data sets.
         paths: For each.
-        seed: Decides all; the same data for every sampler.
     """
+    chain = measured_chain(prior, steps, prior.sample(PROBES, seed), seed)
     reward = lambda x, y: likelihood.log_prob(y, x)
     engine = Engine(chain, SamplerControl(chain, likelihood, sampler), reward)
     return simulated_bounds(engine, likelihood.simulate, sims, paths, seed)
