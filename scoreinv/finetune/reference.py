@@ -209,9 +209,7 @@ class PriorChain(Reference):
     def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> GaussianStep:
         return self.around(x, self.prior.denoise(x, self._sigma[k].to(x.dtype)), k, y)
 
-    def around(
-        self, x: Tensor, denoised: Tensor, k: Tensor, y: Tensor | None
-    ) -> GaussianStep:
+    def around(self, x: Tensor, denoised: Tensor, k: Tensor, y: Tensor | None) -> GaussianStep:
         """Step k of each state, for images that the prior's network has denoised."""
         a = (self._sigma[k + 1] / self._sigma[k]).square().to(x.dtype)
         mean = denoised + a.reshape(-1, *[1] * len(self.shape)) * (x - denoised)
@@ -303,9 +301,7 @@ class TwistedChain(PriorChain):
         mean = plain.mean + self._posterior.respond(e)
         return GaussianStep(mean, self._start, mean, (plain, torch.tensor(self._first)))
 
-    def around(
-        self, x: Tensor, denoised: Tensor, k: Tensor, y: Tensor | None
-    ) -> GaussianStep:
+    def around(self, x: Tensor, denoised: Tensor, k: Tensor, y: Tensor | None) -> GaussianStep:
         plain = super().around(x, denoised, k, None)
         if y is None:
             return plain
