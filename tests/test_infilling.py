@@ -58,7 +58,7 @@ def engine(steps, log_r=LOG_R, random=0.0):
     chain = AbsorbingChain(tabular(TABLE), SHAPE, steps)
     control = TextControl(chain, width=32)
     with torch.no_grad():
-        control.last.weight.normal_(0, max(random, 1e-30), generator=stream(1))
+        control.last.weight.normal_(0, random, generator=stream(1))
     return Engine(chain, control, of_table(log_r))
 
 
@@ -202,3 +202,5 @@ def test_sentences_are_of_the_grammar():
         "the quiet bears hear on edog",
     ]
     assert grammatical(encoded(right + wrong)).tolist() == [True] * 2 + [False] * 3
+    with pytest.raises(ValueError, match=r"texts have \[3, 4\] characters; expected one length"):
+        encoded(["the", "dogs"])

@@ -45,7 +45,15 @@ def sentences(n: int, seed: int) -> Tensor:
 
 
 def encoded(texts: list[str]) -> Tensor:
-    """One-hot characters of texts of one length, with shape (N, A, L); zeros for characters outside `ALPHABET`, as "_"."""
+    """One-hot characters of texts of one length, with shape (N, A, L); zeros for characters outside `ALPHABET`, as "_".
+
+    Raises:
+        ValueError: Texts of different lengths.
+    """
+    if len({len(text) for text in texts}) != 1:
+        raise ValueError(
+            f"texts have {sorted({*map(len, texts)})} characters; expected one length, pad them"
+        )
     places = torch.tensor([[ALPHABET.find(c) for c in text] for text in texts])
     return F.one_hot(places + 1, len(ALPHABET) + 1)[..., 1:].mT.float()
 
