@@ -10,9 +10,11 @@ from scoreinv.finetune import Rewarded
 from scoreinv.finetune.absorbing import AbsorbingChain, masked
 from scoreinv.finetune.control import Control
 from scoreinv.finetune.evidence import evidence
+from scoreinv.finetune.objectives import TrajectoryBalance
 from scoreinv.finetune.paths import Engine
+from scoreinv.finetune.proposals import Backtracking, OnPolicy, Replay
 from scoreinv.finetune.text import TextControl, train_denoiser
-from scoreinv.finetune.training import Plan, train_control
+from scoreinv.finetune.training import Plan, Recipe, train_control
 from scoreinv.simulators.sentences import (
     LENGTH,
     decoded,
@@ -91,6 +93,10 @@ def test_steps_reveal_their_share_and_never_take_a_character_back():
         # each place is as likely to be among the first five as any other, within five standard errors
         share = found[2].sum(1).mean(0)
         assert float((share - 0.5).abs().max()) < 5 * 0.5 / math.sqrt(4000)
+    step = chain.step(states[2], torch.full((4000,), 2), None)
+    z = step.drawn(0.0, stream(5))
+    assert torch.equal(step.noise(step.taken(z)), z)
+    assert float((z * ~masked(states[2])[:, None]).abs().max()) == 0
     with pytest.raises(ValueError, match="steps is 11 for 10 places, expected 1 to 10"):
         AbsorbingChain(chain.model, (4, 10), 11)
 
@@ -110,6 +116,10 @@ def test_paths_of_any_control_weigh_the_evidence(spread):
     _, log_w = engine(2, random=1.0).paths(20000, None, stream(7), spread)
     assert float(log_w.std()) > 0.3
     assert agrees(log_w, LOG_Z) == (spread == 1)
+    # the same paths, walked again, weigh the same
+    learner = engine(2, random=1.0)
+    paths, log_w = learner.paths(100, None, stream(7), spread)
+    assert torch.allclose(learner.onwards(paths.states, None, stream(8))[1], log_w, atol=1e-5)
     # nor those of another chain: both places at once are another prior
     _, wrong = engine(1, random=1.0).paths(20000, None, stream(7))
     assert not agrees(wrong, LOG_Z)
@@ -126,10 +136,21 @@ def test_the_right_control_leaves_nothing_to_chance():
     assert spread[1] > 0.5
 
 
-def test_training_closes_the_gap():
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(
+            TrajectoryBalance(), [(0.5, OnPolicy(1.5)), (0.25, Backtracking()), (0.25, Replay())]
+        ),
+    ],
+    ids=["variance", "balance"],
+)
+def test_training_closes_the_gap(recipe):
     learner = engine(2)
     before = evidence(learner.paths(4000, None, stream(9))[1])
-    train_control(learner, lambda n, seed: (torch.zeros(n, *SHAPE), None), Plan(200, paths=64))
+    nothing = lambda n, seed: (torch.zeros(n, *SHAPE), None)
+    train_control(learner, nothing, Plan(200, paths=64), recipe)
     after = evidence(learner.paths(4000, None, stream(9))[1])
     assert LOG_Z - before.elbo > 0.5
     assert abs(LOG_Z - after.elbo) < 0.02
