@@ -14,7 +14,7 @@ from scoreinv.finetune.control import VectorControl, guidance, guidance_by_gradi
 from scoreinv.finetune.evidence import evidence, extrapolated, k_hat
 from scoreinv.finetune.free import Brownian, OrnsteinUhlenbeck
 from scoreinv.finetune.objectives import ForwardKL, LogVariance, TrajectoryBalance
-from scoreinv.finetune.paths import Engine, log_density
+from scoreinv.finetune.paths import Engine
 from scoreinv.finetune.proposals import (
     Backtracking,
     Given,
@@ -22,7 +22,7 @@ from scoreinv.finetune.proposals import (
     LocalSearch,
     OnPolicy,
 )
-from scoreinv.finetune.reference import PriorChain, TwistedChain
+from scoreinv.finetune.reference import GaussianStep, PriorChain, TwistedChain
 from scoreinv.finetune.sdes import SamplerControl, sampler_bounds
 from scoreinv.finetune.training import Plan, Recipe, train_control
 from scoreinv.gaussian import Dense, Diagonal, Fourier, Scalar
@@ -110,7 +110,7 @@ def test_the_weight_of_a_step_is_the_ratio_of_two_gaussian_densities():
     u, z = (torch.randn(6, 1, 3, 4, generator=g, dtype=torch.float64) for _ in range(2))
     normal = torch.distributions.Normal(torch.zeros_like(u), 1.0)
     expected = (normal.log_prob(z - u) - normal.log_prob(z)).sum((1, 2, 3))
-    assert torch.allclose(log_density(u, z), expected, atol=1e-12)
+    assert torch.allclose(GaussianStep.log_density(u, z), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["dense", "diagonal", "fourier", "white"])
@@ -140,7 +140,7 @@ def test_steps_of_every_level_have_the_kernel_of_a_gaussian_prior(kind):
         seen = total.map(torch.rsqrt).apply(new[k == i])
         # 5 standard errors of each of 8 variances
         assert (seen.var(0) - 1).abs().max() < 5 * math.sqrt(2 / (n / 5))
-    assert torch.allclose(step.normal(step.taken(x0)), x0, atol=1e-8)
+    assert torch.allclose(step.noise(step.taken(x0)), x0, atol=1e-8)
 
 
 def test_paths_through_images_have_the_marginals_of_the_chain():
@@ -251,7 +251,7 @@ def test_the_gradient_is_that_of_the_log_variance_however_it_is_chunked(monkeypa
         for i in range(6):
             k = torch.full((12,), i)
             u = learner.control(paths.states[i], paths.denoised[i], paths.guidance[i], k, None)
-            total = total - log_density(u, paths.z[i])
+            total = total - GaussianStep.log_density(u, paths.z[i])
         return total
 
     assert torch.allclose(weights(), log_w, atol=1e-5)

@@ -30,7 +30,7 @@ from scoreinv.finetune.control import (
     guidance_by_gradient,
 )
 from scoreinv.finetune.evidence import Evidence, evidence, simulated_bounds
-from scoreinv.finetune.paths import Engine, log_density
+from scoreinv.finetune.paths import Engine
 from scoreinv.finetune.proposals import JointSimulations, OnPolicy
 from scoreinv.finetune.reference import (
     NotKnownError,
@@ -204,7 +204,8 @@ class Walk(Island):
         self.twist, self.least = sampler.amortised.twist, sampler.resample * n
 
     def _begin(self) -> Descent:
-        start, z = self.chain.start(self.n, self.y), self._white()
+        start = self.chain.start(self.n, self.y)
+        z = start.drawn(0.0, self.generator)
         self.x = start.taken(z)
         self.log_w = start.log_ratio(self.x, z)
         self.promise = torch.zeros(self.n, dtype=torch.float64)
@@ -218,9 +219,9 @@ class Walk(Island):
         step = self.chain.around(self.x, denoised, k, self.y)
         g = self.control.guide(step, k, self.y)
         u = self.control(self.x, denoised, g, k, self.y)
-        z = u + self._white()
+        z = step.drawn(u, self.generator)
         self.x = step.taken(z)
-        self.log_w += step.log_ratio(self.x, z) - log_density(u, z)
+        self.log_w += step.log_ratio(self.x, z) - step.log_density(u, z)
         return i + 1
 
     def _resampled(self, denoised: Tensor, i: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Controls: networks that move the steps of a reference chain.
+"""Controls: networks that tilt the steps of a reference chain.
 
     u  =  F(x / scale, denoised / scale, g, clock, y)  +  gate(clock) g
 
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from scoreinv.finetune.reference import PriorChain, Reference, Step, foreseen, pulled
+from scoreinv.finetune.reference import GaussianStep, PriorChain, Reference, Step, foreseen, pulled
 from scoreinv.likelihood import Likelihood
 from scoreinv.priors.unet import UNet, initialise, sinusoidal
 from scoreinv.streams import stream
@@ -34,7 +34,7 @@ Guide = Callable[[Step, Tensor, Tensor], Tensor]
 
 
 class Control(nn.Module, abc.ABC):
-    """u(x_k, k, y), in units of the step's own noise V^1/2.
+    """u(x_k, k, y), by which steps are tilted: for Gaussian ones a shift in units of their own noise V^1/2.
 
     Args:
         reference: The chain that is moved.
@@ -210,7 +210,7 @@ def guidance(chain: PriorChain, likelihood: Likelihood) -> Guide:
         )
     given = foreseen(chain, likelihood)
 
-    def g(step: Step, k: Tensor, y: Tensor) -> Tensor:
+    def g(step: GaussianStep, k: Tensor, y: Tensor) -> Tensor:
         shift = pulled(chain, likelihood, given, step.denoised, k, y)
         return step.covariance.map(torch.rsqrt).apply(shift)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from scoreinv.finetune.reference import Reference, Step
+from scoreinv.finetune.reference import GaussianStep, Reference
 from scoreinv.gaussian import Scalar
 from scoreinv.operators.information import white
 
@@ -36,9 +36,9 @@ class Free(Reference):
         self.shape, self.steps, self.variance = tuple(shape), steps, float(variance)
         self._first = Scalar(first)
 
-    def start(self, n: int, y: Tensor | None) -> Step:
+    def start(self, n: int, y: Tensor | None) -> GaussianStep:
         nothing = torch.zeros(n, *self.shape, dtype=self.dtype)
-        return Step(nothing, self._first, nothing)
+        return GaussianStep(nothing, self._first, nothing)
 
     def clock(self, k: Tensor) -> Tensor:
         return 2 * k.double() / self.steps - 1
@@ -66,8 +66,8 @@ class Brownian(Free):
     def __init__(self, shape: Sequence[int], steps: int, variance: float) -> None:
         super().__init__(shape, steps, variance, first=0.0)
 
-    def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> Step:
-        return Step(x, Scalar(self.variance / self.steps), x)
+    def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> GaussianStep:
+        return GaussianStep(x, Scalar(self.variance / self.steps), x)
 
     def noised(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
         states = [x]
@@ -96,10 +96,10 @@ class OrnsteinUhlenbeck(Free):
             raise ValueError(f"time is {time:g}, expected a number > 0")
         self.decay = math.exp(-time / steps)
 
-    def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> Step:
+    def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> GaussianStep:
         V = Scalar(self.variance * (1 - self.decay**2))
         left = (self.decay ** (self.steps - k.double())).reshape(-1, *[1] * len(self.shape))
-        return Step(self.decay * x, V, left * x)
+        return GaussianStep(self.decay * x, V, left * x)
 
     def noised(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
         states, spread = [x], math.sqrt(self.variance * (1 - self.decay**2))

@@ -10,7 +10,8 @@ and a path of the target p_ref(path) r(x_T) / Z has the weight
 
 with p_T the terminal density that the reward is freed of (`Reference.log_terminal`). No normalisation of a Gaussian enters,
 so nothing large cancels; sums are in float64. The mean of w over paths of the control is Z; log w is constant, log Z, where
-the control is right. No density of how paths were proposed enters either: any paths will do to train on.
+the control is right. No density of how paths were proposed enters either: any paths will do to train on. Steps that are not
+Gaussian have another z, and their own ratio in the place of u . z - |u|^2 / 2 (`Step.log_density`).
 
 Relative trajectory balance: Venkatraman et al., Amortizing Intractable Inference in Diffusion Models for Vision, Language
 and Control (2024, arXiv:2405.20971); diffusion samplers: Sendera et al., Improved Off-Policy Training of Diffusion Samplers
@@ -27,7 +28,6 @@ from torch import Tensor
 
 from scoreinv.finetune.control import Control
 from scoreinv.finetune.reference import Reference
-from scoreinv.operators.information import white
 
 CHUNK = 4096  # pixels times images times steps, over 64: what one call of the control with a gradient holds
 
@@ -40,7 +40,7 @@ class Paths:
 
     Attributes:
         states: x_0, ..., x_T, with shape (T + 1, B, *shape).
-        z: Their steps in units of the reference's, with shape (T, B, *shape).
+        z: What their steps drew, with shape (T, B, *shape).
         denoised: Of all states but the last, with shape (T, B, *shape).
         guidance: What data say of each step, in units of V^1/2, with shape (T, B, *shape); None for controls without.
         y: Data of each path, with shape (B, *data); None if there are none.
@@ -71,7 +71,7 @@ class Engine:
 
     Args:
         reference: The chain.
-        control: What moves its means.
+        control: What tilts its steps.
         reward: log r(x, y) of images with shape (B, *shape) and data (B, *data) or None, with shape (B,).
     """
 
@@ -94,15 +94,15 @@ class Engine:
             n: Paths.
             y: Data of each, with shape (n, *data).
             generator: Of the noise.
-            spread: Factor on the fresh noise of each step, > 1 to explore.
+            spread: Of what each step draws, > 1 to explore.
             controlled: Without, paths of the reference.
 
         Returns:
             The paths, and log w with shape (n,) in float64 [nat].
         """
-        ref = self.reference
-        start = ref.start(n, y).taken(white(ref.shape, n, generator, ref.dtype))
-        return self.onwards(start[None], y, generator, spread, controlled)
+        start = self.reference.start(n, y)
+        x = start.taken(start.drawn(0.0, generator))
+        return self.onwards(x[None], y, generator, spread, controlled)
 
     @torch.no_grad()
     def onwards(
@@ -117,19 +117,18 @@ class Engine:
         ref, xs = self.reference, list(states)
         zs, denoised, guides, spent = [], [], [], []
         start = ref.start(len(xs[0]), y)
-        first = 0.0 if start.plain is None else -start.log_ratio(xs[0], start.normal(xs[0]))
+        first = -start.log_ratio(xs[0], start.noise(xs[0]))
         for i in range(ref.steps):
             k = torch.full((len(xs[i]),), i)
             step = ref.step(xs[i], k, y)
             g = self.control.guide(step, k, y) if controlled else None
             u = self.control(xs[i], step.denoised, g, k, y) if controlled else 0 * xs[i]
             if i + 1 == len(xs):
-                fresh = white(ref.shape, len(xs[i]), generator, xs[i].dtype)
-                z = u + spread * fresh
+                z = step.drawn(u, generator, spread)
                 xs.append(step.taken(z))
             else:
-                z = step.normal(xs[i + 1])
-            spent.append(log_density(u, z) - step.log_ratio(xs[i + 1], z))
+                z = step.noise(xs[i + 1])
+            spent.append(step.log_density(u, z) - step.log_ratio(xs[i + 1], z))
             zs.append(z)
             denoised.append(step.denoised)
             guides.append(g)
@@ -200,8 +199,8 @@ class Engine:
             data = y.repeat(len(part), *[1] * (y.ndim - 1))
             with torch.no_grad():
                 step = ref.around(here, D, k, data)
-                g, z = self.control.guide(step, k, data), step.normal(there)
-            likelier = log_density(self.control(here, D, g, k, data), z).sum() / n
+                g, z = self.control.guide(step, k, data), step.noise(there)
+            likelier = step.log_density(self.control(here, D, g, k, data), z).sum() / n
             (-T / len(chosen) * likelier).backward()
             gain += T / len(chosen) * float(likelier.detach())
         return gain
@@ -224,16 +223,10 @@ class Engine:
             y = None if paths.y is None else paths.y.repeat(len(part), *[1] * (paths.y.ndim - 1))
             g = None if paths.guidance is None else flat(paths.guidance)
             u = self.control(flat(paths.states), flat(paths.denoised), g, k, y)
-            log_ratio = log_density(u, flat(paths.z)).reshape(len(part), B).sum(0)
-            (T / len(chosen) * (weights * log_ratio).sum()).backward()
+            log_ratio = self.reference.law.log_density(u, flat(paths.z)).reshape(len(part), B)
+            (T / len(chosen) * (weights * log_ratio.sum(0)).sum()).backward()
 
 
 def chunk(x: Tensor, n: int) -> int:
     """Steps of n paths that go through a network with a gradient at once, for images like x, with shape (B, *shape)."""
     return max(1, 64 * CHUNK // (x[0].numel() * n))
-
-
-def log_density(u: Tensor, z: Tensor) -> Tensor:
-    """u . z - |u|^2 / 2 for each image, with shape (B,), in float64."""
-    u, z = u.flatten(1).double(), z.flatten(1).double()
-    return (u * (z - 0.5 * u)).sum(1)

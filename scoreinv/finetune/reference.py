@@ -1,11 +1,12 @@
-"""Reference processes: Markov chains with Gaussian steps, from which a control departs.
+"""Reference processes: Markov chains, from which a control departs.
 
-A chain x_0, x_1, ..., x_T is drawn in the order of generation: x_0 is noise, x_T the image. Step k is
+A chain x_0, x_1, ..., x_T is drawn in the order of generation: x_0 is noise, x_T the image. Step k draws a z that knows
+nothing of the control, and takes x_k to x_{k+1}; a control u tilts the density of z by exp(u . z). Here
 
-    x_{k+1}  ~  N(mean_k(x_k), V_k),
+    x_{k+1}  =  mean_k(x_k) + V_k^1/2 z,      z  ~  N(0, 1),
 
-and a control u moves its mean by V_k^1/2 u. The reverse chain of a prior makes images of the prior; processes that know
-nothing are in `scoreinv.finetune.free`.
+and the tilt moves the mean by V_k^1/2 u. The reverse chain of a prior makes images of the prior; processes that know
+nothing are in `scoreinv.finetune.free`, those of characters in `scoreinv.finetune.absorbing`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,39 @@ class NotKnownError(ValueError):
     """Covariances given data that nothing cheap is known of."""
 
 
+class Step(abc.ABC):
+    """The law of x_{k+1} for each state of a batch, by a z that a control tilts.
+
+    Attributes:
+        denoised: What x is known to become, with shape (B, *shape).
+    """
+
+    denoised: Tensor
+
+    @abc.abstractmethod
+    def drawn(self, u: Tensor | float, generator: torch.Generator, spread: float = 1.0) -> Tensor:
+        """z under a control, with shape (B, *shape); 0 for none. With spread > 1 it strays further."""
+
+    @abc.abstractmethod
+    def taken(self, z: Tensor) -> Tensor:
+        """x_{k+1} of z, with shape (B, *shape)."""
+
+    @abc.abstractmethod
+    def noise(self, x: Tensor) -> Tensor:
+        """z of the states that a step has led to, with shape (B, *shape)."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def log_density(u: Tensor, z: Tensor) -> Tensor:
+        """log p_u - log p of steps at their z, with shape (B,), in float64."""
+
+    @abc.abstractmethod
+    def log_ratio(self, x: Tensor, z: Tensor) -> Tensor:
+        """log-density of the step that this one stands for over this one's, at states x with their z, with shape (B,)."""
+
+
 @dataclass(frozen=True)
-class Step:
+class GaussianStep(Step):
     """N(mean, V) for each image of a batch.
 
     Attributes:
@@ -48,34 +80,43 @@ class Step:
     mean: Tensor
     covariance: Covariance
     denoised: Tensor
-    plain: tuple[Step, Tensor] | None = None
+    plain: tuple[GaussianStep, Tensor] | None = None
+
+    def drawn(self, u: Tensor | float, generator: torch.Generator, spread: float = 1.0) -> Tensor:
+        n, *shape = self.mean.shape
+        return u + spread * white(tuple(shape), n, generator, self.mean.dtype)
 
     def taken(self, z: Tensor) -> Tensor:
-        """mean + V^1/2 z."""
         return self.mean + self.covariance.sqrt(z)
 
-    def normal(self, x: Tensor) -> Tensor:
-        """z of the images that a step has led to, with shape (B, *shape)."""
+    def noise(self, x: Tensor) -> Tensor:
         return self.covariance.map(torch.rsqrt).apply(x - self.mean)
 
+    @staticmethod
+    def log_density(u: Tensor, z: Tensor) -> Tensor:
+        """u . z - |u|^2 / 2."""
+        u, z = u.flatten(1).double(), z.flatten(1).double()
+        return (u * (z - 0.5 * u)).sum(1)
+
     def log_ratio(self, x: Tensor, z: Tensor) -> Tensor:
-        """log-density of the plain step over this one's, at images x with their z, with shape (B,), in float64."""
         if self.plain is None:
             return torch.zeros(len(x), dtype=torch.float64)
         step, log_volume = self.plain
         square = lambda v: v.double().flatten(1).square().sum(1)
-        return 0.5 * (square(z) - square(step.normal(x))) - log_volume
+        return 0.5 * (square(z) - square(step.noise(x))) - log_volume
 
 
 class Reference(abc.ABC):
-    """A Markov chain with Gaussian steps.
+    """A Markov chain.
 
     Attributes:
+        law: Of its steps.
         steps: T.
         shape: Of an image.
         dtype: Of the states.
     """
 
+    law: type[Step] = GaussianStep
     steps: int
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -160,19 +201,19 @@ class PriorChain(Reference):
         ]
         self._pixel = moments.covariance.marginal_variance(self.shape)
 
-    def start(self, n: int, y: Tensor | None) -> Step:
+    def start(self, n: int, y: Tensor | None) -> GaussianStep:
         mean = self.prior.moments.mean.to(self.dtype).expand(n, *self.shape)
         C = self.prior.moments.covariance.map(lambda v: v + self.levels[0] ** 2)
-        return Step(mean, C, mean)
+        return GaussianStep(mean, C, mean)
 
-    def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> Step:
+    def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> GaussianStep:
         return self.around(x, self.prior.denoise(x, self._sigma[k].to(x.dtype)), k, y)
 
-    def around(self, x: Tensor, denoised: Tensor, k: Tensor, y: Tensor | None) -> Step:
+    def around(self, x: Tensor, denoised: Tensor, k: Tensor, y: Tensor | None) -> GaussianStep:
         """Step k of each state, for images that the prior's network has denoised."""
         a = (self._sigma[k + 1] / self._sigma[k]).square().to(x.dtype)
         mean = denoised + a.reshape(-1, *[1] * len(self.shape)) * (x - denoised)
-        return Step(mean, selected(self._V, k, self.shape), denoised)
+        return GaussianStep(mean, selected(self._V, k, self.shape), denoised)
 
     @property
     def _spans(self) -> tuple[list[float], list[float]]:
@@ -252,21 +293,21 @@ class TwistedChain(PriorChain):
     def _volume(self, plain: Covariance, twisted: Covariance) -> float:
         return 0.5 * (plain.logdet(self.shape) - twisted.logdet(self.shape))
 
-    def start(self, n: int, y: Tensor | None) -> Step:
+    def start(self, n: int, y: Tensor | None) -> GaussianStep:
         plain = super().start(n, None)
         if y is None:
             return plain
         e = weighed(self.likelihood, y, plain.mean)
         mean = plain.mean + self._posterior.respond(e)
-        return Step(mean, self._start, mean, (plain, torch.tensor(self._first)))
+        return GaussianStep(mean, self._start, mean, (plain, torch.tensor(self._first)))
 
-    def around(self, x: Tensor, denoised: Tensor, k: Tensor, y: Tensor | None) -> Step:
+    def around(self, x: Tensor, denoised: Tensor, k: Tensor, y: Tensor | None) -> GaussianStep:
         plain = super().around(x, denoised, k, None)
         if y is None:
             return plain
         mean = plain.mean + pulled(self, self.likelihood, self._given, denoised, k, y)
         V = selected(self._twisted, k, self.shape)
-        return Step(mean, V, denoised, (plain, self._volumes[k]))
+        return GaussianStep(mean, V, denoised, (plain, self._volumes[k]))
 
 
 def _lean(v: Tensor, sigma: float, s: float) -> Tensor:
