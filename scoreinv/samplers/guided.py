@@ -41,7 +41,7 @@ class Guided:
 
     Args:
         levels: Noise levels, twice as many with local steps; a draw costs two evaluations for each of them.
-        local: Follow the error around each particle if the prior knows it: sharper, at a fifth to three fifths more time.
+        local: Follow the error around each particle if the prior knows it: sharper, at half to two thirds more time.
     """
 
     levels: int = 40
