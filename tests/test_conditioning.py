@@ -436,7 +436,7 @@ def test_a_skewed_pixel_is_moved_as_a_gamma_variable_would_be(skewness):
     """
     z, a = normal(1, *SHAPE), 0.2 + uniform(1, 2, *SHAPE)
     K = Modulated(a, Fourier(torch.ones(2, 1, *SHAPE[-2:], dtype=torch.float64)))
-    d = K.deviation()
+    d = K.deviation
     torch.testing.assert_close(d, a.square().sum(1).sqrt())
     noise = 1e4
     likelihood = Likelihood(Identity(SHAPE), GaussianNoise(std=noise))
@@ -451,7 +451,7 @@ def test_a_skewed_pixel_is_moved_as_a_gamma_variable_would_be(skewness):
         k, theta = 4 / skewness**2, 0.5 * abs(skewness) * d
         turn = math.copysign(1.0, skewness)
         expected = turn * (k / (1 / theta - turn * e) - k * theta)
-    torch.testing.assert_close(tilted.deviation().square() * e, expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(tilted.deviation.square() * e, expected, rtol=1e-5, atol=1e-9)
     factor = tilted.a / a
     torch.testing.assert_close(factor[:, 0], factor[:, 1])
 

@@ -52,9 +52,6 @@ class Oracle(Control):
     def forward(self, x, denoised, g, k, y):
         return (tabular(TABLE * LOG_R.exp())(x) / self.reference.model(x)).log()
 
-    def correction(self, inputs, k, features, y):
-        raise NotImplementedError
-
 
 def engine(steps, log_r=LOG_R, random=0.0):
     chain = AbsorbingChain(tabular(TABLE), SHAPE, steps)

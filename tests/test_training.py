@@ -246,7 +246,7 @@ def test_a_network_learns_its_error(trained):
 def test_skewness_of_errors_is_measured():
     """Gamma variables about the denoised image have gamma = 1, Gaussian ones 0, and blank skies that are turned round -1.
 
-    Within 0.05; 1e5 pixels leave 0.012 (standard deviation over 20 seeds).
+    Within 0.1; 1e5 pixels leave 0.024 of Gamma variables and 0.008 of Gaussian ones (standard deviation over 20 seeds).
     """
     mean, width, shape = 3.0, 2.0, (400, 1, 16, 16)
 
@@ -261,7 +261,7 @@ def test_skewness_of_errors_is_measured():
     skewed = torch.from_numpy(rng.gamma((mean / width) ** 2, width**2 / mean, shape)).float()
     normal = mean + width * torch.randn(shape, generator=stream(1))
     for images, gamma in ((skewed, 1.0), (normal, 0.0), (2 * mean - skewed, -1.0)):
-        assert skewness(Flat(), images, 1e-6, stream(3)) == pytest.approx(gamma, abs=0.05)
+        assert skewness(Flat(), images, 1e-6, stream(3)) == pytest.approx(gamma, abs=0.1)
 
 
 def test_bands_of_an_error_share_its_power():

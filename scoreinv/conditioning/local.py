@@ -86,7 +86,7 @@ class LocalConditioned:
         """K as wide as the data make it around means m."""
         if self.skewness is None:
             return self.K
-        t = 0.5 * self.skewness * self.shift(m, ROUGH) / self.K.deviation()
+        t = 0.5 * self.skewness * self.shift(m, ROUGH) / self.K.deviation
         return self.K.widened((1 - t.clamp(*TILTS)).rsqrt())
 
     def _drawn(self, m: Tensor, K: Modulated, generator: torch.Generator) -> tuple[Tensor, Tensor]:

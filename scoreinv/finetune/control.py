@@ -38,12 +38,44 @@ class Control(nn.Module, abc.ABC):
 
     Args:
         reference: The chain that is moved.
+    """
+
+    guided = False
+
+    def __init__(self, reference: Reference) -> None:
+        super().__init__()
+        self.reference = reference
+
+    def guide(self, step: Step, k: Tensor, y: Tensor | None) -> Tensor | None:
+        """How the data pull these steps, with shape (B, *shape), where the control is told."""
+        return None
+
+    @abc.abstractmethod
+    def forward(
+        self, x: Tensor, denoised: Tensor, g: Tensor | None, k: Tensor, y: Tensor | None
+    ) -> Tensor:
+        """u, with shape (B, *shape).
+
+        Args:
+            x: States, with shape (B, *shape).
+            denoised: What they are known to become, with that shape.
+            g: From `guide`.
+            k: Steps, with shape (B,).
+            y: Data, with shape (B, *data), or None.
+        """
+
+
+class LearnedControl(Control):
+    """F(x / scale, denoised / scale, g, clock, y) + gate(clock) g.
+
+    Args:
+        reference: The chain that is moved.
         guide: g of a step, its number k and the data; none if not given.
     """
 
     def __init__(self, reference: Reference, guide: Guide | None = None) -> None:
-        super().__init__()
-        self.reference, self._guide = reference, guide
+        super().__init__(reference)
+        self._guide = guide
         self.gate = nn.Sequential(nn.Linear(TIMES, 64), nn.SiLU(), nn.Linear(64, 1))
         initialise(self.gate, stream(0, 1))
         nn.init.zeros_(self.gate[-1].weight)
@@ -79,7 +111,6 @@ class Control(nn.Module, abc.ABC):
     def forward(
         self, x: Tensor, denoised: Tensor, g: Tensor | None, k: Tensor, y: Tensor | None
     ) -> Tensor:
-        """u, with shape (B, *shape)."""
         clock = self.reference.clock(k).float()
         features = sinusoidal(clock, TIMES)
         over = lambda s: s.float().reshape(-1, *[1] * (x.ndim - 1))
@@ -95,13 +126,13 @@ class Control(nn.Module, abc.ABC):
         return u.to(x.dtype)
 
 
-class VectorControl(Control):
+class VectorControl(LearnedControl):
     """A perceptron over all pixels: for images of few numbers.
 
     Args:
         reference: The chain that is moved.
         examples: Data like those to come, with shape (n, *data), which set the scale of y; None if there is no y.
-        guide: See `Control`.
+        guide: See `LearnedControl`.
         width: Of each hidden layer.
         layers: Hidden ones.
         seed: Of the first weights.
@@ -140,7 +171,7 @@ class VectorControl(Control):
         return self.last(self.body(torch.cat(flat, 1))).reshape(inputs[0].shape)
 
 
-class ImageControl(Control):
+class ImageControl(LearnedControl):
     """The U-Net of the shipped priors, over the images stacked as channels.
 
     It answers the gradient of a log-reward, over the standard deviation of a pixel, and `Reference.steered` makes u of it:
@@ -150,7 +181,7 @@ class ImageControl(Control):
     Args:
         reference: The chain that is moved.
         image: The image of data y, with shape (B, C, H, W) of the chain's images; none if not given.
-        guide: See `Control`.
+        guide: See `LearnedControl`.
         widths: See `scoreinv.priors.unet.UNet`.
         seed: Of the first weights.
         examples: Data like those to come, with shape (n, *data), for y that are no image but a few numbers, such as classes;

@@ -77,11 +77,6 @@ class SamplerControl(Control):
         step = self.reference.around(x, denoised, k, None)
         return step.covariance.map(torch.rsqrt).apply(self._shift(x, denoised, k, y))
 
-    def correction(
-        self, inputs: list[Tensor], k: Tensor, features: Tensor, y: Tensor | None
-    ) -> Tensor:
-        raise NotImplementedError("a sampler's steps are not learned")
-
 
 def sampler_bounds(
     sampler: Guided | PiGDM | DPS,

@@ -97,7 +97,7 @@ class TextControl(VectorControl):
     Args:
         chain: That is tilted.
         told: Numbers in the data of a sentence, of unit scale such as one-hot characters; 0 if there are none.
-        guide: Shifts of the logits that the data alone ask for, with shape (B, A, L), see `Control`.
+        guide: Shifts of the logits that the data alone ask for, with shape (B, A, L), see `LearnedControl`.
         width: Of each hidden layer.
         layers: Hidden ones.
         seed: Of the first weights.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -110,6 +111,7 @@ class Modulated:
         stationary = (self.a * self.rho.apply(self.a * x[:, None])).sum(1)
         return stationary if self.white is None else stationary + self.white.square() * x
 
+    @cached_property
     def deviation(self) -> Tensor:
         """Standard deviation of each pixel, with shape (B, C, H, W)."""
         correlated = self.rho.spectrum.mean((-2, -1), keepdim=True).to(self.a.dtype)

@@ -41,7 +41,7 @@ class Guided:
 
     Args:
         levels: Noise levels, twice as many with local steps; a draw costs two evaluations for each of them.
-        local: Follow the error around each particle if the prior knows it: sharper, at half to two thirds more time.
+        local: Follow the error around each particle if the prior knows it: sharper, at two thirds more time.
     """
 
     levels: int = 40
@@ -91,9 +91,9 @@ class Following(Twisted):
     def _arrive(self, s: float, prior: Covariance | None = None) -> Descent:
         self.s = s
         self.denoised, a = yield from self._denoise_with_error(self.x, s)
-        prior = self.posterior.prior
-        self.covariance = prior.error_covariance(a, s)
-        self.skewness = prior.error_skewness(self.denoised / self.covariance.deviation(), s)
+        knows = self.posterior.prior
+        self.covariance = knows.error_covariance(a, s)
+        self.skewness = knows.error_skewness(self.denoised / self.covariance.deviation, s)
 
     def _informed(self) -> Tensor:
         around = self.posterior.around(self.s, self.covariance, self.skewness)

@@ -196,7 +196,7 @@ def skewness(prior: ScorePrior, images: Tensor, s: float, generator: torch.Gener
     for x0 in images.split(64):
         x = x0 + s * torch.randn(x0.shape, generator=generator)
         denoised, a = prior.denoise_with_error(x, x.new_full((len(x),), s))
-        width = prior.error_covariance(a, s).deviation()
+        width = prior.error_covariance(a, s).deviation
         # a miss by more would decide alone what all others say
         z = ((x0 - denoised) / width).clamp(-RARE, RARE)
         g = gamma_skewness(denoised / width)
