@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -443,7 +444,7 @@ def test_a_skewed_pixel_is_moved_as_a_gamma_variable_would_be(skewness):
     e = 0.3 * z.tanh() / d
     solver = conditioner(likelihood, noise**2 * e[0], STATIONARY, torch.float64)
     local = LocalConditioned(solver, K, 1.0, 1e-12, torch.full_like(z, skewness))
-    tilted = local.tilted(0 * z)
+    _, tilted = local.tilted(0 * z, rng(3))
     if skewness == 0:
         expected = d.square() * e
     else:
@@ -454,6 +455,37 @@ def test_a_skewed_pixel_is_moved_as_a_gamma_variable_would_be(skewness):
     torch.testing.assert_close(tilted.deviation.square() * e, expected, rtol=1e-5, atol=1e-9)
     factor = tilted.a / a
     torch.testing.assert_close(factor[:, 0], factor[:, 1])
+
+
+def test_skewed_errors_keep_their_mean():
+    """Draws given data of 4,096 Gamma pixels, ten times: mean within 0.04 sd, 5 standard errors; squared error below a Gaussian's.
+
+    Without what is taken off, as the negative control, the mean is 0.1 sd too high.
+    """
+    shape, skewness, copies = (1, 64, 64), 0.5, 4
+    k = 4 / skewness**2
+    K = Modulated(
+        torch.ones(copies, 1, *shape, dtype=torch.float64),
+        Fourier(torch.ones(1, 1, 64, 64, dtype=torch.float64)),
+    )
+    likelihood = Likelihood(Identity(shape), GaussianNoise(std=0.5))
+    found = {}
+    for seed in range(10):
+        at = torch.tensor(np.random.default_rng(seed).gamma(k, k**-0.5, (1, *shape))) - k**0.5
+        y = likelihood.simulate(at, seed)[0]
+        solver = conditioner(likelihood, y, Scalar(1.0), torch.float64)
+        for g in (skewness, None):
+            skewed = None if g is None else torch.full((copies, *shape), g, dtype=torch.float64)
+            local = LocalConditioned(solver, K, 1.0, 1e-6, skewed)
+            draws = local.draw(torch.zeros(copies, *shape, dtype=torch.float64), rng(seed))
+            error = (draws.mean(0) - at).square().mean()
+            found.setdefault(g, []).append((float(draws.mean()), float(error)))
+        # 5 standard errors of 8,192 squares
+        assert float(local.heard(rng(seed)).mean()) == pytest.approx(0.8, abs=0.06)
+    (mean, error), (_, gaussian) = (np.mean(found[g], 0) for g in (skewness, None))
+    assert abs(mean) < 0.04
+    assert mean + 0.5 * skewness * 0.8 > 2 * 0.04
+    assert error < gaussian
 
 
 def test_data_that_an_error_does_not_foresee_are_believed():

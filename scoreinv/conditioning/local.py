@@ -14,7 +14,9 @@ d^2 and skewness g, shifted to the mean D. A force e of the data, the gradient o
     d^2 e / (1 - t),    t = 1/2 g d e,
 
 as it would that of a Gaussian of variance d^2 / (1 - t). The Gaussian's own shift is u = K e, with the forces on the pixels
-that go together: e is taken as u / d^2, and K is widened, or narrowed, by (1 - t)^-1 before the image is drawn.
+that go together: e is taken as u / d^2, and K is widened, or narrowed, by (1 - t)^-1 before the image is drawn. Averaged over
+data that such an image may give this adds 1/2 g E u^2 / d to the mean, which is what it must not change: so much is taken
+off it first, with E u^2 from how a few images respond to data simulated around them, averaged over near pixels.
 
 A network can be sure of blank sky where there is a source, whose like it has rarely seen beside such a galaxy: K is then too
 small for the data to pull the source in, and all draws lose it. So the data are asked once more. Where what they still miss,
@@ -39,6 +41,8 @@ TILTS = (-0.5, 0.9)  # between which t is taken; at 1 a Gamma variable has no me
 ITERATIONS = 500  # of a solve, at most
 ROUGH = 5.0  # times the length that matters of a draw is enough for t
 REACH = 2  # pixels around such a place that are doubted, too
+PROBES = 2  # images that respond to simulated data
+NEAR = 3  # pixels on each side over which their responses are averaged
 
 
 class LocalConditioned:
@@ -67,8 +71,8 @@ class LocalConditioned:
         self.length, self.skewness, self.noise = length, skewness, noise
 
     def draw(self, m: Tensor, generator: torch.Generator) -> Tensor:
-        """Draws of N(m, K) conditioned on the data, with shape (B, C, H, W); K is widened where the data doubt it."""
-        K = self.tilted(m)
+        """Draws with means m before the data are known, with shape (B, C, H, W); K is widened where the data doubt it."""
+        m, K = self.tilted(m, generator)
         x, n = self._drawn(m, K, generator)
         if self.noise is None:
             return x
@@ -82,12 +86,23 @@ class LocalConditioned:
             x[again], _ = self._drawn(m[again], doubtful, generator)
         return x
 
-    def tilted(self, m: Tensor) -> Modulated:
-        """K as wide as the data make it around means m."""
+    def tilted(self, m: Tensor, generator: torch.Generator) -> tuple[Tensor, Modulated]:
+        """Means and covariances of the Gaussians that the data move as they would images of means m, skewed as they are."""
         if self.skewness is None:
-            return self.K
-        t = 0.5 * self.skewness * self.shift(m, ROUGH) / self.K.deviation
-        return self.K.widened((1 - t.clamp(*TILTS)).rsqrt())
+            return m, self.K
+        half, d = 0.5 * self.skewness, self.K.deviation
+        t = half * self.shift(m, ROUGH) / d
+        m = m - half * d * self.heard(generator)
+        return m, self.K.widened((1 - t.clamp(*TILTS)).rsqrt())
+
+    def heard(self, generator: torch.Generator) -> Tensor:
+        """E u^2 / d^2, the share of a pixel's variance that the data explain, with shape (1, C, H, W)."""
+        K = self.K[torch.arange(min(PROBES, len(self.K.a)))]
+        x, n = K.draw(generator), self.conditioner.noise(len(K.a), generator)
+        e = self.conditioner.misfit(x, n) - self.conditioner.misfit(0 * x)
+        u = respond(K, self.conditioner.inform, e, ROUGH * self.length)
+        around = lambda v: F.avg_pool2d(v.mean(0, keepdim=True), 2 * NEAR + 1, 1, NEAR)
+        return (around(u.square()) / around(K.deviation.square())).clamp(0, 1)
 
     def _drawn(self, m: Tensor, K: Modulated, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draws by Matheron's rule, and the noise that the data were perturbed by for them."""
