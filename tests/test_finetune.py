@@ -10,7 +10,7 @@ import torch
 import scoreinv as si
 from scoreinv.finetune import Steered, training
 from scoreinv.finetune import paths as engine_of_paths
-from scoreinv.finetune.control import VectorControl, guidance, guidance_by_gradient
+from scoreinv.finetune.control import Control, VectorControl, guidance, guidance_by_gradient
 from scoreinv.finetune.evidence import evidence, extrapolated, k_hat
 from scoreinv.finetune.free import Brownian, OrnsteinUhlenbeck
 from scoreinv.finetune.objectives import ForwardKL, LogVariance, TrajectoryBalance
@@ -29,6 +29,8 @@ from scoreinv.gaussian import Dense, Diagonal, Fourier, Scalar
 from scoreinv.samplers.baselines import DPS, PiGDM
 from scoreinv.samplers.path import descend_together
 from scoreinv.streams import stream
+from tests.analytic import power_law
+from tests.priors import Knowing
 
 SHAPE = (1, 1, 2)
 
@@ -92,7 +94,12 @@ def test_without_data_and_control_every_path_weighs_the_same(covariance, steps):
 
 
 def test_a_free_process_reaches_its_own_density_with_equal_weights():
-    for reference in (Brownian(SHAPE, 9, 4.0), OrnsteinUhlenbeck(SHAPE, 9, 4.0)):
+    processes = (
+        Brownian(SHAPE, 9, 4.0),
+        Brownian(SHAPE, 9, 4.0, last=0.01),
+        OrnsteinUhlenbeck(SHAPE, 9, 4.0),
+    )
+    for reference in processes:
         reward = torch.distributions.Normal(0.0, torch.tensor(2.0, dtype=torch.float64))
         free = Engine(
             reference,
@@ -155,6 +162,46 @@ def test_paths_through_images_have_the_marginals_of_the_chain():
     assert motion[0].abs().max() == 0
     assert motion[4].mean() == pytest.approx(1.0, abs=0.03)
     assert motion[4].var() == pytest.approx(0.75, rel=0.05)
+    # 3, 1.5, 0.75, ... of the variance left: of x_2 a quarter of v is to come
+    shorter = Brownian(SHAPE, 6, 3.0, last=3 / 2**5).noised(2 + 0 * x, 6, stream(6))
+    assert shorter[2].mean() == pytest.approx(1.5, abs=0.03)
+    assert shorter[2].var() == pytest.approx(3 * 0.25 * 0.75, rel=0.05)
+    for last in (0.0, 0.6):
+        with pytest.raises(ValueError, match="equal steps"):
+            Brownian(SHAPE, 6, 3.0, last)
+
+
+class Exact(Control):
+    """The control of Brownian motion that ends as a prior's images, whose denoiser is known."""
+
+    def __init__(self, reference, prior):
+        super().__init__(reference)
+        self.prior = prior
+
+    def forward(self, x, denoised, g, k, y):
+        v, passed = self.reference.variance, self.reference.passed
+        column = lambda q: q[k].reshape(-1, 1, 1, 1)
+        if int(k[0]) == 0:  # nothing is known of where it ends
+            end = self.prior.moments.mean
+        else:
+            end = self.prior.denoise(x * v / column(passed), (v * (v - passed) / passed).sqrt()[k])
+        return column(passed.diff().sqrt() / (v - passed[:-1])) * (end - x)
+
+
+def test_short_last_steps_bring_the_exact_control_near_the_evidence():
+    """25 modes, whose log Z is 0: the ELBO is -2.8 +- 0.05 with 40 equal steps, -0.19 +- 0.02 with falling ones."""
+    modes = grid()
+    means = torch.stack([c.moments.mean.flatten() for c in modes.components])
+    each = torch.distributions.MultivariateNormal(means, 0.3 * torch.eye(2, dtype=means.dtype))
+    reward = lambda x, _: each.log_prob(x.flatten(1)[:, None]).logsumexp(1) - math.log(25)
+    found = []
+    for last in (None, 0.05):
+        motion = Brownian(SHAPE, 40, 50.0, last)
+        _, log_w = Engine(motion, Exact(motion, modes), reward).paths(4000, None, stream(1))
+        assert abs(evidence(log_w).log_z) < 0.2
+        found.append(float(log_w.mean()))
+    assert found[0] < -2.5
+    assert -0.3 < found[1] < -0.1
 
 
 def test_guided_paths_find_the_evidence_of_a_gaussian_and_their_bound_closes_with_the_steps():
@@ -213,6 +260,44 @@ def test_samplers_are_controls_whose_paths_weigh_the_evidence():
             torch.testing.assert_close(log_w, guided)
     assert elbo["DPS"] < -50 < elbo["PiGDM"] < elbo["Guided"] - 0.1 < 0
     assert max(gap["Guided"]) < 1 and min(gap["DPS"]) > 50
+
+
+def test_guidance_follows_the_error_that_a_prior_knows():
+    """For a Gaussian prior it is the guidance by C_sigma, up to what a solve leaves out: mean log-weights within 0.3 nat.
+
+    A prior that takes itself for twice as sure is moved too little, and pays for it; what it says goes into every use.
+    """
+    C = Fourier(power_law(8, 8))
+    zero, noise = torch.zeros(1, 8, 8), si.GaussianNoise(std=0.3)
+    plain, prior = si.GaussianPrior(zero, C), Knowing(zero, C)
+    likelihood = si.Likelihood(si.PSFConvolution(torch.ones(3, 3) / 9, plain.shape), noise)
+    y = likelihood.simulate(plain.sample(1, 0), 1)[0]
+
+    def log_w(prior):
+        chain = PriorChain(prior, 12)
+        control = SamplerControl(chain, likelihood, si.Guided())
+        steered = Engine(chain, control, lambda x, y: likelihood.log_prob(y, x))
+        return steered.paths(200, y.expand(200, *y.shape), stream(7))[1]
+
+    exact = log_w(plain)
+    assert float((exact - log_w(prior)).mean()) == pytest.approx(0, abs=0.3)
+    prior.factor = 0.5
+    assert float((exact - log_w(prior)).mean()) > 1
+    prior.factor = 1.0
+    plan = Plan(iterations=1, simulated=1, groups=2, paths=2, rate=1e-12)
+    learned = si.finetune(prior, likelihood, seed=0, steps=12, plan=plan)
+    assert type(learned.chain) is PriorChain and learned.control.guided
+    draws = learned.condition(y).sample(400, seed=1, island=400)
+    assert draws.evaluations == 12
+    known = si.Posterior(plain, likelihood, y).gaussian_log_evidence
+    assert draws.log_evidence == pytest.approx(known, abs=1.0)  # four standard deviations
+    # paths of the chain carry the errors: their steps are pulled as those of the control are
+    pool = learned.engine.unsteered(3, stream(2))
+    assert pool.errors.shape == (12, 3, 1, 1, 8, 8)
+    data = likelihood.simulate(pool.x, 3)
+    gain = learned.engine.imitate(pool, torch.arange(3), data, stream(4))
+    states = learned.engine.onwards(pool.states, data, stream(5))[0]
+    assert gain == pytest.approx(float(states.spent.sum(0).mean()), rel=1e-4)
 
 
 def test_samplers_without_a_density_have_no_bounds():

@@ -30,6 +30,7 @@ from scoreinv.samplers.smc import (
 from scoreinv.streams import stream
 from tests import analytic
 from tests.analytic import dense
+from tests.priors import Knowing
 
 
 def gaussian_prior(shape, kind="fourier", seed=0):
@@ -473,21 +474,6 @@ def test_path_integral_of_a_known_slope():
     """A slope of s^2 integrates to (s_max^2 - 0) / 2."""
     levels = torch.logspace(0, -3, 400).tolist()
     assert path_integral(levels, [s**2 for s in levels]) == pytest.approx(0.5, rel=1e-3)
-
-
-class Knowing(si.GaussianPrior):
-    """A stationary Gaussian prior that says what it knows of x_0, wrong by a factor if asked to be."""
-
-    factor = 1.0
-
-    def denoise_with_error(self, x, sigma):
-        width = conditional(self.moments.covariance, float(sigma[0])).marginal_variance(self.shape)
-        return self.denoise(x, sigma), torch.full_like(x, self.factor * width**0.5)[:, None]
-
-    def correlation(self, sigma):
-        C = conditional(self.moments.covariance, float(sigma))
-        width = C.marginal_variance(self.shape)
-        return C.map(lambda v: v / width)
 
 
 def test_guided_draws_follow_the_error_that_a_prior_knows():

@@ -14,9 +14,9 @@ d^2 and skewness g, shifted to the mean D. A force e of the data, the gradient o
     d^2 e / (1 - t),    t = 1/2 g d e,
 
 as it would that of a Gaussian of variance d^2 / (1 - t). The Gaussian's own shift is u = K e, with the forces on the pixels
-that go together: e is taken as u / d^2, and K is widened, or narrowed, by (1 - t)^-1 before the image is drawn. Averaged over
-data that such an image may give this adds 1/2 g E u^2 / d to the mean, which is what it must not change: so much is taken
-off it first, with E u^2 from how a few images respond to data simulated around them, averaged over near pixels.
+that go together: e is taken as u / d^2, and K is widened, or narrowed, by (1 - t)^-1 before the image is drawn. Averaged
+over all data that such an image may give, that would raise the mean by 1/2 g E u^2 / d: so much is taken off it first, with
+E u^2 from how a few images respond to data simulated around them, averaged over near pixels.
 
 A network can be sure of blank sky where there is a source, whose like it has rarely seen beside such a galaxy: K is then too
 small for the data to pull the source in, and all draws lose it. So the data are asked once more. Where what they still miss,

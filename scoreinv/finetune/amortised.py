@@ -51,7 +51,7 @@ from scoreinv.samplers.smc import systematic
 from scoreinv.streams import stream
 
 PROBES = 256  # of them that measure how sure the prior is at each level
-FORMAT = 4  # of the files of a control
+FORMAT = 5  # of the files of a control
 IMAGES = 1024  # draws of the prior from which training data are simulated
 
 
@@ -211,12 +211,18 @@ class Walk(Island):
         self.promise = torch.zeros(self.n, dtype=torch.float64)
         yield from ()
 
-    def _step(self, i: int) -> Generator[Request, Tensor, int]:
-        denoised = yield from self._denoise(self.x, self.levels[i])
+    def _step(self, i: int) -> Generator[Request, Any, int]:
+        error = None
+        if self.chain.prior.knows_error:
+            denoised, error = yield from self._denoise_with_error(self.x, self.levels[i])
+        else:
+            denoised = yield from self._denoise(self.x, self.levels[i])
         k = torch.full((self.n,), i)
         if self.least > 0 and self.twist.knows:
-            denoised = self._resampled(denoised, i)
-        step = self.chain.around(self.x, denoised, k, self.y)
+            chosen = self._resampled(denoised, i)
+            denoised = denoised[chosen]
+            error = None if error is None else error[chosen]
+        step = replace(self.chain.around(self.x, denoised, k, self.y), error=error)
         g = self.control.guide(step, k, self.y)
         u = self.control(self.x, denoised, g, k, self.y)
         z = step.drawn(u, self.generator)
@@ -225,7 +231,7 @@ class Walk(Island):
         return i + 1
 
     def _resampled(self, denoised: Tensor, i: int) -> Tensor:
-        """Weigh the particles by what they promise, and resample them if few count."""
+        """Weigh the particles by what they promise, and resample them if few count; returns which go on."""
         promise = self.twist.promise(self.x, denoised, i, self.y)
         self.log_w += promise - self.promise
         self.promise = promise
@@ -233,11 +239,11 @@ class Walk(Island):
         effective = float(1 / w.square().sum())
         self._lowest.append(effective / self.n)
         if effective >= self.least:
-            return denoised
+            return torch.arange(self.n)
         chosen = systematic(w, self.n, self.generator)
         self.x, self.promise = self.x[chosen], self.promise[chosen]
         self.log_w = torch.logsumexp(self.log_w, 0).sub(math.log(self.n)).expand(self.n).clone()
-        return denoised[chosen]
+        return chosen
 
     def _end(self) -> Descent:
         yield from self._step(len(self.levels) - 1)
@@ -340,8 +346,8 @@ def train(
 def new_chain(
     prior: Prior, covariances: Sequence[Covariance], likelihood: Likelihood | None
 ) -> PriorChain:
-    """The twisted chain where covariances given data are known, else the plain one."""
-    if likelihood is not None:
+    """The twisted chain where covariances given data are known and are all that is known, else the plain one."""
+    if likelihood is not None and not prior.knows_error:
         try:
             return TwistedChain(prior, len(covariances), likelihood, covariances)
         except NotKnownError:

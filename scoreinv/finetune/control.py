@@ -3,13 +3,13 @@
     u  =  F(x / scale, denoised / scale, g, clock, y)  +  gate(clock) g
 
 with F zero at first, so that training starts from the reference, and from the reference pulled by the data where there is
-guidance g: the shift of the denoised image that linear data with Gaussian noise make, known up to the error C_sigma that a
-Gaussian prior would leave,
+guidance g: the shift of the denoised image that linear data with Gaussian noise make,
 
-    g  =  V^-1/2 (1 - a) (C_sigma^-1 + H)^-1 A^T S^-1 (y - A D),
+    g  =  V^-1/2 (1 - a) (K^-1 + H)^-1 A^T S^-1 (y - A D).
 
-the proposal that `scoreinv.samplers.path` draws from. It is all of u for a Gaussian prior. Of other rewards it is the part
-that their slope makes, V^-1/2 (1 - a) C_sigma grad log r.
+K is the error of D that the prior knows around x, as local steps of `scoreinv.samplers.guided` have it, or C_sigma, that
+which a Gaussian prior would leave; there g is all of u. Of other rewards it is the part that their slope makes,
+V^-1/2 (1 - a) C_sigma grad log r.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from scoreinv.conditioning.local import respond
 from scoreinv.finetune.reference import GaussianStep, PriorChain, Reference, Step, foreseen, pulled
 from scoreinv.likelihood import Likelihood
+from scoreinv.posterior import SHORT
 from scoreinv.priors.unet import UNet, initialise, sinusoidal
 from scoreinv.streams import stream
 
@@ -143,8 +145,8 @@ class VectorControl(LearnedControl):
         reference: Reference,
         examples: Tensor | None = None,
         guide: Guide | None = None,
-        width: int = 64,
-        layers: int = 2,
+        width: int = 128,
+        layers: int = 3,
         seed: int = 0,
     ) -> None:
         super().__init__(reference, guide)
@@ -229,7 +231,7 @@ def numbers(y: Tensor) -> Tensor:
 
 
 def guidance(chain: PriorChain, likelihood: Likelihood) -> Guide:
-    """g of linear data with Gaussian noise, with the chain's own covariance for C.
+    """g of linear data with Gaussian noise; K is the error that the prior knows around each state, or the chain's C_sigma.
 
     Raises:
         ValueError: A likelihood that is not linear and Gaussian.
@@ -239,10 +241,18 @@ def guidance(chain: PriorChain, likelihood: Likelihood) -> Guide:
             f"guidance needs linear data with Gaussian noise, got {type(likelihood.operator).__name__} and "
             f"{type(likelihood.noise).__name__}; leave it out, or use guidance_by_gradient"
         )
-    given = foreseen(chain, likelihood)
+    prior = chain.prior
+    given = None if prior.knows_error else foreseen(chain, likelihood)
+    H = likelihood.information(chain.dtype).apply if prior.knows_error else None
 
     def g(step: GaussianStep, k: Tensor, y: Tensor) -> Tensor:
-        shift = pulled(chain, likelihood, given, step.denoised, k, y)
+        def response(i: int, rows: Tensor, e: Tensor) -> Tensor:
+            if given is not None:
+                return given[i].respond(e)
+            s = chain.levels[i]
+            return respond(prior.error_covariance(step.error[rows], s), H, e, SHORT * s)
+
+        shift = pulled(chain, likelihood, response, step.denoised, k, y)
         return step.covariance.map(torch.rsqrt).apply(shift)
 
     return g

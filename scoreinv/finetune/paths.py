@@ -42,6 +42,7 @@ class Paths:
         states: x_0, ..., x_T, with shape (T + 1, B, *shape).
         z: What their steps drew, with shape (T, B, *shape).
         denoised: Of all states but the last, with shape (T, B, *shape).
+        errors: Of those, with shape (T, B, parts, *shape); None if the reference knows none.
         guidance: What data say of each step, in units of V^1/2, with shape (T, B, *shape); None for controls without.
         y: Data of each path, with shape (B, *data); None if there are none.
         spent: By how much the control makes each step likelier than the reference does, with shape (T, B) [nat].
@@ -51,6 +52,7 @@ class Paths:
     states: Tensor
     z: Tensor
     denoised: Tensor
+    errors: Tensor | None
     guidance: Tensor | None
     y: Tensor | None
     spent: Tensor
@@ -115,7 +117,7 @@ class Engine:
     ) -> tuple[Paths, Tensor]:
         """Paths that begin with given states, with shape (k + 1, n, *shape), and are completed by the control."""
         ref, xs = self.reference, list(states)
-        zs, denoised, guides, spent = [], [], [], []
+        zs, denoised, errors, guides, spent = [], [], [], [], []
         start = ref.start(len(xs[0]), y)
         first = -start.log_ratio(xs[0], start.noise(xs[0]))
         for i in range(ref.steps):
@@ -131,11 +133,13 @@ class Engine:
             spent.append(step.log_density(u, z) - step.log_ratio(xs[i + 1], z))
             zs.append(z)
             denoised.append(step.denoised)
+            errors.append(step.error)
             guides.append(g)
         found = Paths(
             torch.stack(xs),
             torch.stack(zs),
             torch.stack(denoised),
+            None if errors[0] is None else torch.stack(errors),
             None if guides[0] is None else torch.stack(guides),
             y,
             torch.stack(spent),
@@ -199,6 +203,8 @@ class Engine:
             data = y.repeat(len(part), *[1] * (y.ndim - 1))
             with torch.no_grad():
                 step = ref.around(here, D, k, data)
+                if paths.errors is not None:
+                    step = replace(step, error=paths.errors[part, which].flatten(0, 1))
                 g, z = self.control.guide(step, k, data), step.noise(there)
             likelier = step.log_density(self.control(here, D, g, k, data), z).sum() / n
             (-T / len(chosen) * likelier).backward()

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,9 +38,11 @@ class Step(abc.ABC):
 
     Attributes:
         denoised: What x is known to become, with shape (B, *shape).
+        error: How far from that it may end, as `Prior.denoise_with_error` says; None where a prior does not.
     """
 
     denoised: Tensor
+    error: Tensor | None = None
 
     @abc.abstractmethod
     def drawn(self, u: Tensor | float, generator: torch.Generator, spread: float = 1.0) -> Tensor:
@@ -75,12 +77,14 @@ class GaussianStep(Step):
             known.
         plain: The step of the chain that this one stands for, and 1/2 log det of its covariance over this one's; None if
             it stands for itself.
+        error: See `Step`, with shape (B, parts, *shape).
     """
 
     mean: Tensor
     covariance: Covariance
     denoised: Tensor
     plain: tuple[GaussianStep, Tensor] | None = None
+    error: Tensor | None = None
 
     def drawn(self, u: Tensor | float, generator: torch.Generator, spread: float = 1.0) -> Tensor:
         n, *shape = self.mean.shape
@@ -207,7 +211,11 @@ class PriorChain(Reference):
         return GaussianStep(mean, C, mean)
 
     def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> GaussianStep:
-        return self.around(x, self.prior.denoise(x, self._sigma[k].to(x.dtype)), k, y)
+        sigma = self._sigma[k].to(x.dtype)
+        if not self.prior.knows_error:
+            return self.around(x, self.prior.denoise(x, sigma), k, y)
+        denoised, error = self.prior.denoise_with_error(x, sigma)
+        return replace(self.around(x, denoised, k, y), error=error)
 
     def around(self, x: Tensor, denoised: Tensor, k: Tensor, y: Tensor | None) -> GaussianStep:
         """Step k of each state, for images that the prior's network has denoised."""
@@ -305,7 +313,8 @@ class TwistedChain(PriorChain):
         plain = super().around(x, denoised, k, None)
         if y is None:
             return plain
-        mean = plain.mean + pulled(self, self.likelihood, self._given, denoised, k, y)
+        given = lambda i, rows, e: self._given[i].respond(e)
+        mean = plain.mean + pulled(self, self.likelihood, given, denoised, k, y)
         V = selected(self._twisted, k, self.shape)
         return GaussianStep(mean, V, denoised, (plain, self._volumes[k]))
 
@@ -370,16 +379,26 @@ def weighed(likelihood: Likelihood, y: Tensor, x: Tensor) -> Tensor:
 def pulled(
     chain: PriorChain,
     likelihood: Likelihood,
-    given: Sequence[Conditioned],
+    respond: Callable[[int, Tensor, Tensor], Tensor],
     denoised: Tensor,
     k: Tensor,
     y: Tensor,
 ) -> Tensor:
-    """By which data move the means of steps, (1 - a) (C_sigma^-1 + H)^-1 A^T S^-1 (y - A D), with shape (B, *shape)."""
+    """By which data move the means of steps, (1 - a) (K^-1 + H)^-1 A^T S^-1 (y - A D), with shape (B, *shape).
+
+    Args:
+        chain: Whose steps they are.
+        likelihood: Linear, with Gaussian noise.
+        respond: (K^-1 + H)^-1 e, of a step's number, which images take it, with shape (B,), and their e.
+        denoised: D, with shape (B, *shape).
+        k: Steps, with shape (B,).
+        y: Data, with shape (B, *data).
+    """
     e = weighed(likelihood, y, denoised)
     shift = torch.empty_like(denoised)
     for i in k.unique().tolist():
-        shift[k == i] = given[i].respond(e[k == i])
+        rows = k == i
+        shift[rows] = respond(i, rows, e[rows])
     share = 1 - (chain.sigma(k + 1) / chain.sigma(k)).square()
     return share.to(shift.dtype).reshape(-1, *[1] * (shift.ndim - 1)) * shift
 

@@ -8,7 +8,7 @@ their mean by (1 - a) (m - D), a = (s / sigma)^2. With the step's covariance V t
 so its paths have weights, and its ELBO and its upper bound say how far it is from the posterior, whatever its draws look
 like. All walk the same chain, with its levels and its noise; the estimates are those of
 
-    Guided    m = D + (C_sigma^-1 + H)^-1 A^T S^-1 (y - A D)
+    Guided    m = D + (K^-1 + H)^-1 A^T S^-1 (y - A D),  K the error that the prior knows around x, or C_sigma
     PiGDM     m = D + sigma^2 J^T A^T (S + r^2 A A^T)^-1 (y - A D),  r^2 = sigma^2 v / (sigma^2 + v)
     DPS       a step of zeta J^T A^T e / |e|,  e = y - A D,
 
@@ -22,14 +22,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from scoreinv.finetune.control import Control
+from scoreinv.finetune.control import Control, Guide, guidance
 from scoreinv.finetune.evidence import Evidence, simulated_bounds
 from scoreinv.finetune.paths import Engine
 from scoreinv.finetune.reference import (
+    GaussianStep,
     PriorChain,
-    foreseen,
     measured_chain,
-    pulled,
     solver,
     weighed,
 )
@@ -59,8 +58,8 @@ class SamplerControl(Control):
         self, chain: PriorChain, likelihood: Likelihood, sampler: Guided | PiGDM | DPS
     ) -> None:
         super().__init__(chain)
-        if type(sampler) not in SHIFTS:
-            known = ", ".join(kind.__name__ for kind in SHIFTS)
+        if not isinstance(sampler, Guided) and type(sampler) not in SHIFTS:
+            known = ", ".join(kind.__name__ for kind in (Guided, *SHIFTS))
             raise ValueError(
                 f"the steps of {type(sampler).__name__} have no density relative to the chain's; expected one of {known}"
             )
@@ -69,11 +68,21 @@ class SamplerControl(Control):
                 f"{type(likelihood.operator).__name__} with {type(likelihood.noise).__name__}: "
                 "samplers are compared on linear data with Gaussian noise"
             )
-        self._shift: Shift = SHIFTS[type(sampler)](chain, likelihood, sampler)
+        self._guide: Guide | None = None
+        self._shift: Shift | None = None
+        if isinstance(sampler, Guided):
+            self._guide = guidance(chain, likelihood)
+        else:
+            self._shift = SHIFTS[type(sampler)](chain, likelihood, sampler)
+
+    def guide(self, step: GaussianStep, k: Tensor, y: Tensor) -> Tensor | None:
+        return None if self._guide is None else self._guide(step, k, y)
 
     def forward(
         self, x: Tensor, denoised: Tensor, g: Tensor | None, k: Tensor, y: Tensor | None
     ) -> Tensor:
+        if self._shift is None:
+            return g
         step = self.reference.around(x, denoised, k, None)
         return step.covariance.map(torch.rsqrt).apply(self._shift(x, denoised, k, y))
 
@@ -105,11 +114,6 @@ def sampler_bounds(
     return simulated_bounds(engine, likelihood.simulate, sims, paths, seed)
 
 
-def _guided(chain: PriorChain, likelihood: Likelihood, sampler: Guided) -> Shift:
-    given = foreseen(chain, likelihood)
-    return lambda x, denoised, k, y: pulled(chain, likelihood, given, denoised, k, y)
-
-
 def _pigdm(chain: PriorChain, likelihood: Likelihood, sampler: PiGDM) -> Shift:
     C = chain.prior.moments.covariance
     v = float(C.eigenvalues(chain.shape).mean())
@@ -139,7 +143,7 @@ def _dps(chain: PriorChain, likelihood: Likelihood, sampler: DPS) -> Shift:
     return shift
 
 
-SHIFTS: dict[type, Callable[..., Shift]] = {Guided: _guided, PiGDM: _pigdm, DPS: _dps}
+SHIFTS: dict[type, Callable[..., Shift]] = {PiGDM: _pigdm, DPS: _dps}
 
 
 def _transposed(chain: PriorChain, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
