@@ -22,7 +22,7 @@ from scoreinv.finetune.amortised import PROBES, Amortised, finetune
 from scoreinv.finetune.control import VectorControl, guidance_by_gradient
 from scoreinv.finetune.evidence import evidence
 from scoreinv.finetune.free import Brownian
-from scoreinv.finetune.objectives import LogVariance
+from scoreinv.finetune.objectives import ForwardKL, LogVariance
 from scoreinv.finetune.paths import Engine
 from scoreinv.finetune.proposals import Given, LocalSearch, OnPolicy
 from scoreinv.finetune.reference import measured_chain
@@ -198,7 +198,7 @@ def _modes(engine: Engine, y: Tensor | None, posterior: Modes, seed: int) -> dic
 
 
 def nine(seed: int) -> dict[str, float]:
-    """9 of the 25 modes with new weights: the published toy, from paths through exact draws and the control's own."""
+    """9 of the 25 modes with new weights: the published toy, from paths through exact draws, as likely as they can be."""
     prior, eye = grid(), VARIANCE * torch.eye(2, dtype=torch.float64)
     before = Modes(torch.ones(25, dtype=torch.float64), MODES, eye)
     after = Modes(torch.tensor(NINE_WEIGHTS, dtype=torch.float64), NINE.double(), eye)
@@ -207,11 +207,11 @@ def nine(seed: int) -> dict[str, float]:
         x = x.flatten(1)
         return (after.log_prob(x) - before.log_prob(x)).clamp_min(-30.0)
 
-    chain = measured_chain(prior, 30, prior.sample(PROBES, seed), seed)
+    chain = measured_chain(prior, 50, prior.sample(PROBES, seed), seed)
     engine = Engine(chain, VectorControl(chain, seed=seed), reward)
     images = after.draws(5000, stream(seed, 15)).reshape(-1, *PLANE)
-    recipe = Recipe(LogVariance(), [(0.5, OnPolicy()), (0.5, Given(images))])
-    plan = Plan(iterations=1000, seed=seed)
+    recipe = Recipe(ForwardKL(), [(1.0, Given(images))])
+    plan = Plan(iterations=1500, seed=seed)
     train_control(engine, _free(PLANE), plan, recipe)
     row = judged(engine, None, 0.0, after.draws(5 * PATHS, stream(seed, 10)), seed)
     return {**row, **_modes(engine, None, after, seed)}
@@ -234,12 +234,11 @@ def mixture(seed: int) -> tuple[MixturePrior, Likelihood]:
     )
 
 
-def amortised(steps: int, iterations: int) -> Callable:
+def amortised(steps: int, plan: Plan) -> Callable:
     """Any data of the mixture: numbers are means over new data sets."""
 
     def run(seed: int) -> dict[str, float]:
         prior, likelihood = mixture(1)
-        plan = Plan(iterations, groups=32, paths=8, rate=1e-3, seed=seed)
         learned = finetune(prior, likelihood, seed=seed, steps=steps, plan=plan)
         untrained = finetune(
             prior, likelihood, seed=seed, steps=steps, plan=Plan(1, groups=2, paths=2, rate=1e-12)
@@ -304,17 +303,19 @@ def _free(shape: tuple[int, ...]) -> Callable[[int, int], tuple[Tensor, None]]:
 def density(
     log_p: Callable[[Tensor], Tensor],
     d: int,
-    variance: float,
-    steps: int,
+    motion: tuple[int, float, float],
     iterations: int,
     log_z: float,
     draws: Callable[[int, torch.Generator], Tensor],
 ) -> Callable:
-    """A density without a prior: Brownian motion steered towards it, by its gradient and local search."""
+    """A density without a prior: Brownian motion steered towards it, by its gradient and local search.
+
+    The motion is so many steps, to this variance, the last of which has that one.
+    """
 
     def run(seed: int) -> dict[str, float]:
         shape = (1, 1, d)
-        reference = Brownian(shape, steps, variance)
+        reference = Brownian(shape, *motion)
         reward = lambda x, _: log_p(x.flatten(1))
         guide = guidance_by_gradient(reference, reward)
         engine = Engine(reference, VectorControl(reference, None, guide, seed=seed), reward)
@@ -368,24 +369,28 @@ CASES = {
         nine,
         {"log Z": (-0.05, 0.05), "EUBO": (-INF, 0.3), "weighed": (0, 0.05)},
     ),
-    "amortised, T = 20": Case(amortised(20, 600), {"ELBO": (-1.6, INF), "log Z": (0, 0.25)}),
+    "amortised, T = 20": Case(
+        amortised(20, Plan(50, simulated=600, groups=32, paths=8)),
+        {"ELBO": (-1.6, INF), "log Z": (0, 0.25)},
+    ),
     "amortised, T = 50": Case(
-        amortised(50, 500), {"SW2": (0, 0.2), "log Z": (0, 0.15)}, quick=False
+        amortised(50, Plan(50, simulated=1000, groups=32, paths=8, steps=10)),
+        {"SW2": (0, 0.2), "log Z": (0, 0.15)},
     ),
     "Guided, T = 20": Case(sde(Guided(), 20)),
     "PiGDM, T = 20": Case(sde(PiGDM(), 20)),
     "DPS, T = 20": Case(sde(DPS(zeta=0.1), 20)),
     "25 modes": Case(
-        density(ALL.log_prob, 2, 50.0, 40, 1000, 0.0, ALL.draws),
+        density(ALL.log_prob, 2, (60, 50.0, 0.05), 1000, 0.0, ALL.draws),
         {"ELBO": (-0.21, INF), "log Z": (-0.02, 0.02)},
     ),
     "funnel": Case(
-        density(funnel, 10, 1.0, 40, 1000, 0.0, funnel_draws),
+        density(funnel, 10, (100, 3.0, 0.001), 1000, 0.0, funnel_draws),
         {"ELBO": (-0.7, INF), "log Z": (-0.3, 0.3)},
         quick=False,
     ),
     "wells": Case(
-        density(wells, 32, 1.0, 40, 1000, WELLS * WELL, wells_draws),
+        density(wells, 32, (60, 1.0, 0.01), 1000, WELLS * WELL, wells_draws),
         {"ELBO": (-4.7, INF), "log Z": (-0.2, 0.2)},
         quick=False,
     ),

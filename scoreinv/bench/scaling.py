@@ -122,6 +122,7 @@ def stretched(prior: ScorePrior, size: int) -> ScorePrior:
         prior.sigma_max,
         autocast=prior.autocast,
         error=error,
+        symmetric=prior.symmetric,
     )
 
 

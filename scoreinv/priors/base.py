@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scoreinv.gaussian import Fourier, Gaussian, Modulated
 from scoreinv.kernels import bridge, noise_levels
+from scoreinv.priors.turns import Turns
 from scoreinv.streams import stream
 
 
@@ -30,6 +31,7 @@ class Prior(abc.ABC):
         identity: What the provenance of a result calls this prior: name, hash of the weights.
         excess_noise: Variance of more fresh noise in reverse steps, along the error of the denoised image and in units of
             it. Trained denoisers lose detail from step to step, and this keeps it; an exact one needs none.
+        symmetric: Whether flipped and rotated images are as likely, which a network knows up to its errors.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +41,7 @@ class Prior(abc.ABC):
     moments: Gaussian
     identity: dict[str, str]
     excess_noise: float = 0.0
+    symmetric: bool = False
 
     @abc.abstractmethod
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -93,12 +96,21 @@ class Prior(abc.ABC):
             generator: Of the fresh noise.
         """
         for sigma, s in zip(levels, [*levels[1:], 0.0], strict=True):
-            denoised, a = self.denoise_with_error(x, x.new_full((len(x),), sigma))
+            turns = self.turns(len(x), generator)
+            looked = self.denoise_with_error(turns.there(x), x.new_full((len(x),), sigma))
+            denoised, a = (turns.back(v) for v in looked)
             error = self.error_covariance(a, sigma)
             x0 = denoised + error.draw(generator)
             fresh = torch.randn(x.shape, generator=generator, dtype=x.dtype)
             x = bridge(x, x0, sigma, s, self.stirred(fresh, error, sigma, generator))
         return x
+
+    def turns(self, n: int, generator: torch.Generator) -> Turns:
+        """How n images are turned before a reverse step shows them to the denoiser."""
+        kinds = 1
+        if self.symmetric:
+            kinds = 8 if self.shape[-2] == self.shape[-1] else 4  # without rotations
+        return Turns(torch.randint(kinds, (n,), generator=generator))
 
     def stirred(
         self, fresh: Tensor, error: Modulated, sigma: float, generator: torch.Generator
@@ -185,7 +197,7 @@ class RescaledPrior(Prior):
         self.sigma_min, self.sigma_max = amplitude * prior.sigma_min, amplitude * prior.sigma_max
         self.moments = prior.moments.rescaled(amplitude)
         self.identity = {**prior.identity, "amplitude": f"{amplitude:.9g}"}
-        self.excess_noise = prior.excess_noise
+        self.excess_noise, self.symmetric = prior.excess_noise, prior.symmetric
 
     def sample(self, n: int, seed: int, steps: int = 40, churn: float = 0.1) -> Tensor:
         """amplitude times the draws of the prior, with shape (n, C, H, W)."""

@@ -91,6 +91,7 @@ class ScorePrior(Prior):
         identity: Name and hash, for the provenance of results.
         autocast: Run the network in bfloat16; the preconditioning stays in float32.
         error: What the network knows of its error, if it learned that.
+        symmetric: `Prior.symmetric`.
     """
 
     def __init__(
@@ -103,13 +104,14 @@ class ScorePrior(Prior):
         identity: dict[str, str] | None = None,
         autocast: bool = True,
         error: ErrorModel | None = None,
+        symmetric: bool = False,
     ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.sigma_data, self.moments, self.autocast = sigma_data, moments, autocast
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self.shape, self.dtype = tuple(moments.mean.shape), torch.float32
         self.identity = identity or {"prior": type(network).__name__}
-        self.error = error
+        self.error, self.symmetric = error, symmetric
 
     @property
     def excess_noise(self) -> float:

@@ -128,6 +128,7 @@ def _load(weights: Path, card_path: Path) -> ScorePrior:
         card["sigma_max"],
         identity={"prior": card["name"], "sha256": digest},
         error=_error(network, tensors),
+        symmetric=card["training"]["data"].get("symmetric", True),
     )
 
 

@@ -90,8 +90,10 @@ class Following(Twisted):
 
     def _arrive(self, s: float, prior: Covariance | None = None) -> Descent:
         self.s = s
-        self.denoised, a = yield from self._denoise_with_error(self.x, s)
         knows = self.posterior.prior
+        turns = knows.turns(self.n, self.generator)
+        looked = yield from self._denoise_with_error(turns.there(self.x), s)
+        self.denoised, a = (turns.back(v) for v in looked)
         self.covariance = knows.error_covariance(a, s)
         self.skewness = knows.error_skewness(self.denoised / self.covariance.deviation, s)
 

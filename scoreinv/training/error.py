@@ -105,6 +105,7 @@ def learn_error(
         prior.sigma_min,
         prior.sigma_max,
         error=ErrorModel(head, levels, white, torch.zeros_like(levels)),
+        symmetric=prior.symmetric,
     )
     power = [spectrum(knows, held_out, float(s), stream(seed, 8, i)) for i, s in enumerate(levels)]
     knows.error = replace(knows.error, power=torch.stack(power))

@@ -219,7 +219,13 @@ def as_prior(
     network.load_state_dict(weights)
     network.to(memory_format=torch.channels_last)
     return ScorePrior(
-        network, sigma_data, moments, run.sigma_min, run.sigma_max, {"prior": run.name}
+        network,
+        sigma_data,
+        moments,
+        run.sigma_min,
+        run.sigma_max,
+        {"prior": run.name},
+        symmetric=run.data.symmetric,
     )
 
 
