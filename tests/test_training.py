@@ -12,6 +12,7 @@ from matplotlib.image import imsave
 import scoreinv as si
 from scoreinv.gaussian import Fourier, Modulated
 from scoreinv.priors.unet import UNet
+from scoreinv.priors.zoo import save_prior
 from scoreinv.streams import stream
 from scoreinv.training import (
     Network,
@@ -118,6 +119,14 @@ def test_a_trained_folder_is_a_prior(trained):
     x = prior.sample(3, seed=0)
     assert x.shape == (3, 1, 16, 16) and bool(torch.isfinite(x).all())
     torch.testing.assert_close(prior.sample(2, seed=0), x[:2], rtol=1e-3, atol=1e-3)
+
+
+def test_a_folder_says_whether_its_prior_is_symmetric(trained, tmp_path):
+    prior, card = si.load_prior(trained), json.loads((trained / "card.json").read_text())
+    assert prior.symmetric and all(si.load_prior(name).symmetric for name in si.shipped_priors())
+    prior.symmetric = False
+    save_prior(tmp_path, prior, card)
+    assert not si.load_prior(tmp_path).symmetric
 
 
 def test_damaged_and_foreign_weights_are_refused(trained, tmp_path):

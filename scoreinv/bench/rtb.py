@@ -198,7 +198,7 @@ def _modes(engine: Engine, y: Tensor | None, posterior: Modes, seed: int) -> dic
 
 
 def nine(seed: int) -> dict[str, float]:
-    """9 of the 25 modes with new weights: the published toy, from paths through exact draws, as likely as they can be."""
+    """9 of the 25 modes with new weights: the published toy, by the forward divergence on paths through exact draws."""
     prior, eye = grid(), VARIANCE * torch.eye(2, dtype=torch.float64)
     before = Modes(torch.ones(25, dtype=torch.float64), MODES, eye)
     after = Modes(torch.tensor(NINE_WEIGHTS, dtype=torch.float64), NINE.double(), eye)
@@ -310,7 +310,13 @@ def density(
 ) -> Callable:
     """A density without a prior: Brownian motion steered towards it, by its gradient and local search.
 
-    The motion is so many steps, to this variance, the last of which has that one.
+    Args:
+        log_p: With shape (n,), for x with shape (n, d).
+        d: Dimensions.
+        motion: Steps, variance and last of `Brownian`.
+        iterations: Of the training.
+        log_z: Of the density.
+        draws: So many exact ones, with shape (n, d).
     """
 
     def run(seed: int) -> dict[str, float]:

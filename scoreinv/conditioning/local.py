@@ -14,9 +14,14 @@ d^2 and skewness g, shifted to the mean D. A force e of the data, the gradient o
     d^2 e / (1 - t),    t = 1/2 g d e,
 
 as it would that of a Gaussian of variance d^2 / (1 - t). The Gaussian's own shift is u = K e, with the forces on the pixels
-that go together: e is taken as u / d^2, and K is widened, or narrowed, by (1 - t)^-1 before the image is drawn. Averaged
-over all data that such an image may give, that would raise the mean by 1/2 g E u^2 / d: so much is taken off it first, with
-E u^2 from how a few images respond to data simulated around them, averaged over near pixels.
+that go together: e is taken as u / d^2, and K is widened, or narrowed, by (1 - t)^-1 before the image is drawn, t within
+`TILTS`. To first order in t that raises the mean of a pixel over all data that such an image may give, by a share of
+
+    E[t u]  =  1/2 g d r P,      r = E u^2 / d^2,
+
+where P is the probability that t, of variance (g / 2)^2 r, is within its limits (Stein's lemma). So much is taken off the
+mean first, which counts by the same share; r comes from how a few images respond to data simulated around them, averaged
+over near pixels.
 
 A network can be sure of blank sky where there is a source, whose like it has rarely seen beside such a galaxy: K is then too
 small for the data to pull the source in, and all draws lose it. So the data are asked once more. Where what they still miss,
@@ -92,8 +97,10 @@ class LocalConditioned:
             return m, self.K
         half, d = 0.5 * self.skewness, self.K.deviation
         t = half * self.shift(m, ROUGH) / d
-        m = m - half * d * self.heard(generator)
-        return m, self.K.widened((1 - t.clamp(*TILTS)).rsqrt())
+        heard = self.heard(generator)
+        spread = (half.abs() * heard.sqrt()).clamp_min(1e-6)
+        low, high = (torch.special.ndtr(limit / spread) for limit in TILTS)
+        return m - half * d * heard * (high - low), self.K.widened((1 - t.clamp(*TILTS)).rsqrt())
 
     def heard(self, generator: torch.Generator) -> Tensor:
         """E u^2 / d^2, the share of a pixel's variance that the data explain, with shape (1, C, H, W)."""

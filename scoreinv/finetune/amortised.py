@@ -346,7 +346,7 @@ def train(
 def new_chain(
     prior: Prior, covariances: Sequence[Covariance], likelihood: Likelihood | None
 ) -> PriorChain:
-    """The twisted chain where covariances given data are known and are all that is known, else the plain one."""
+    """The twisted chain where covariances given data are known, unless the prior knows its error around each state."""
     if likelihood is not None and not prior.knows_error:
         try:
             return TwistedChain(prior, len(covariances), likelihood, covariances)

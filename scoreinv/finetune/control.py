@@ -8,8 +8,8 @@ guidance g: the shift of the denoised image that linear data with Gaussian noise
     g  =  V^-1/2 (1 - a) (K^-1 + H)^-1 A^T S^-1 (y - A D).
 
 K is the error of D that the prior knows around x, as local steps of `scoreinv.samplers.guided` have it, or C_sigma, that
-which a Gaussian prior would leave; there g is all of u. Of other rewards it is the part that their slope makes,
-V^-1/2 (1 - a) C_sigma grad log r.
+which a Gaussian prior would leave; for a Gaussian prior g is all of u. Of other rewards it is the part that their slope
+makes, V^-1/2 (1 - a) C_sigma grad log r.
 """
 
 from __future__ import annotations
@@ -230,8 +230,13 @@ def numbers(y: Tensor) -> Tensor:
     return (torch.view_as_real(y) if y.is_complex() else y).flatten(1).float()
 
 
-def guidance(chain: PriorChain, likelihood: Likelihood) -> Guide:
-    """g of linear data with Gaussian noise; K is the error that the prior knows around each state, or the chain's C_sigma.
+def guidance(chain: PriorChain, likelihood: Likelihood, local: bool = True) -> Guide:
+    """g of linear data with Gaussian noise.
+
+    Args:
+        chain: Whose steps are pulled.
+        likelihood: Linear, with Gaussian noise.
+        local: For K take the error around each state, if the prior knows it; else the chain's C_sigma.
 
     Raises:
         ValueError: A likelihood that is not linear and Gaussian.
@@ -241,9 +246,9 @@ def guidance(chain: PriorChain, likelihood: Likelihood) -> Guide:
             f"guidance needs linear data with Gaussian noise, got {type(likelihood.operator).__name__} and "
             f"{type(likelihood.noise).__name__}; leave it out, or use guidance_by_gradient"
         )
-    prior = chain.prior
-    given = None if prior.knows_error else foreseen(chain, likelihood)
-    H = likelihood.information(chain.dtype).apply if prior.knows_error else None
+    prior, local = chain.prior, local and chain.prior.knows_error
+    given = None if local else foreseen(chain, likelihood)
+    H = likelihood.information(chain.dtype).apply if local else None
 
     def g(step: GaussianStep, k: Tensor, y: Tensor) -> Tensor:
         def response(i: int, rows: Tensor, e: Tensor) -> Tensor:

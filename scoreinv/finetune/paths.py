@@ -42,7 +42,7 @@ class Paths:
         states: x_0, ..., x_T, with shape (T + 1, B, *shape).
         z: What their steps drew, with shape (T, B, *shape).
         denoised: Of all states but the last, with shape (T, B, *shape).
-        errors: Of those, with shape (T, B, parts, *shape); None if the reference knows none.
+        errors: Of those, with shape (T, B, parts, *shape), for paths without a control, of a reference that knows them.
         guidance: What data say of each step, in units of V^1/2, with shape (T, B, *shape); None for controls without.
         y: Data of each path, with shape (B, *data); None if there are none.
         spent: By how much the control makes each step likelier than the reference does, with shape (T, B) [nat].
@@ -133,7 +133,7 @@ class Engine:
             spent.append(step.log_density(u, z) - step.log_ratio(xs[i + 1], z))
             zs.append(z)
             denoised.append(step.denoised)
-            errors.append(step.error)
+            errors.append(None if controlled else step.error)
             guides.append(g)
         found = Paths(
             torch.stack(xs),

@@ -26,8 +26,8 @@ from scoreinv.finetune.control import Control, Guide, guidance
 from scoreinv.finetune.evidence import Evidence, simulated_bounds
 from scoreinv.finetune.paths import Engine
 from scoreinv.finetune.reference import (
-    GaussianStep,
     PriorChain,
+    Step,
     measured_chain,
     solver,
     weighed,
@@ -43,7 +43,9 @@ Shift = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class SamplerControl(Control):
-    """A control that learns nothing: it moves the chain as a sampler would.
+    """A control that learns nothing: it moves the means of the chain's steps as a sampler would.
+
+    What else the sampler does, such as the fresh noise and the skewed errors of local steps, is not part of it.
 
     Args:
         chain: That is moved.
@@ -71,11 +73,11 @@ class SamplerControl(Control):
         self._guide: Guide | None = None
         self._shift: Shift | None = None
         if isinstance(sampler, Guided):
-            self._guide = guidance(chain, likelihood)
+            self._guide = guidance(chain, likelihood, sampler.local)
         else:
             self._shift = SHIFTS[type(sampler)](chain, likelihood, sampler)
 
-    def guide(self, step: GaussianStep, k: Tensor, y: Tensor) -> Tensor | None:
+    def guide(self, step: Step, k: Tensor, y: Tensor | None) -> Tensor | None:
         return None if self._guide is None else self._guide(step, k, y)
 
     def forward(

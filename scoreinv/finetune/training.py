@@ -184,7 +184,8 @@ class _State:
         )
         self.average = {k: v.clone() for k, v in self.control.state_dict().items()}
         proposals = [(share, type(p).__name__) for share, p in recipe.proposals]
-        self.key = f"{plan} {recipe.temper} {type(recipe.objective).__name__} {proposals}"
+        weights = sum(p.numel() for p in self.control.parameters())
+        self.key = f"{plan} {recipe.temper} {type(recipe.objective).__name__} {proposals} {weights} weights"
         # prior, chain, control, measurement and data all show in the weights of a few paths
         _, log_w = engine.paths(len(x), y, stream(plan.seed, 4))
         self.probe = float(log_w.sum())

@@ -94,7 +94,7 @@ def save_prior(folder: Path, prior: ScorePrior, card: dict[str, Any]) -> str:
     path = folder / "weights.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    card = {"format": FORMAT, **card, "sha256": digest}
+    card = {"format": FORMAT, **card, "symmetric": prior.symmetric, "sha256": digest}
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     return digest
 
@@ -128,7 +128,7 @@ def _load(weights: Path, card_path: Path) -> ScorePrior:
         card["sigma_max"],
         identity={"prior": card["name"], "sha256": digest},
         error=_error(network, tensors),
-        symmetric=card["training"]["data"].get("symmetric", True),
+        symmetric=card.get("symmetric", False),
     )
 
 
