@@ -389,6 +389,7 @@ CASES = {
     "25 modes": Case(
         density(ALL.log_prob, 2, (60, 50.0, 0.05), 1000, 0.0, ALL.draws),
         {"ELBO": (-0.21, INF), "log Z": (-0.02, 0.02)},
+        quick=False,
     ),
     "funnel": Case(
         density(funnel, 10, (100, 3.0, 0.001), 1000, 0.0, funnel_draws),
