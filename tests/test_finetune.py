@@ -262,13 +262,14 @@ def test_samplers_are_controls_whose_paths_weigh_the_evidence():
     assert max(gap["Guided"]) < 1 and min(gap["DPS"]) > 50
 
 
-def test_guidance_follows_the_error_that_a_prior_knows():
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 6, 8)])
+def test_guidance_follows_the_error_that_a_prior_knows(shape):
     """For a Gaussian prior it is the guidance by C_sigma, up to what a solve leaves out: mean log-weights within 0.3 nat.
 
     A prior that takes itself for twice as sure is moved too little, and pays for it; what it says goes into every use.
     """
-    C = Fourier(power_law(8, 8))
-    zero, noise = torch.zeros(1, 8, 8), si.GaussianNoise(std=0.3)
+    C = Fourier(power_law(*shape[1:]).expand(shape).contiguous())
+    zero, noise = torch.zeros(shape), si.GaussianNoise(std=0.3)
     plain, prior = si.GaussianPrior(zero, C), Knowing(zero, C)
     likelihood = si.Likelihood(si.PSFConvolution(torch.ones(3, 3) / 9, plain.shape), noise)
     y = likelihood.simulate(plain.sample(1, 0), 1)[0]
@@ -294,7 +295,7 @@ def test_guidance_follows_the_error_that_a_prior_knows():
     assert draws.log_evidence == pytest.approx(known, abs=1.0)  # four standard deviations
     # paths of the chain carry the errors: their steps are pulled as those of the control are
     pool = learned.engine.unsteered(3, stream(2))
-    assert pool.errors.shape == (12, 3, 1, 1, 8, 8)
+    assert pool.errors.shape == (12, 3, 1, *shape)
     data = likelihood.simulate(pool.x, 3)
     gain = learned.engine.imitate(pool, torch.arange(3), data, stream(4))
     states = learned.engine.onwards(pool.states, data, stream(5))[0]

@@ -96,7 +96,7 @@ class Prior(abc.ABC):
             generator: Of the fresh noise.
         """
         for sigma, s in zip(levels, [*levels[1:], 0.0], strict=True):
-            turns = self.turns(len(x), generator)
+            turns = self.turns([generator] * len(x))
             looked = self.denoise_with_error(turns.there(x), x.new_full((len(x),), sigma))
             denoised, a = (turns.back(v) for v in looked)
             error = self.error_covariance(a, sigma)
@@ -105,12 +105,12 @@ class Prior(abc.ABC):
             x = bridge(x, x0, sigma, s, self.stirred(fresh, error, sigma, generator))
         return x
 
-    def turns(self, n: int, generator: torch.Generator) -> Turns:
-        """How n images are turned before a reverse step shows them to the denoiser."""
-        kinds = 1
-        if self.symmetric:
-            kinds = 8 if self.shape[-2] == self.shape[-1] else 4  # without rotations
-        return Turns(torch.randint(kinds, (n,), generator=generator))
+    def turns(self, generators: Sequence[torch.Generator]) -> Turns:
+        """How images are turned before the denoiser sees them, one for each generator."""
+        if not self.symmetric:
+            return Turns(None)
+        kinds = 8 if self.shape[-2] == self.shape[-1] else 4  # without rotations
+        return Turns(torch.cat([torch.randint(kinds, (1,), generator=g) for g in generators]))
 
     def stirred(
         self, fresh: Tensor, error: Modulated, sigma: float, generator: torch.Generator
@@ -133,7 +133,8 @@ class Prior(abc.ABC):
     def sample(self, n: int, seed: int, steps: int = 40, churn: float = 0.1) -> Tensor:
         """n draws, with shape (n, C, H, W), by Heun's method on the probability-flow ODE with a little fresh noise.
 
-        The start is the Gaussian N(mean, C + sigma_max^2 I). Draw i depends on (seed, i) only.
+        The start is the Gaussian N(mean, C + sigma_max^2 I); images of a symmetric prior are turned at random before each
+        step. Draw i depends on (seed, i) only.
         Karras et al. (2022, arXiv:2206.00364), algorithm 2.
 
         Args:
@@ -161,6 +162,7 @@ class Prior(abc.ABC):
         start = self.moments.covariance.map(lambda v: v + levels[0] ** 2)
         x = self.moments.mean.to(self.dtype) + start.sqrt(white())
         for sigma, s in zip(levels[:-1], levels[1:], strict=True):
+            x = self.turns(generators).there(x)
             raised = min(sigma * (1 + churn), self.sigma_max)
             x = x + (raised**2 - sigma**2) ** 0.5 * white() if raised > sigma else x
             slope = -raised * self.score(x, x.new_full((len(x),), raised))

@@ -17,14 +17,16 @@ class Turns:
     """Flips and rotations of the images of a batch.
 
     Args:
-        which: Of the eight for each image, with shape (B,); 0 leaves it as it is.
+        which: Of the eight for each image, with shape (B,); 0 leaves it as it is. None leaves all.
     """
 
-    def __init__(self, which: Tensor) -> None:
+    def __init__(self, which: Tensor | None) -> None:
         self.which = which
 
     def there(self, x: Tensor) -> Tensor:
         """Turned images, with the shape of x, (B, ..., H, W)."""
+        if self.which is None:
+            return x
         turned = torch.empty_like(x)
         for k in self.which.unique().tolist():
             v = x[self.which == k]
@@ -34,6 +36,8 @@ class Turns:
 
     def back(self, x: Tensor) -> Tensor:
         """Undo `there`."""
+        if self.which is None:
+            return x
         found = torch.empty_like(x)
         for k in self.which.unique().tolist():
             v = x[self.which == k].flip(_flipped(k))

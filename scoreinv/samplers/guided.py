@@ -92,7 +92,7 @@ class Following(Twisted):
     def _arrive(self, s: float, prior: Covariance | None = None) -> Descent:
         self.s = s
         knows = self.posterior.prior
-        turns = knows.turns(self.n, self.generator)
+        turns = knows.turns([self.generator] * self.n)
         looked = yield from self._denoise_with_error(turns.there(self.x), s)
         self.denoised, a = (turns.back(v) for v in looked)
         self.covariance = knows.error_covariance(a, s)
