@@ -11,6 +11,8 @@ from matplotlib.image import imsave
 
 import scoreinv as si
 from scoreinv.gaussian import Fourier, Modulated
+from scoreinv.kernels import noise_levels
+from scoreinv.priors.network import ErrorModel, preconditioning
 from scoreinv.priors.unet import UNet
 from scoreinv.priors.zoo import save_prior
 from scoreinv.streams import stream
@@ -24,7 +26,7 @@ from scoreinv.training import (
     train,
 )
 from scoreinv.training import loop as training
-from scoreinv.training.error import bands, skewness
+from scoreinv.training.error import SLICES, bands, corrections, skewness, white_noise
 from scoreinv.training.loop import _median_power, learning_rate
 from scoreinv.training.own import read_folder
 
@@ -271,6 +273,83 @@ def test_skewness_of_errors_is_measured():
     normal = mean + width * torch.randn(shape, generator=stream(1))
     for images, gamma in ((skewed, 1.0), (normal, 0.0), (2 * mean - skewed, -1.0)):
         assert skewness(Flat(), images, 1e-6, stream(3)) == pytest.approx(gamma, abs=0.1)
+
+
+def test_what_a_head_is_short_of_is_measured():
+    """White errors of width w, of which the head says w^1.5: in a slice of pixels it is off by what w says.
+
+    Within 5 standard errors, and 0.03 for the width of the slices; without correction it would be off by up to 1.6.
+    """
+    shape, s, sigma_data = (4096, 1, 16, 16), 0.3, 1.0
+    w = 0.1 * 10 ** torch.rand(4096, 1, 1, 1, generator=stream(1))
+
+    class Sure:
+        sigma_data = 1.0
+
+        def denoise_with_error(self, x, sigma):
+            i = self.seen + torch.arange(len(x))
+            self.seen += len(x)
+            return torch.zeros_like(x), w[i][:, None].pow(1.5).expand(-1, 3, *shape[1:])
+
+    prior = Sure()
+    prior.seen = 0
+    errors = w * torch.randn(shape, generator=stream(2))
+    pairs = corrections(prior, errors, s, stream(3))
+    assert pairs.shape[0] == 3 and pairs.shape[2] == 2
+    out = float(preconditioning(torch.tensor([s]), sigma_data)[1])
+    point = torch.zeros(1, 1, 16, 16, dtype=torch.float64)
+    point[..., 0, 0] = 1
+    power = torch.fft.fft2(bands(point)[0, :, 0]).abs().square().flatten(1)
+    torch.testing.assert_close(white_noise((16, 16)), power.mean(1))
+    assert float(power.mean(1).sum()) == pytest.approx(1)
+    said, short = pairs.unbind(2)
+    log_w = (0.5 * said + np.log(out)) / 1.5
+    expected = 2 * log_w + power.mean(1).log()[:, None] - 3 * log_w
+    modes = power.sum(1).square() / power.square().sum(1)
+    images = 4096 * torch.tensor(SLICES, dtype=torch.float64).diff()
+    standard_error = (2 / (modes[:, None] * images)).sqrt()
+    assert ((short - expected).abs() < 5 * standard_error + 0.03).all()
+    assert float(expected.max() - expected.min()) > 1.6
+
+
+def test_a_head_is_corrected_between_slices_and_levels():
+    """As numpy interpolates, for images at levels of their own."""
+    levels = torch.tensor([0.1, 0.4, 1.6], dtype=torch.float64)
+    at = torch.randn(3, 2, 5, generator=stream(1), dtype=torch.float64).sort(-1).values
+    pairs = torch.stack([at, torch.randn(at.shape, generator=stream(2), dtype=torch.float64)], -1)
+    white = torch.tensor([0.25, 4.0])
+    error = ErrorModel(None, levels, white, pairs, torch.ones(3, 2, 1, 4, 4), torch.ones(3))
+    log_v = 2 * torch.randn(5, 2, 1, 4, 4, generator=stream(3), dtype=torch.float64)
+    sigma = torch.tensor([0.01, 0.1, 0.2, 1.6, 9.0], dtype=torch.float64)
+    found = error.corrected(log_v, sigma)
+    between = [pairs[0], pairs[0], pairs[:2].mean(0), pairs[2], pairs[2]]
+    for i, of_level in enumerate(between):
+        for b in range(2):
+            short = np.interp(log_v[i, b].numpy(), *of_level[b].T.numpy())
+            np.testing.assert_allclose(found[i, b] - log_v[i, b], short, atol=1e-12)
+    # and no error is larger than the noise
+    a = error.deviations(log_v, torch.ones(5, 1, 1, 1), sigma)
+    most = sigma.reshape(-1, 1, 1, 1, 1) * torch.tensor([0.5, 2.0]).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(a, torch.minimum((0.5 * found).exp(), most))
+    assert (a < most).any() and (a == most).any()
+
+
+def test_draws_of_sources_beyond_the_training_stay_in_reach():
+    """Four times the brightest peak that galaxy64 has seen, at noise 0.3: no draw is brighter than that.
+
+    Without the limit to what the head says, half of them reach 1e4, which is the negative control.
+    """
+    prior = si.load_prior("galaxy64")
+    bright = prior.sample(1, seed=3)
+    bright = 8 * bright / bright.max()
+    levels = [0.3, *(v for v in noise_levels(80, prior.sigma_max, prior.sigma_min) if v < 0.29)]
+    known, peaks = prior.error, []
+    for white in (known.white, torch.full((3,), torch.inf)):
+        prior.error = replace(known, white=white)
+        x = bright + 0.3 * torch.randn((16, 1, 64, 64), generator=stream(1))
+        peaks.append(prior.continued(x, levels, stream(2)).amax((1, 2, 3)))
+    assert float(peaks[0].max()) < 8.5 and float(peaks[0].median()) > 4
+    assert float(peaks[1].max()) > 100
 
 
 def test_bands_of_an_error_share_its_power():

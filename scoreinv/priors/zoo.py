@@ -23,7 +23,7 @@ from scoreinv.priors.network import ErrorModel, ScorePrior
 from scoreinv.priors.score_models import ScoreModelsPrior, load_score_models
 from scoreinv.priors.unet import UNet, error_head
 
-FORMAT = 2
+FORMAT = 3
 SHIPPED = Path(__file__).parent / "weights"
 
 
@@ -88,6 +88,8 @@ def save_prior(folder: Path, prior: ScorePrior, card: dict[str, Any]) -> str:
     if prior.error is not None:
         tensors |= {f"error.head.{k}": v.half() for k, v in prior.error.head.state_dict().items()}
         tensors["error.levels"] = prior.error.levels.float()
+        tensors["error.white"] = prior.error.white.float()
+        tensors["error.corrections"] = prior.error.corrections.float()
         tensors["error.power"] = prior.error.power.float()
         tensors["error.gamma"] = prior.error.gamma.float()
         tensors["error.excess_noise"] = torch.tensor([prior.error.excess_noise])
@@ -141,6 +143,8 @@ def _error(network: UNet, tensors: dict[str, Tensor]) -> ErrorModel | None:
     return ErrorModel(
         head.eval().requires_grad_(False),
         tensors["error.levels"].double(),
+        tensors["error.white"].double(),
+        tensors["error.corrections"].double(),
         tensors["error.power"].double(),
         tensors["error.gamma"].double(),
         float(tensors["error.excess_noise"]),

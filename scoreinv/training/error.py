@@ -7,12 +7,17 @@ the squared error,
     loss = 1/2 E [(F* - F)_b^2 exp(-v_b) + v_b],    F* = (x_0 - c_skip x_sigma) / c_out
 
 (Nix & Weigend, Estimating the Mean and Variance of the Target Probability Distribution, 1994), with ln sigma uniform over
-the trained levels. With a the standard deviations that come of it, a band of r = x_0 - D of held-out images has the
-correlation
+the trained levels. Most pixels are sky, and decide that; the few bright ones, whose errors count, are then overrated. So v
+is corrected to be right on average wherever it is the same: pixels of held-out images are sorted by it,
+
+    ln  E (F* - F)_b^2 / exp v_b    over those between two quantiles of v_b,
+
+with ever thinner slices on top (as recalibrated regression is: Levi et al., 2019, arXiv:1905.11659). With a the standard
+deviations that come of it, a band of r = x_0 - D of held-out images has the correlation
 
     rho(lag) = E sum_i r_i r_(i + lag) / E sum_i a_i a_(i + lag),
 
-each image in units of its own a; rho(0) corrects what a misses on average.
+each image in units of its own a; rho(0), near 1, corrects what a misses on average.
 
 The errors' third moment says how skewed they are, in units of what Gamma variables of this mean and width would be,
 
@@ -38,13 +43,14 @@ from tqdm import tqdm
 
 from scoreinv.kernels import noise_levels
 from scoreinv.priors.network import ErrorModel, ScorePrior, gamma_skewness, preconditioning
-from scoreinv.priors.unet import error_head, initialise
+from scoreinv.priors.unet import ErrorHead, error_head, initialise
 from scoreinv.streams import stream
 
 RATE, EMA, WARMUP = 2e-3, 0.995, 50
 CUTS = (1 / 16, 3 / 16)  # between the bands of the error [cycles per pixel]
 LEVELS = 12  # at which the correlation is measured
 RARE = 20.0  # standard deviations that an error may be off
+SLICES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.97, 0.99, 0.997, 1.0)  # of pixels by their v, quantiles
 FLOOR = 1e-3  # least power of the correlation; estimates of it can fall below zero
 STARTS = (2.0, 6.0)  # levels from which reverse steps are calibrated [sigma_data]
 CHAINS, CONTINUED, STEPS = 192, 4, 80  # images, draws of each, and levels of a whole path
@@ -55,7 +61,7 @@ Batch = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 def learn_error(
     prior: ScorePrior, batch: Batch, held_out: Tensor, steps: int, seed: int, progress: bool
 ) -> ErrorModel:
-    """Train the head, then measure the correlations.
+    """Train the head, then measure on held-out images all that else belongs to the error.
 
     Args:
         prior: With a finished network.
@@ -65,6 +71,14 @@ def learn_error(
         seed: Decides weights and levels.
         progress: Show a progress bar.
     """
+    head = trained_head(prior, batch, steps, seed, progress)
+    return measured_error(prior, head, held_out, seed, progress)
+
+
+def trained_head(
+    prior: ScorePrior, batch: Batch, steps: int, seed: int, progress: bool
+) -> ErrorHead:
+    """A head that knows the likelihood of the network's errors."""
     head, network = error_head(prior.network, len(CUTS) + 1), prior.network
     initialise(head, stream(seed, 6))
     optimiser = torch.optim.Adam(head.parameters(), lr=RATE, betas=(0.9, 0.99))
@@ -94,23 +108,38 @@ def learn_error(
             for k, v in head.state_dict().items():
                 average[k].lerp_(v, 1 - min(EMA, (1 + t) / (10 + t)))
     head.load_state_dict(average)
-    head.eval().requires_grad_(False)
+    return head.eval().requires_grad_(False)
+
+
+def measured_error(
+    prior: ScorePrior, head: ErrorHead, held_out: Tensor, seed: int, progress: bool
+) -> ErrorModel:
+    """What a head is short of on held-out images, the correlations, the skewness and the excess noise, in turn."""
     # at the ends the network is cut off, or knows nothing
-    levels = torch.linspace(low + 0.3, high - 0.3, LEVELS, dtype=torch.float64).exp()
+    low, high = math.log(prior.sigma_min) + 0.3, math.log(prior.sigma_max) - 0.3
+    levels = torch.linspace(low, high, LEVELS, dtype=torch.float64).exp()
     white = torch.ones(LEVELS, head.bands, 1, *held_out.shape[-2:], dtype=torch.float64)
+    none = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    none = none.expand(LEVELS, head.bands, 2, 2)
+    unlimited = torch.full((head.bands,), math.inf, dtype=torch.float64)
     knows = ScorePrior(
-        network,
+        prior.network,
         prior.sigma_data,
         prior.moments,
         prior.sigma_min,
         prior.sigma_max,
-        error=ErrorModel(head, levels, white, torch.zeros_like(levels)),
+        error=ErrorModel(head, levels, unlimited, none, white, torch.zeros_like(levels)),
         symmetric=prior.symmetric,
     )
-    power = [spectrum(knows, held_out, float(s), stream(seed, 8, i)) for i, s in enumerate(levels)]
-    knows.error = replace(knows.error, power=torch.stack(power))
-    gamma = [skewness(knows, held_out, float(s), stream(seed, 8, i)) for i, s in enumerate(levels)]
-    knows.error = replace(knows.error, gamma=torch.tensor(gamma, dtype=torch.float64))
+
+    def measured(what: Callable[[ScorePrior, Tensor, float, torch.Generator], Tensor]) -> Tensor:
+        known = [what(knows, held_out, float(s), stream(seed, 8, i)) for i, s in enumerate(levels)]
+        return torch.stack(known)
+
+    knows.error = replace(knows.error, corrections=measured(corrections))
+    knows.error = replace(knows.error, white=white_noise(held_out.shape[-2:]))
+    knows.error = replace(knows.error, power=measured(spectrum))
+    knows.error = replace(knows.error, gamma=measured(skewness))
     return replace(
         knows.error, excess_noise=excess_noise(knows, held_out[:CHAINS], seed, progress)
     )
@@ -170,6 +199,37 @@ def bands(r: Tensor) -> Tensor:
     return torch.fft.irfft2(k, s=(H, W))
 
 
+def white_noise(shape: tuple[int, int]) -> Tensor:
+    """Variance of white noise of variance 1 in each of the bands, with shape (bands,)."""
+    point = torch.zeros(1, 1, *shape, dtype=torch.float64)
+    point[..., 0, 0] = 1
+    return bands(point).square().sum((0, 2, 3, 4))
+
+
+@torch.no_grad()
+def corrections(prior: ScorePrior, images: Tensor, s: float, generator: torch.Generator) -> Tensor:
+    """`ErrorModel.corrections` of a prior that has none, at level s, with shape (bands, knots, 2)."""
+    out, v, e = preconditioning(torch.tensor([s]), prior.sigma_data)[1], [], []
+    for x0 in images.split(64):
+        x = x0 + s * torch.randn(x0.shape, generator=generator)
+        denoised, a = prior.denoise_with_error(x, x.new_full((len(x),), s))
+        v.append(2 * (a / out).log())
+        e.append((bands(x0 - denoised) / out).square())
+    pairs = []
+    for at, squared in zip(
+        *(torch.cat(w).transpose(0, 1).flatten(1) for w in (v, e)), strict=True
+    ):
+        order = at.argsort()
+        cuts = [round(q * len(at)) for q in SLICES]
+        for i, j in itertools.pairwise(cuts):
+            said, found = at[order[i:j]].double(), squared[order[i:j]].double().sum()
+            foreseen = said.exp().sum()
+            pairs.append(
+                torch.stack([(said * said.exp()).sum() / foreseen, (found / foreseen).log()])
+            )
+    return torch.stack(pairs).unflatten(0, (-1, len(SLICES) - 1))
+
+
 @torch.no_grad()
 def spectrum(prior: ScorePrior, images: Tensor, s: float, generator: torch.Generator) -> Tensor:
     """Power of rho in each band at each frequency, the same in all directions, with shape (bands, 1, H, W)."""
@@ -191,9 +251,9 @@ def spectrum(prior: ScorePrior, images: Tensor, s: float, generator: torch.Gener
 
 
 @torch.no_grad()
-def skewness(prior: ScorePrior, images: Tensor, s: float, generator: torch.Generator) -> float:
-    """How skewed the errors at level s are, over Gamma variables of the same mean and width."""
-    found = foreseen = 0.0
+def skewness(prior: ScorePrior, images: Tensor, s: float, generator: torch.Generator) -> Tensor:
+    """How skewed the errors at level s are, over Gamma variables of the same mean and width, a number."""
+    found = foreseen = torch.zeros((), dtype=torch.float64)
     for x0 in images.split(64):
         x = x0 + s * torch.randn(x0.shape, generator=generator)
         denoised, a = prior.denoise_with_error(x, x.new_full((len(x),), s))
@@ -201,6 +261,6 @@ def skewness(prior: ScorePrior, images: Tensor, s: float, generator: torch.Gener
         # a miss by more would decide alone what all others say
         z = ((x0 - denoised) / width).clamp(-RARE, RARE)
         g = gamma_skewness(denoised / width)
-        found += float((width**2 * z**3 * g).double().sum())
-        foreseen += float((width * g).double().square().sum())
+        found = found + (width**2 * z**3 * g).double().sum()
+        foreseen = foreseen + (width * g).double().square().sum()
     return found / foreseen
