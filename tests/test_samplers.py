@@ -527,9 +527,9 @@ def test_excess_noise_makes_up_for_detail_that_a_prior_loses():
 
 
 def test_a_companion_that_the_prior_does_not_expect_is_found(monkeypatch):
-    """A second source far from the galaxy, of 25 standard deviations in the data; every draw must have it."""
+    """A second source far from the galaxy, of 10 standard deviations in the data; every draw must have it."""
     prior = si.load_prior("galaxy64")
-    galaxy = prior.sample(1, seed=5)
+    galaxy = prior.sample(1, seed=11)
     companion = torch.zeros_like(galaxy)
     companion[0, 0, 9:12, 52:55] = 0.15
     likelihood = si.Likelihood(
@@ -604,7 +604,7 @@ def test_draws_of_a_symmetric_prior_have_no_grid_either():
     turned = si.Prior.sample(prior, 2000, 0, steps=20)
     assert grid(plain) > 0.1
     assert abs(grid(turned)) < 0.25 * grid(plain)
-    assert si.Prior.sample(prior, 3, 0, steps=20).equal(si.Prior.sample(prior, 3, 0, steps=20))
+    torch.testing.assert_close(si.Prior.sample(prior, 3, 0, steps=20), turned[:3])
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 6), (2, 4, 8)])

@@ -26,7 +26,7 @@ from scoreinv.training import (
     train,
 )
 from scoreinv.training import loop as training
-from scoreinv.training.error import SLICES, bands, corrections, skewness, white_noise
+from scoreinv.training.error import SLICES, bands, corrections, cuts, skewness, white_noise
 from scoreinv.training.loop import _median_power, learning_rate
 from scoreinv.training.own import read_folder
 
@@ -301,7 +301,10 @@ def test_what_a_head_is_short_of_is_measured():
     point[..., 0, 0] = 1
     power = torch.fft.fft2(bands(point)[0, :, 0]).abs().square().flatten(1)
     torch.testing.assert_close(white_noise((16, 16)), power.mean(1))
-    assert float(power.mean(1).sum()) == pytest.approx(1)
+    noise = bands(torch.randn((2000, 1, 16, 16), generator=stream(4)))
+    # the band of fewest modes, 7 of them, has a standard error of 1 %
+    found = noise.square().mean((0, 2, 3, 4)).double()
+    torch.testing.assert_close(white_noise((16, 16)), found, rtol=0.05, atol=0)
     said, short = pairs.unbind(2)
     log_w = (0.5 * said + np.log(out)) / 1.5
     expected = 2 * log_w + power.mean(1).log()[:, None] - 3 * log_w
@@ -309,7 +312,13 @@ def test_what_a_head_is_short_of_is_measured():
     images = 4096 * torch.tensor(SLICES, dtype=torch.float64).diff()
     standard_error = (2 / (modes[:, None] * images)).sqrt()
     assert ((short - expected).abs() < 5 * standard_error + 0.03).all()
-    assert float(expected.max() - expected.min()) > 1.6
+    assert float((short.amax(1) - short.amin(1)).min()) > 1.6
+
+
+def test_slices_of_few_pixels_are_merged():
+    assert cuts(1_000_000)[1:-1] == [round(1e6 * q) for q in SLICES[1:-1]]
+    assert cuts(3000) == [0, 750, 1500, 2250, 2700, 3000]
+    assert cuts(128) == [0, 128]
 
 
 def test_a_head_is_corrected_between_slices_and_levels():
@@ -318,7 +327,7 @@ def test_a_head_is_corrected_between_slices_and_levels():
     at = torch.randn(3, 2, 5, generator=stream(1), dtype=torch.float64).sort(-1).values
     pairs = torch.stack([at, torch.randn(at.shape, generator=stream(2), dtype=torch.float64)], -1)
     white = torch.tensor([0.25, 4.0])
-    error = ErrorModel(None, levels, white, pairs, torch.ones(3, 2, 1, 4, 4), torch.ones(3))
+    error = ErrorModel(None, white, levels, pairs, torch.ones(3, 2, 1, 4, 4), torch.ones(3))
     log_v = 2 * torch.randn(5, 2, 1, 4, 4, generator=stream(3), dtype=torch.float64)
     sigma = torch.tensor([0.01, 0.1, 0.2, 1.6, 9.0], dtype=torch.float64)
     found = error.corrected(log_v, sigma)
@@ -328,16 +337,18 @@ def test_a_head_is_corrected_between_slices_and_levels():
             short = np.interp(log_v[i, b].numpy(), *of_level[b].T.numpy())
             np.testing.assert_allclose(found[i, b] - log_v[i, b], short, atol=1e-12)
     # and no error is larger than the noise
-    a = error.deviations(log_v, torch.ones(5, 1, 1, 1), sigma)
+    out = torch.tensor([0.1, 0.2, 0.5, 1.0, 2.0], dtype=torch.float64).reshape(5, 1, 1, 1)
+    a = error.deviations(log_v, out, sigma)
     most = sigma.reshape(-1, 1, 1, 1, 1) * torch.tensor([0.5, 2.0]).reshape(-1, 1, 1, 1)
-    torch.testing.assert_close(a, torch.minimum((0.5 * found).exp(), most))
+    torch.testing.assert_close(a, torch.minimum(out[:, None] * (0.5 * found).exp(), most))
     assert (a < most).any() and (a == most).any()
 
 
 def test_draws_of_sources_beyond_the_training_stay_in_reach():
-    """Four times the brightest peak that galaxy64 has seen, at noise 0.3: no draw is brighter than that.
+    """Four times the brightest peak that galaxy64 has seen, at noise 0.3: no draw runs away from it.
 
-    Without the limit to what the head says, half of them reach 1e4, which is the negative control.
+    They are too faint and too sure all the same, 4.6 to 5.3 for a peak of 8: a network knows no such source. Without the
+    limit to what the head says half of them go beyond 1e3, which is the negative control.
     """
     prior = si.load_prior("galaxy64")
     bright = prior.sample(1, seed=3)
@@ -349,7 +360,7 @@ def test_draws_of_sources_beyond_the_training_stay_in_reach():
         x = bright + 0.3 * torch.randn((16, 1, 64, 64), generator=stream(1))
         peaks.append(prior.continued(x, levels, stream(2)).amax((1, 2, 3)))
     assert float(peaks[0].max()) < 8.5 and float(peaks[0].median()) > 4
-    assert float(peaks[1].max()) > 100
+    assert float(peaks[1].median()) > 1e3
 
 
 def test_bands_of_an_error_share_its_power():

@@ -40,17 +40,17 @@ class ErrorModel:
 
     Attributes:
         head: The logarithm of the variance of F in each pixel and band, from the network's features.
-        levels: Noise levels at which the following were measured, rising, with shape (L,) [model unit].
         white: Variance of white noise of variance 1 in each band, with shape (bands,).
-        corrections: Pairs of such a logarithm, rising, and what it is short of, with shape (L, bands, knots, 2).
+        levels: Noise levels at which the following were measured, rising, with shape (L,) [model unit].
+        corrections: Pairs of what the head says, rising, and what it is short of, with shape (L, bands, knots, 2).
         power: Spectra of rho at each, with shape (L, bands, 1, H, W).
         gamma: Skewness of the errors at each over that of a Gamma distribution of the same mean and width, with shape (L,).
         excess_noise: `Prior.excess_noise`, with which draws of x_0 given x_sigma have their errors' width.
     """
 
     head: ErrorHead
-    levels: Tensor
     white: Tensor
+    levels: Tensor
     corrections: Tensor
     power: Tensor
     gamma: Tensor
@@ -59,17 +59,17 @@ class ErrorModel:
     def deviations(self, log_v: Tensor, out: Tensor, sigma: Tensor) -> Tensor:
         """Standard deviations of x_0 - D in each band, with the shape of log_v.
 
-        They are at most those of the noise, within which x_0 is known without a prior: beyond the images that it was trained
-        on the head may say anything, and a draw that believes it goes further off.
+        They are at most those of the noise: beyond the images that it was trained on the head may say anything, and a draw
+        that believes it goes further off, to be believed less still. Such draws are held together, not calibrated.
 
         Args:
             log_v: What the head says, with shape (B, bands, C, H, W).
             out: c_out, with shape (B, 1, 1, 1).
             sigma: Noise levels, with shape (B,).
         """
-        most = sigma[:, None] * self.white.to(sigma).sqrt()
-        a = out[:, None] * (0.5 * self.corrected(log_v, sigma)).exp()
-        return torch.minimum(a, most[..., None, None, None])
+        most = 2 * (sigma[:, None] * self.white.to(sigma).sqrt() / out[:, 0, 0]).log()
+        said = torch.minimum(self.corrected(log_v, sigma), most[..., None, None, None])
+        return out[:, None] * (0.5 * said).exp()
 
     def corrected(self, log_v: Tensor, sigma: Tensor) -> Tensor:
         """What the head says, with shape (B, bands, C, H, W), corrected at levels sigma, with shape (B,).
@@ -84,24 +84,24 @@ class ErrorModel:
         corrected = log_v + short[:, :, 0]
         for j in range(1, at.shape[2]):
             low, high = at[:, :, j - 1], at[:, :, j]
-            slope = (short[:, :, j] - short[:, :, j - 1]) / (high - low).clamp_min(1e-6)
-            corrected = torch.addcmul(corrected, slope, log_v.clamp(low, high) - low)
+            share = ((log_v - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
+            corrected = torch.addcmul(corrected, short[:, :, j] - short[:, :, j - 1], share)
         return corrected
 
     def correlation(self, sigma: float) -> Fourier:
         """rho between the measured levels, by interpolating logarithms."""
-        i, share = self._place(torch.tensor(sigma))
+        i, share = self._place(torch.tensor(sigma, dtype=torch.float64))
         return Fourier(torch.lerp(self.power[i - 1].log(), self.power[i].log(), share).exp())
 
     def skewness(self, significance: Tensor, sigma: float) -> Tensor:
         """`Prior.error_skewness`, with gamma interpolated between the measured levels."""
-        i, share = self._place(torch.tensor(sigma))
+        i, share = self._place(torch.tensor(sigma, dtype=torch.float64))
         gamma = float(torch.lerp(self.gamma[i - 1], self.gamma[i], share))
         return gamma * gamma_skewness(significance)
 
     def _place(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Between which measured levels each sigma is: the index of the upper one, and how far up, in the logarithm."""
-        at, known = sigma.double().log(), self.levels.log()
+        at, known = sigma.to(self.levels).log(), self.levels.log()
         i = torch.searchsorted(known, at).clamp(1, len(known) - 1)
         return i, ((at - known[i - 1]) / (known[i] - known[i - 1])).clamp(0, 1)
 

@@ -2,7 +2,8 @@
 
 A network that saw images in all orientations knows that none is special, up to its errors: its upsampling treats the four
 pixels of a square of two by two each in a way of its own, which leaves a grid on blank sky. Turned at random before every
-evaluation, and back after it, such errors differ from one noise level to the next, and average out on the way.
+step, such errors differ from one noise level to the next, and average out on the way. Where there are data, images are
+turned back after it.
 """
 
 from __future__ import annotations

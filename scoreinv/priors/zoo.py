@@ -87,8 +87,8 @@ def save_prior(folder: Path, prior: ScorePrior, card: dict[str, Any]) -> str:
     tensors["moments.spectrum"] = prior.moments.covariance.spectrum.float()
     if prior.error is not None:
         tensors |= {f"error.head.{k}": v.half() for k, v in prior.error.head.state_dict().items()}
-        tensors["error.levels"] = prior.error.levels.float()
         tensors["error.white"] = prior.error.white.float()
+        tensors["error.levels"] = prior.error.levels.float()
         tensors["error.corrections"] = prior.error.corrections.float()
         tensors["error.power"] = prior.error.power.float()
         tensors["error.gamma"] = prior.error.gamma.float()
@@ -142,8 +142,8 @@ def _error(network: UNet, tensors: dict[str, Tensor]) -> ErrorModel | None:
     head.load_state_dict(_part(tensors, "error.head."))
     return ErrorModel(
         head.eval().requires_grad_(False),
-        tensors["error.levels"].double(),
         tensors["error.white"].double(),
+        tensors["error.levels"].double(),
         tensors["error.corrections"].double(),
         tensors["error.power"].double(),
         tensors["error.gamma"].double(),

@@ -1,4 +1,4 @@
-"""What a trained network learns of its error: a second head, and a correlation for each noise level.
+"""What a trained network learns of its error: a second head, and what is measured beside it at each noise level.
 
 The network stays as it is. Its error r is cut into bands of spatial frequency, whose power adds up to that of r. From the
 last features the head reads the logarithm v of the variance of each band of F in each pixel, by the Gaussian likelihood of
@@ -12,8 +12,9 @@ is corrected to be right on average wherever it is the same: pixels of held-out 
 
     ln  E (F* - F)_b^2 / exp v_b    over those between two quantiles of v_b,
 
-with ever thinner slices on top (as recalibrated regression is: Levi et al., 2019, arXiv:1905.11659). With a the standard
-deviations that come of it, a band of r = x_0 - D of held-out images has the correlation
+with ever thinner slices on top. Such slices are how Levi et al. (Evaluating and Calibrating Uncertainty Prediction in
+Regression Tasks, 2019, arXiv:1905.11659) tell whether variances are calibrated. With a the standard deviations that come of
+it, a band of r = x_0 - D of held-out images has the correlation
 
     rho(lag) = E sum_i r_i r_(i + lag) / E sum_i a_i a_(i + lag),
 
@@ -48,9 +49,10 @@ from scoreinv.streams import stream
 
 RATE, EMA, WARMUP = 2e-3, 0.995, 50
 CUTS = (1 / 16, 3 / 16)  # between the bands of the error [cycles per pixel]
-LEVELS = 12  # at which the correlation is measured
+LEVELS = 12  # at which corrections, correlation and skewness are measured
 RARE = 20.0  # standard deviations that an error may be off
 SLICES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.97, 0.99, 0.997, 1.0)  # of pixels by their v, quantiles
+THINNEST = 100  # pixels of a slice
 FLOOR = 1e-3  # least power of the correlation; estimates of it can fall below zero
 STARTS = (2.0, 6.0)  # levels from which reverse steps are calibrated [sigma_data]
 CHAINS, CONTINUED, STEPS = 192, 4, 80  # images, draws of each, and levels of a whole path
@@ -78,7 +80,7 @@ def learn_error(
 def trained_head(
     prior: ScorePrior, batch: Batch, steps: int, seed: int, progress: bool
 ) -> ErrorHead:
-    """A head that knows the likelihood of the network's errors."""
+    """A head that knows the variance of the network's errors."""
     head, network = error_head(prior.network, len(CUTS) + 1), prior.network
     initialise(head, stream(seed, 6))
     optimiser = torch.optim.Adam(head.parameters(), lr=RATE, betas=(0.9, 0.99))
@@ -118,7 +120,7 @@ def measured_error(
     # at the ends the network is cut off, or knows nothing
     low, high = math.log(prior.sigma_min) + 0.3, math.log(prior.sigma_max) - 0.3
     levels = torch.linspace(low, high, LEVELS, dtype=torch.float64).exp()
-    white = torch.ones(LEVELS, head.bands, 1, *held_out.shape[-2:], dtype=torch.float64)
+    alone = torch.ones(LEVELS, head.bands, 1, *held_out.shape[-2:], dtype=torch.float64)
     none = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     none = none.expand(LEVELS, head.bands, 2, 2)
     unlimited = torch.full((head.bands,), math.inf, dtype=torch.float64)
@@ -128,7 +130,7 @@ def measured_error(
         prior.moments,
         prior.sigma_min,
         prior.sigma_max,
-        error=ErrorModel(head, levels, unlimited, none, white, torch.zeros_like(levels)),
+        error=ErrorModel(head, unlimited, levels, none, alone, torch.zeros_like(levels)),
         symmetric=prior.symmetric,
     )
 
@@ -199,6 +201,16 @@ def bands(r: Tensor) -> Tensor:
     return torch.fft.irfft2(k, s=(H, W))
 
 
+def cuts(n: int) -> list[int]:
+    """Where n sorted pixels are cut into slices; those of too few pixels go with the next."""
+    found = [0]
+    for q in SLICES[1:-1]:
+        i = round(q * n)
+        if min(i - found[-1], n - i) >= THINNEST:
+            found.append(i)
+    return [*found, n]
+
+
 def white_noise(shape: tuple[int, int]) -> Tensor:
     """Variance of white noise of variance 1 in each of the bands, with shape (bands,)."""
     point = torch.zeros(1, 1, *shape, dtype=torch.float64)
@@ -219,15 +231,14 @@ def corrections(prior: ScorePrior, images: Tensor, s: float, generator: torch.Ge
     for at, squared in zip(
         *(torch.cat(w).transpose(0, 1).flatten(1) for w in (v, e)), strict=True
     ):
-        order = at.argsort()
-        cuts = [round(q * len(at)) for q in SLICES]
-        for i, j in itertools.pairwise(cuts):
+        order = at.argsort(stable=True)
+        for i, j in itertools.pairwise(cuts(len(at))):
             said, found = at[order[i:j]].double(), squared[order[i:j]].double().sum()
             foreseen = said.exp().sum()
             pairs.append(
                 torch.stack([(said * said.exp()).sum() / foreseen, (found / foreseen).log()])
             )
-    return torch.stack(pairs).unflatten(0, (-1, len(SLICES) - 1))
+    return torch.stack(pairs).unflatten(0, (len(CUTS) + 1, -1))
 
 
 @torch.no_grad()

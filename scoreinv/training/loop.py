@@ -33,7 +33,7 @@ from scoreinv.training.run import Optimisation, TrainingRun
 
 CHECKPOINT = "checkpoint.safetensors"
 LOG_EVERY = 50
-ERROR_IMAGES = 1024  # held-out images on which the correlation of errors is measured
+ERROR_IMAGES = 1024  # held-out images on which errors are measured
 
 
 def learning_rate(step: int, plan: Optimisation) -> float:
@@ -191,7 +191,10 @@ def _error(
 ) -> ErrorModel:
     """What the finished network learns of its error."""
     known = seen(run.data, held_out[:ERROR_IMAGES], stream(run.seed, 5))
-    batch = lambda t: _batch(run, images, run.optimisation.steps + t, accelerator)
+    # the finished prior is on the CPU, wherever it was trained
+    batch = lambda t: tuple(
+        v.cpu() for v in _batch(run, images, run.optimisation.steps + t, accelerator)
+    )
     return learn_error(prior, batch, known, run.error_steps, run.seed, progress)
 
 
