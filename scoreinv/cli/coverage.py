@@ -60,6 +60,9 @@ def coverage(config: CoverageConfig) -> None:
     """Simulate data like an observation's, sample every posterior, and test whether they cover the truths."""
     from accelerate import PartialState
 
+    # by every process: none may wait for one that has left
+    if config.path.exists() and not config.overwrite:
+        raise FileExistsError(f"{config.path} exists; choose another output, or pass --overwrite")
     process = PartialState(cpu=config.device == "cpu", **_patience())
     if process.is_main_process:
         _prepare(config)
@@ -124,8 +127,6 @@ def _patience() -> dict[str, timedelta]:
 
 def _prepare(config: CoverageConfig) -> None:
     """Make sure that the report can be written, before anything is computed."""
-    if config.path.exists() and not config.overwrite:
-        raise FileExistsError(f"{config.path} exists; choose another output, or pass --overwrite")
     if config.overwrite:
         forget_simulations(config.folder)
     config.path.parent.mkdir(parents=True, exist_ok=True)

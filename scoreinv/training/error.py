@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -201,6 +201,15 @@ def bands(r: Tensor) -> Tensor:
     return torch.fft.irfft2(k, s=(H, W))
 
 
+def looks(
+    prior: ScorePrior, images: Tensor, s: float, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Images, what a prior makes of them at level s, and how far it thinks that is off, in batches."""
+    for x0 in images.split(64):
+        x = x0 + s * torch.randn(x0.shape, generator=generator)
+        yield x0, *prior.denoise_with_error(x, x.new_full((len(x),), s))
+
+
 def cuts(n: int) -> list[int]:
     """Where n sorted pixels are cut into slices; those of too few pixels go with the next."""
     found = [0]
@@ -222,9 +231,7 @@ def white_noise(shape: tuple[int, int]) -> Tensor:
 def corrections(prior: ScorePrior, images: Tensor, s: float, generator: torch.Generator) -> Tensor:
     """`ErrorModel.corrections` of a prior that has none, at level s, with shape (bands, knots, 2)."""
     out, v, e = preconditioning(torch.tensor([s]), prior.sigma_data)[1], [], []
-    for x0 in images.split(64):
-        x = x0 + s * torch.randn(x0.shape, generator=generator)
-        denoised, a = prior.denoise_with_error(x, x.new_full((len(x),), s))
+    for x0, denoised, a in looks(prior, images, s, generator):
         v.append(2 * (a / out).log())
         e.append((bands(x0 - denoised) / out).square())
     pairs = []
@@ -246,9 +253,7 @@ def spectrum(prior: ScorePrior, images: Tensor, s: float, generator: torch.Gener
     """Power of rho in each band at each frequency, the same in all directions, with shape (bands, 1, H, W)."""
     H, W = images.shape[-2:]
     errors, widths = (torch.zeros(len(CUTS) + 1, H, W).double() for _ in range(2))
-    for x0 in images.split(64):
-        x = x0 + s * torch.randn(x0.shape, generator=generator)
-        denoised, a = prior.denoise_with_error(x, x.new_full((len(x),), s))
+    for x0, denoised, a in looks(prior, images, s, generator):
         unit = a.double().square().mean((2, 3, 4), keepdim=True).sqrt()
         for total, values in ((errors, bands(x0 - denoised)), (widths, a)):
             power = torch.fft.fft2(values.double() / unit).abs().square()
@@ -265,9 +270,7 @@ def spectrum(prior: ScorePrior, images: Tensor, s: float, generator: torch.Gener
 def skewness(prior: ScorePrior, images: Tensor, s: float, generator: torch.Generator) -> Tensor:
     """How skewed the errors at level s are, over Gamma variables of the same mean and width, a number."""
     found = foreseen = torch.zeros((), dtype=torch.float64)
-    for x0 in images.split(64):
-        x = x0 + s * torch.randn(x0.shape, generator=generator)
-        denoised, a = prior.denoise_with_error(x, x.new_full((len(x),), s))
+    for x0, denoised, a in looks(prior, images, s, generator):
         width = prior.error_covariance(a, s).deviation
         # a miss by more would decide alone what all others say
         z = ((x0 - denoised) / width).clamp(-RARE, RARE)
