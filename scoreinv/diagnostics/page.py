@@ -32,7 +32,7 @@ def page(report: Coverage) -> Figure:
     FigureCanvasAgg(figure)
     verdict = report.verdict
     figure.suptitle(
-        f"{verdict[0].upper() + verdict[1:]}: {report.sims} simulations x {report.draws} draws, "
+        f"{verdict[0].upper() + verdict[1:]}\n{report.sims} simulations x {report.draws} draws, "
         f"battery's p = {report.p:.2g}, finds a width off by {_percent(report.detectable)}",
         fontsize=12,
         color=INK,
