@@ -121,8 +121,7 @@ def measured_error(
     low, high = math.log(prior.sigma_min) + 0.3, math.log(prior.sigma_max) - 0.3
     levels = torch.linspace(low, high, LEVELS, dtype=torch.float64).exp()
     alone = torch.ones(LEVELS, head.bands, 1, *held_out.shape[-2:], dtype=torch.float64)
-    none = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
-    none = none.expand(LEVELS, head.bands, 2, 2)
+    none = torch.zeros(LEVELS, head.bands, 1, 2, dtype=torch.float64)
     unlimited = torch.full((head.bands,), math.inf, dtype=torch.float64)
     knows = ScorePrior(
         prior.network,
