@@ -75,20 +75,26 @@ class LocalConditioned:
         self.conditioner, self.K, self.s = conditioner, K, s
         self.length, self.skewness, self.noise = length, skewness, noise
 
-    def draw(self, m: Tensor, generator: torch.Generator) -> Tensor:
-        """Draws with means m before the data are known, with shape (B, C, H, W); K is widened where the data doubt it."""
+    def draw(self, m: Tensor, generator: torch.Generator, wider: float = 1.0) -> Tensor:
+        """Draws with means m before the data are known, with shape (B, C, H, W); K is widened where the data doubt it.
+
+        Args:
+            m: Means, with shape (B, C, H, W).
+            generator: Of the draws.
+            wider: Factor by which draws are wider than that Gaussian, about the same mean.
+        """
         m, K = self.tilted(m, generator)
-        x, n = self._drawn(m, K, generator)
+        x, n = self._drawn(m, K, generator, wider)
         if self.noise is None:
             return x
         missed = self.conditioner.misfit(x, n)
         # what is missed has the noise of the data and that of the draw
-        doubted = (missed.abs() > DOUBT * math.sqrt(2) * self.noise) & (self.noise > 0)
+        doubted = (missed.abs() > DOUBT * math.hypot(1, wider) * self.noise) & (self.noise > 0)
         again = doubted.flatten(1).any(1)
         if bool(again.any()):
             near = F.max_pool2d(doubted[again].to(m.dtype), 2 * REACH + 1, 1, REACH)
             doubtful = Modulated(K.a[again], K.rho, self.s * near)
-            x[again], _ = self._drawn(m[again], doubtful, generator)
+            x[again], _ = self._drawn(m[again], doubtful, generator, wider)
         return x
 
     def tilted(self, m: Tensor, generator: torch.Generator) -> tuple[Tensor, Modulated]:
@@ -111,10 +117,12 @@ class LocalConditioned:
         around = lambda v: F.avg_pool2d(v.mean(0, keepdim=True), 2 * NEAR + 1, 1, NEAR)
         return (around(u.square()) / around(K.deviation.square())).clamp(0, 1)
 
-    def _drawn(self, m: Tensor, K: Modulated, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _drawn(
+        self, m: Tensor, K: Modulated, generator: torch.Generator, wider: float
+    ) -> tuple[Tensor, Tensor]:
         """Draws by Matheron's rule, and the noise that the data were perturbed by for them."""
-        x = m + K.draw(generator)
-        n = self.conditioner.noise(len(m), generator)
+        x = m + wider * K.draw(generator)
+        n = wider * self.conditioner.noise(len(m), generator)
         u = respond(K, self.conditioner.inform, self.conditioner.misfit(x, n), self.length)
         return x + u, n
 

@@ -29,8 +29,8 @@ class Prior(abc.ABC):
         sigma_max: Above this level the denoiser is not used [model unit].
         moments: The Gaussian with the prior's mean and covariance.
         identity: What the provenance of a result calls this prior: name, hash of the weights.
-        excess_noise: Variance of more fresh noise in reverse steps, along the error of the denoised image and in units of
-            it. Trained denoisers lose detail from step to step, and this keeps it; an exact one needs none.
+        excess_noise: Variance of more noise in reverse steps, where x_0 is not known, in units of the error of the denoised
+            image. Trained denoisers lose detail from step to step, and this keeps it; an exact one needs none.
         symmetric: Whether flipped and rotated images are as likely, which a network knows up to its errors.
     """
 
@@ -100,9 +100,8 @@ class Prior(abc.ABC):
             looked = self.denoise_with_error(turns.there(x), x.new_full((len(x),), sigma))
             denoised, a = (turns.back(v) for v in looked)
             error = self.error_covariance(a, sigma)
-            x0 = denoised + error.draw(generator)
-            fresh = torch.randn(x.shape, generator=generator, dtype=x.dtype)
-            x = bridge(x, x0, sigma, s, self.stirred(fresh, error, sigma, generator))
+            x0 = denoised + self.widening(sigma, s) * error.draw(generator)
+            x = bridge(x, x0, sigma, s, torch.randn(x.shape, generator=generator, dtype=x.dtype))
         return x
 
     def turns(self, generators: Sequence[torch.Generator]) -> Turns:
@@ -112,18 +111,16 @@ class Prior(abc.ABC):
         kinds = 8 if self.shape[-2] == self.shape[-1] else 4  # without rotations
         return Turns(torch.cat([torch.randint(kinds, (1,), generator=g) for g in generators]))
 
-    def stirred(
-        self, fresh: Tensor, error: Modulated, sigma: float, generator: torch.Generator
-    ) -> Tensor:
-        """The noise of a reverse step from level sigma, with shape (B, C, H, W), for white `fresh`.
+    def widening(self, sigma: float, s: float) -> float:
+        """By how much x_0 is drawn wider than it is known in a reverse step from level sigma to s.
 
         A little more noise than an exact denoiser needs is how Karras et al. (2022, arXiv:2206.00364, section 4: S_noise)
-        keep the detail that trained ones lose. Along the error of the denoised image it
-        keeps the flux, too: more noise on blank sky would lower it.
+        keep the detail that trained ones lose. x_0 has it, for the step has it then where x_0 is not known: more noise on
+        blank sky would lower the flux, and noise where the data know x_0 would undo what they say. It adds what
+        `excess_noise` of the error's variance would to the white noise of the step.
         """
-        if self.excess_noise == 0:
-            return fresh
-        return fresh + self.excess_noise**0.5 / sigma * error.draw(generator)
+        a = (s / sigma) ** 2
+        return (1 + self.excess_noise * a / (1 - a)) ** 0.5
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
         """grad log p_sigma(x), with shape (B, C, H, W)."""

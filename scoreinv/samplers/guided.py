@@ -11,8 +11,8 @@ this ODE: Karras et al. (2022, arXiv:2206.00364); D_y: Song et al., Pseudoinvers
 Problems (2023), with the prior's covariance for their white one.
 
 A prior may know the covariance C(x, sigma) of x_0 given a noisy image, by a second head of its network. Local steps follow
-it: x_0 drawn of N(D, C(x, sigma)) conditioned on the data, and fresh noise (`scoreinv.samplers.path`), a little more of it
-than an exact denoiser would need (`Prior.excess_noise`). Images are turned at random before the network sees them
+it: x_0 drawn of N(D, C(x, sigma)) conditioned on the data, a little wider than an exact denoiser would need
+(`Prior.widening`), and fresh noise (`scoreinv.samplers.path`). Images are turned at random before the network sees them
 (`scoreinv.priors.turns`). x_0 is as skewed as the prior says, and where the data doubt that,
 as at a companion on a sky that the network is sure is blank, the noisy image alone is believed
 (`scoreinv.conditioning.local`).
@@ -83,8 +83,8 @@ class Following(Twisted):
         if i % (2 * SPARSE) == 0:
             self._integrate()
         s = self.levels[i + 1]
-        z = self.posterior.prior.stirred(self._white(), self.covariance, self.s, self.generator)
-        self.x = bridge(self.x, self._informed(), self.s, s, z)
+        x0 = self._informed(self.posterior.prior.widening(self.s, s))
+        self.x = bridge(self.x, x0, self.s, s, self._white())
         yield from self._arrive(s)
         return i + 1
 
@@ -97,9 +97,9 @@ class Following(Twisted):
         self.covariance = knows.error_covariance(a, s)
         self.skewness = knows.error_skewness(self.denoised / self.covariance.deviation, s)
 
-    def _informed(self) -> Tensor:
+    def _informed(self, wider: float = 1.0) -> Tensor:
         around = self.posterior.around(self.s, self.covariance, self.skewness)
-        return around.draw(self.denoised, self.generator)
+        return around.draw(self.denoised, self.generator, wider)
 
     def _integrate(self) -> None:
         self.level = self.posterior.level(self.s)

@@ -26,9 +26,9 @@ The errors' third moment says how skewed they are, in units of what Gamma variab
 
 here with a of all bands together: a least-squares fit in which the pixels that are known worst count most.
 
-Last comes the excess of the fresh noise of reverse steps. Draws of x_0 given noisy held-out images vary a tenth to a fifth
-less than their means are off: on its way down a trained network sees images of less detail than it learned from. The
-variance of the draws grows with the excess exponentially, so two excesses tell the one that sets it right.
+Last comes the excess of the noise of reverse steps. Draws of x_0 given noisy held-out images vary less than their means are
+off: on its way down a trained network sees images of less detail than it learned from. The logarithm of their variance
+grows with the excess; a line between two that are tried tells the one that sets it right.
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ THINNEST = 100  # pixels of a slice
 FLOOR = 1e-3  # least power of the correlation; estimates of it can fall below zero
 STARTS = (2.0, 6.0)  # levels from which reverse steps are calibrated [sigma_data]
 CHAINS, CONTINUED, STEPS = 192, 4, 80  # images, draws of each, and levels of a whole path
-TRIED, MOST = (0.1, 0.3), 0.4  # excesses of noise; much more feeds itself
+TRIED = (
+    0.1,
+    0.3,
+    0.9,
+)  # excesses of noise, until draws are wide enough; what more would do is not known
 Batch = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -164,9 +168,12 @@ def excess_noise(prior: ScorePrior, images: Tensor, seed: int, progress: bool = 
                 found.append(math.log(too_narrow(prior, images, s, stream(seed, 9, i))))
                 bar.update()
             short.append(sum(found) / len(found))
+            if len(short) > 1 and short[-1] < 0:
+                break
     prior.error = known
-    slope = (short[1] - short[0]) / (TRIED[1] - TRIED[0])
-    return min(max(TRIED[0] - short[0] / slope, 0.0), MOST)
+    (low, at_low), (high, at_high) = list(zip(TRIED, short, strict=False))[-2:]
+    wanted = low - at_low * (high - low) / (at_high - at_low)
+    return min(max(wanted, 0.0), TRIED[-1])
 
 
 @torch.no_grad()
