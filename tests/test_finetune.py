@@ -777,6 +777,40 @@ def test_images_have_a_control_of_convolutions():
     assert free.condition(y).evidence(100, seed=1).elbo < found.log_evidence - 50
 
 
+def beyond_gaussian(kind, shape):
+    """Images seen through noise with outliers, as counts, or by the amplitudes of their Fourier transform."""
+    if kind == "amplitudes":
+        n = math.prod(shape)
+        rows = torch.fft.fft(torch.eye(n, dtype=torch.complex128))[1 : n // 4]
+        operator = si.Amplitude(si.DenseOperator(rows, shape))
+        return si.Likelihood(operator, si.GaussianNoise(std=0.5))
+    psf = si.PSFConvolution(torch.ones(3, 3) / 9, shape)
+    noise = si.PoissonNoise(1.0) if kind == "counts" else si.StudentNoise(scale=0.3, dof=3.0)
+    return si.Likelihood(psf, noise)
+
+
+@pytest.mark.parametrize("kind", ["outliers", "counts", "amplitudes"])
+def test_images_of_any_likelihood_have_a_control(kind, tmp_path):
+    """It sees the data, and is kept and found again."""
+    values = power_law(16, 16) / float(power_law(16, 16).mean())
+    prior = si.GaussianPrior(torch.full((1, 16, 16), 9.0), Fourier(values))
+    likelihood = beyond_gaussian(kind, prior.shape)
+    plan = Plan(iterations=2, groups=2, paths=4, rate=1e-3)
+    images = prior.sample(16, 1)
+    learned = si.finetune(prior, likelihood, seed=0, steps=6, plan=plan, images=images)
+    y = likelihood.simulate(images[:2], 2)
+    seen = learned.control._image(y)
+    assert seen.shape == images[:2].shape and float((seen[0] - seen[1]).abs().max()) > 0.1
+    assert 0.1 < float(seen.square().mean().sqrt()) < 10
+    draws = learned.condition(y[0]).sample(4, seed=3, island=4)
+    assert bool(torch.isfinite(draws.x).all())
+    learned.save(tmp_path)
+    found = si.load_amortised(tmp_path, prior, likelihood)
+    assert found.condition(y[0]).evidence(12, seed=4) == learned.condition(y[0]).evidence(
+        12, seed=4
+    )
+
+
 @pytest.mark.parametrize("steps", [2, 9])
 def test_the_twisted_chain_of_a_gaussian_prior_is_its_posterior(steps):
     """Every path weighs the evidence, at any number of steps; the plain chain's do not."""

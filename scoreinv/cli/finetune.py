@@ -14,7 +14,7 @@ from torch import Tensor
 
 import scoreinv as si
 from scoreinv.cli.problem import Problem, chosen, completed, findings, introduce, say
-from scoreinv.finetune.amortised import train, untrained
+from scoreinv.finetune.amortised import CONTROLS, train, untrained
 from scoreinv.finetune.evidence import Evidence
 from scoreinv.finetune.figure import learning_figure
 from scoreinv.finetune.training import CHECKPOINT
@@ -34,6 +34,7 @@ class FinetuneConfig(Problem):
         output: Folder of the training, the control, its report, and draws for the observation.
         only: Serve this observation alone, not all data of such a measurement.
         steps: Of the prior's chain; 50 or more for results.
+        control: What learns: a "correction" of the steps, a "copy" of the prior's network, or "lora" beside it.
         plan: How long and how fast; its seed is that of the problem.
         images: From which data are simulated for the control's own paths: new ones of the kind that the prior was trained
             on; draws of the prior, which take longer, where its card does not name it.
@@ -44,6 +45,7 @@ class FinetuneConfig(Problem):
     output: str
     only: bool = False
     steps: int = 50
+    control: str = "correction"
     plan: si.Plan
     images: int = 20000
     sims: int = 8
@@ -54,6 +56,8 @@ class FinetuneConfig(Problem):
         for name, least in LEAST.items():
             if (given := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {given}, expected at least {least}")
+        if self.control not in CONTROLS:
+            raise ValueError(f"control is {self.control!r}, expected one of {', '.join(CONTROLS)}")
         if self.only and self.plan.simulated:
             raise ValueError(
                 f"plan.simulated is {self.plan.simulated}, but with only=true no simulated image made the data; "
@@ -75,7 +79,15 @@ def finetune(config: FinetuneConfig) -> None:
     images = amplitude * _images(config, prior)
     prior = prior.rescaled(amplitude)
     y = seen.y if config.only else None
-    learned = untrained(prior, seen.likelihood, images, config.seed, steps=config.steps, y=y)
+    learned = untrained(
+        prior,
+        seen.likelihood,
+        images,
+        config.seed,
+        steps=config.steps,
+        y=y,
+        control=config.control,
+    )
     before = learned.bounds(config.sims, config.paths, config.seed)
     say("before", _described(before))
     try:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from scoreinv.finetune.adapted import AdaptedControl
 from scoreinv.finetune.control import (
     Control,
     ImageControl,
@@ -42,6 +43,8 @@ from scoreinv.finetune.training import Plan, Recipe, Simulate, train_control
 from scoreinv.finetune.twist import Twist, learn_twist
 from scoreinv.gaussian import Covariance
 from scoreinv.likelihood import Likelihood
+from scoreinv.noise import GaussianNoise
+from scoreinv.operators import Amplitude
 from scoreinv.posterior import Posterior
 from scoreinv.priors.base import Prior
 from scoreinv.samplers.path import Descent, Island, Request
@@ -51,7 +54,9 @@ from scoreinv.samplers.smc import systematic
 from scoreinv.streams import stream
 
 PROBES = 256  # of them that measure how sure the prior is at each level
-FORMAT = 5  # of the files of a control
+FORMAT = 6  # of the files of a control
+CONTROLS = ("correction", "lora", "copy")  # kinds: a network of its own, or the prior's, adapted
+RANK = 8  # of the products that LoRA adds
 IMAGES = 1024  # draws of the prior from which training data are simulated
 
 
@@ -262,7 +267,7 @@ def finetune(
     y: Tensor | None = None,
     images: Tensor | None = None,
     guided: bool = True,
-    control: Control | None = None,
+    control: Control | str = "correction",
     plan: Plan | None = None,
     recipe: Recipe | None = None,
     folder: str | Path | None = None,
@@ -278,7 +283,8 @@ def finetune(
         y: The only data to serve, with shape (*data); any data of the likelihood if not given.
         images: Images to simulate data of, with shape (N, C, H, W); 1,024 draws of the prior if not given.
         guided: Start from the chain pulled by the data.
-        control: See `scoreinv.finetune.control`; a U-Net, or a perceptron for few pixels, if not given.
+        control: What learns: a "correction" by a U-Net, or a perceptron for few pixels (`scoreinv.finetune.control`); "lora"
+            or a "copy" of the prior's network (`scoreinv.finetune.adapted`); or any control.
         plan: How long and how fast.
         recipe: Objective and proposals; the log-variance if not given, on paths of the control, half of them joint
             simulations where it serves all data.
@@ -302,7 +308,7 @@ def untrained(
     steps: int = 50,
     y: Tensor | None = None,
     guided: bool = True,
-    control: Control | None = None,
+    control: Control | str = "correction",
 ) -> Amortised:
     """The posteriors of a control that has learned nothing yet; see `finetune` for the arguments."""
     if tuple(images.shape[1:]) != tuple(prior.shape):
@@ -313,7 +319,8 @@ def untrained(
     covariances = measured(prior, levels, images[:PROBES].to(prior.dtype), seed)
     chain = new_chain(prior, covariances, likelihood if guided else None)
     examples = None if y is not None else likelihood.simulate(images, seed)
-    control = control or new_control(chain, likelihood, examples, guided)
+    if isinstance(control, str):
+        control = new_control(chain, likelihood, examples, guided, control)
     return Amortised(likelihood, chain, control, new_twist(chain, likelihood, examples), y)
 
 
@@ -356,9 +363,16 @@ def new_chain(
 
 
 def new_control(
-    chain: PriorChain, likelihood: Likelihood, examples: Tensor | None, guided: bool
+    chain: PriorChain,
+    likelihood: Likelihood,
+    examples: Tensor | None,
+    guided: bool,
+    kind: str = "correction",
+    rank: int | None = RANK,
 ) -> Control:
-    """A control that suits the images' size and the data."""
+    """A control of one of the `CONTROLS` that suits the images' size and the data."""
+    if kind not in CONTROLS:
+        raise ValueError(f"control is {kind!r}, expected one of {', '.join(CONTROLS)}")
     reward = lambda x, y: likelihood.log_prob(y, x)
     guide = None
     if guided and not isinstance(chain, TwistedChain):
@@ -367,26 +381,43 @@ def new_control(
             if likelihood.gaussian
             else guidance_by_gradient(chain, reward)
         )
-    if not convolves(chain.shape):
+    if kind == "correction" and not convolves(chain.shape):
         return VectorControl(chain, examples, guide)
-    return ImageControl(chain, None if examples is None else data_image(likelihood), guide)
+    image = None if examples is None else data_image(likelihood, chain.prior.moments.mean)
+    if kind == "correction":
+        return ImageControl(chain, image, guide)
+    return AdaptedControl(chain, image, guide, rank if kind == "lora" else None)
 
 
 def new_twist(chain: PriorChain, likelihood: Likelihood, examples: Tensor | None) -> Twist:
     """A twist that suits the images' size and the data."""
-    image = data_image(likelihood) if convolves(chain.shape) else None
+    mean = chain.prior.moments.mean
+    image = data_image(likelihood, mean) if convolves(chain.shape) else None
     return Twist(chain, likelihood, image, examples)
 
 
-def data_image(likelihood: Likelihood) -> Callable[[Tensor], Tensor]:
-    """Data as images of about unit scale, A^T S^-1 y over the noise of a pixel, with shape (B, C, H, W)."""
-    operator = likelihood.operator
-    back = lambda y: operator.transpose(likelihood.noise.weigh(y))
-    noise = likelihood.noise.observe(
-        torch.zeros(64, *operator.data_shape, dtype=operator_dtype(likelihood)),
-        torch.Generator().manual_seed(0),
-    )
-    scale = back(noise).square().mean().sqrt()
+def data_image(likelihood: Likelihood, around: Tensor) -> Callable[[Tensor], Tensor]:
+    """Data as images of about unit scale, A^T S^-1 y over the noise of a pixel, with shape (B, C, H, W).
+
+    Noise that is not Gaussian has no S, and data that are amplitudes get phases of zero: a network is shown the image, and
+    makes of it what it can.
+
+    Args:
+        likelihood: Of the data.
+        around: A typical image, whose noise sets the scale, with shape (C, H, W).
+    """
+    operator, noise = likelihood.operator, likelihood.noise
+    linear = operator.inner if isinstance(operator, Amplitude) else operator
+    dtype = torch.complex128 if linear.complex else torch.float64
+
+    def back(y: Tensor) -> Tensor:
+        y = noise.weigh(y) if isinstance(noise, GaussianNoise) else y
+        return linear.transpose(y.to(dtype))
+
+    # counts are not made of less than nothing
+    clean = operator(around[None].double().clamp_min(0)).expand(64, *operator.data_shape)
+    seen = noise.observe(clean, torch.Generator().manual_seed(0))
+    scale = back(seen - clean).square().mean().sqrt()
     return lambda y: torch.asinh(back(y.to(operator_dtype(likelihood))) / scale)
 
 
@@ -418,7 +449,8 @@ def load_amortised(folder: str | Path, prior: Prior, likelihood: Likelihood) -> 
     if y is not None and likelihood.operator.complex:
         y = torch.view_as_complex(y)
     zero = None if y is not None else _nothing(2, likelihood)
-    control = new_control(chain, likelihood, zero, card["guided"])
+    kind, rank = card["control"], card["rank"]
+    control = new_control(chain, likelihood, zero, card["guided"], kind, rank)
     found = Amortised(likelihood, chain, control, new_twist(chain, likelihood, zero), y)
     if (seen := _card(found)) != card:
         other = [k for k in card if seen.get(k) != card[k]]
@@ -440,7 +472,8 @@ def _card(amortised: Amortised) -> dict[str, Any]:
     seen = amortised.likelihood.log_prob(torch.zeros_like(clean[0]), probe)
     return {
         "format": FORMAT,
-        "control": type(control).__name__,
+        "control": control.kind,
+        "rank": control.rank,
         "chain": type(chain).__name__,
         "guided": control.guided or isinstance(chain, TwistedChain),
         "steps": chain.steps,

@@ -43,6 +43,8 @@ class Control(nn.Module, abc.ABC):
     """
 
     guided = False
+    kind = "own"  # as files of controls name it
+    rank: int | None = None
 
     def __init__(self, reference: Reference) -> None:
         super().__init__()
@@ -74,6 +76,8 @@ class LearnedControl(Control):
         reference: The chain that is moved.
         guide: g of a step, its number k and the data; none if not given.
     """
+
+    kind = "correction"
 
     def __init__(self, reference: Reference, guide: Guide | None = None) -> None:
         super().__init__(reference)
@@ -257,8 +261,7 @@ def guidance(chain: PriorChain, likelihood: Likelihood, local: bool = True) -> G
             s = chain.levels[i]
             return respond(prior.error_covariance(step.error[rows], s), H, e, SHORT * s)
 
-        shift = pulled(chain, likelihood, response, step.denoised, k, y)
-        return step.covariance.map(torch.rsqrt).apply(shift)
+        return chain.followed(pulled(likelihood, response, step.denoised, k, y), k)
 
     return g
 

@@ -232,6 +232,16 @@ class PriorChain(Reference):
         """V^-1/2 (1 - a) C_sigma g: what reweighing x_0 by exp(g . x_0) does to the step under a Gaussian prior."""
         return selected(self._steer, k, self.shape).apply(slope)
 
+    def followed(self, shift: Tensor, k: Tensor) -> Tensor:
+        """u of steps k whose denoised images are moved by a shift, V^-1/2 (1 - a) shift, with shape (B, *shape)."""
+        V = selected(self._V, k, self.shape)
+        return V.map(torch.rsqrt).apply(self.share(k).to(shift.dtype) * shift)
+
+    def share(self, k: Tensor) -> Tensor:
+        """1 - a, by which steps k follow the denoised image, with shape (B, 1, ...)."""
+        a = (self.sigma(k + 1) / self.sigma(k)).square()
+        return (1 - a).reshape(-1, *[1] * len(self.shape))
+
     def noised(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
         states = [x]
         for i in range(k - 1, -1, -1):
@@ -314,7 +324,8 @@ class TwistedChain(PriorChain):
         if y is None:
             return plain
         given = lambda i, rows, e: self._given[i].respond(e)
-        mean = plain.mean + pulled(self, self.likelihood, given, denoised, k, y)
+        shift = pulled(self.likelihood, given, denoised, k, y)
+        mean = plain.mean + self.share(k).to(shift.dtype) * shift
         V = selected(self._twisted, k, self.shape)
         return GaussianStep(mean, V, denoised, (plain, self._volumes[k]))
 
@@ -377,17 +388,15 @@ def weighed(likelihood: Likelihood, y: Tensor, x: Tensor) -> Tensor:
 
 
 def pulled(
-    chain: PriorChain,
     likelihood: Likelihood,
     respond: Callable[[int, Tensor, Tensor], Tensor],
     denoised: Tensor,
     k: Tensor,
     y: Tensor,
 ) -> Tensor:
-    """By which data move the means of steps, (1 - a) (K^-1 + H)^-1 A^T S^-1 (y - A D), with shape (B, *shape).
+    """By which data move denoised images, (K^-1 + H)^-1 A^T S^-1 (y - A D), with shape (B, *shape).
 
     Args:
-        chain: Whose steps they are.
         likelihood: Linear, with Gaussian noise.
         respond: (K^-1 + H)^-1 e, of a step's number, which images take it, with shape (B,), and their e.
         denoised: D, with shape (B, *shape).
@@ -399,8 +408,7 @@ def pulled(
     for i in k.unique().tolist():
         rows = k == i
         shift[rows] = respond(i, rows, e[rows])
-    share = 1 - (chain.sigma(k + 1) / chain.sigma(k)).square()
-    return share.to(shift.dtype).reshape(-1, *[1] * (shift.ndim - 1)) * shift
+    return shift
 
 
 def foreseen_log_prob(

@@ -1,0 +1,133 @@
+"""Controls that are the prior's own network, adapted.
+
+    u  =  V^-1/2 (1 - a) (C_sigma / c) (D'(x, y) - D(x))  +  gate(clock) g
+
+C_sigma is the error that a Gaussian prior would leave, of mean variance c, so that images are moved where they are not
+known: elsewhere u would only learn noise. D' is the denoiser with a copy of the prior's network, whose first layer sees an
+image of the data, too. Either all of its weights are trained, or to each matrix W of weights, which stays as it is, a
+product of two narrow ones is added,
+
+    W' = W + B A,    A: r x inputs,  B: outputs x r
+
+(Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv:2106.09685). B is zero at first, and what the
+first layer makes of the data: D' = D. Each step costs a pass of the network more than the prior's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from scoreinv.finetune.control import Guide, LearnedControl
+from scoreinv.finetune.reference import PriorChain
+from scoreinv.kernels import conditional
+from scoreinv.priors.base import Prior, RescaledPrior
+from scoreinv.priors.network import ScorePrior, preconditioning
+from scoreinv.priors.unet import UNet
+from scoreinv.streams import stream
+
+
+class AdaptedControl(LearnedControl):
+    """The prior's network with weights of its own.
+
+    Args:
+        chain: Of a prior that is a U-Net of this package, at any amplitude.
+        image: The image of data y, with shape (B, C, H, W) of the chain's images; none if not given.
+        guide: See `LearnedControl`.
+        rank: r; all weights are trained if not given.
+        seed: Of the first weights.
+
+    Raises:
+        ValueError: A prior without such a network.
+    """
+
+    def __init__(
+        self,
+        chain: PriorChain,
+        image: Callable[[Tensor], Tensor] | None = None,
+        guide: Guide | None = None,
+        rank: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(chain, guide)
+        prior, self._amplitude = _network_of(chain.prior)
+        self._chain, self._image, self._prior, self.rank = chain, image, prior, rank
+        left = [conditional(C, s) for C, s in zip(chain.covariances, chain.levels, strict=True)]
+        self._left = torch.tensor([C.marginal_variance(chain.shape) for C in left])
+        self.network = deepcopy(prior.network).train()
+        if image is not None:
+            self.network.first = _listening(self.network.first)
+        self.network.requires_grad_(rank is None)
+        if rank is not None:
+            if rank < 1:
+                raise ValueError(f"rank is {rank}, expected at least 1")
+            generator = stream(seed)
+            matrices = (m for m in self.network.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+            for layer in list(matrices):
+                low = LowRank(layer.weight, rank, generator)
+                parametrize.register_parametrization(layer, "weight", low)
+
+    @property
+    def kind(self) -> str:
+        """As files of controls name it."""
+        return "copy" if self.rank is None else "lora"
+
+    def correction(
+        self, inputs: list[Tensor], k: Tensor, features: Tensor, y: Tensor | None
+    ) -> Tensor:
+        over = lambda v: v.float().reshape(-1, 1, 1, 1)
+        x = inputs[0] * over(self.reference.scale(k)) / self._amplitude
+        sigma = self._chain.sigma(k).float() / self._amplitude
+        _, out, scale, c = preconditioning(sigma, self._prior.sigma_data)
+        seen = (scale * x).contiguous(memory_format=torch.channels_last)
+        # without autocast, so that nothing is left of the difference where weights are the same
+        with torch.no_grad():
+            before = self._prior.network(seen, c)
+        told = seen if self._image is None else torch.cat([seen, self._image(y).float()], 1)
+        moved = self._amplitude * out * (self.network(told, c) - before)
+        return self.reference.steered(moved / over(self._left[k]), k)
+
+
+class LowRank(nn.Module):
+    """W + B A of weights W with any shape (outputs, ...).
+
+    Args:
+        weight: W, at first W'.
+        rank: Rows of A.
+        generator: Of the first A.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        outputs, inputs = weight.flatten(1).shape
+        self.A = nn.Parameter(torch.randn(rank, inputs, generator=generator) * inputs**-0.5)
+        self.B = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.B @ self.A).reshape(weight.shape)
+
+
+def _network_of(prior: Prior) -> tuple[ScorePrior, float]:
+    """The prior whose network is adapted, and the amplitude at which it is used."""
+    amplitude = 1.0
+    while isinstance(prior, RescaledPrior):
+        prior, amplitude = prior.prior, amplitude * prior.amplitude
+    if not isinstance(prior, ScorePrior) or not isinstance(prior.network, UNet):
+        raise ValueError(
+            f"a {type(prior).__name__} has no network to adapt; expected a prior trained by this package, "
+            "or another kind of control"
+        )
+    return prior, amplitude
+
+
+def _listening(first: nn.Conv2d) -> nn.Conv2d:
+    """A layer that sees as many channels more, and makes nothing of them yet."""
+    wider = nn.Conv2d(2 * first.in_channels, first.out_channels, 3, padding=1)
+    with torch.no_grad():
+        wider.weight.zero_()[:, : first.in_channels] = first.weight
+        wider.bias.copy_(first.bias)
+    return wider.to(memory_format=torch.channels_last)
