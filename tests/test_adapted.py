@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import scoreinv as si
-from scoreinv.finetune.adapted import AdaptedControl
-from scoreinv.finetune.amortised import CONTROLS, data_image, untrained
+from scoreinv.finetune.adapted import CONTROLS, AdaptedControl
+from scoreinv.finetune.amortised import data_image, untrained
 from scoreinv.finetune.paths import Engine
 from scoreinv.finetune.reference import PriorChain
 from scoreinv.gaussian import Fourier, Gaussian
@@ -33,15 +33,18 @@ def blurred(of):
     return si.Likelihood(si.PSFConvolution(psf, of.shape), si.GaussianNoise(std=0.3))
 
 
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("rank", RANKS)
-def test_an_adapted_control_starts_as_the_prior(rank):
+def test_an_adapted_control_starts_as_the_prior(rank, told):
     """Every path weighs the same to 1e-6, though data are seen; a step of training makes them differ, and only the copy."""
     known = prior()
     likelihood, chain = blurred(known), PriorChain(known, 5)
-    control = AdaptedControl(chain, data_image(likelihood, known.moments.mean), rank=rank)
+    image = None if told else data_image(likelihood, known.moments.mean)
+    y = likelihood.simulate(known.sample(6, 1, steps=4), 2)
+    y, other = (torch.eye(6), torch.eye(6).flip(0)) if told else (y, y + 1)
+    control = AdaptedControl(chain, image, rank=rank, examples=y if told else None)
     weights = {k: v.clone() for k, v in known.network.state_dict().items()}
     engine = Engine(chain, control, lambda x, y: torch.zeros(len(x), dtype=torch.float64))
-    y = likelihood.simulate(known.sample(6, 1, steps=4), 2)
     paths, log_w = engine.paths(6, y, stream(3))
     assert float(log_w.abs().max()) < 1e-6
     engine.learn(paths, torch.linspace(-1, 1, 6, dtype=torch.float64))
@@ -57,12 +60,12 @@ def test_an_adapted_control_starts_as_the_prior(rank):
     trained = [k for k, p in control.network.named_parameters() if p.requires_grad]
     if rank is None:
         assert any(k.startswith("network.first.weight") for k in moved)
-        assert len(trained) == len(list(known.network.parameters()))
+        assert len(trained) == len(list(known.network.parameters())) + told
     else:
-        assert all(".parametrizations.weight.0." in f".{k}" for k in trained)
+        assert all(".parametrizations.weight.0." in f".{k}" or k == "tell.weight" for k in trained)
         assert any(k.endswith("weight.0.B") for k in moved)
     # the data are seen now
-    _, others = engine.paths(6, y + 1, stream(3))
+    _, others = engine.paths(6, other, stream(3))
     assert float((others - log_w).abs().max()) > 1e-3
 
 

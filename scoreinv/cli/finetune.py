@@ -14,7 +14,8 @@ from torch import Tensor
 
 import scoreinv as si
 from scoreinv.cli.problem import Problem, chosen, completed, findings, introduce, say
-from scoreinv.finetune.amortised import CONTROLS, train, untrained
+from scoreinv.finetune.adapted import CONTROLS
+from scoreinv.finetune.amortised import train, untrained
 from scoreinv.finetune.evidence import Evidence
 from scoreinv.finetune.figure import learning_figure
 from scoreinv.finetune.training import CHECKPOINT

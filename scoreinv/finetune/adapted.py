@@ -4,8 +4,8 @@
 
 C_sigma is the error that a Gaussian prior would leave, of mean variance c, so that images are moved where they are not
 known: elsewhere u would only learn noise. D' is the denoiser with a copy of the prior's network, whose first layer sees an
-image of the data, too. Either all of its weights are trained, or to each matrix W of weights, which stays as it is, a
-product of two narrow ones is added,
+image of the data, too, or which is told a few numbers with the noise level. Either all of its weights are trained, or to
+each matrix W of weights, which stays as it is, a product of two narrow ones is added,
 
     W' = W + B A,    A: r x inputs,  B: outputs x r
 
@@ -22,13 +22,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from scoreinv.finetune.control import Guide, LearnedControl
+from scoreinv.finetune.control import (
+    Guide,
+    ImageControl,
+    LearnedControl,
+    VectorControl,
+    convolves,
+)
 from scoreinv.finetune.reference import PriorChain
 from scoreinv.kernels import conditional
 from scoreinv.priors.base import Prior, RescaledPrior
 from scoreinv.priors.network import ScorePrior, preconditioning
 from scoreinv.priors.unet import UNet
 from scoreinv.streams import stream
+
+CONTROLS = ("correction", "lora", "copy")  # kinds: a network of its own, or the prior's, adapted
+RANK = 8  # of the products that LoRA adds
 
 
 class AdaptedControl(LearnedControl):
@@ -40,6 +49,7 @@ class AdaptedControl(LearnedControl):
         guide: See `LearnedControl`.
         rank: r; all weights are trained if not given.
         seed: Of the first weights.
+        examples: Data like those to come, with shape (n, *data), for y that are no image but a few numbers.
 
     Raises:
         ValueError: A prior without such a network.
@@ -52,8 +62,9 @@ class AdaptedControl(LearnedControl):
         guide: Guide | None = None,
         rank: int | None = None,
         seed: int = 0,
+        examples: Tensor | None = None,
     ) -> None:
-        super().__init__(chain, guide)
+        super().__init__(chain, guide, examples)
         prior, self._amplitude = _network_of(chain.prior)
         self._chain, self._image, self._prior, self.rank = chain, image, prior, rank
         left = [conditional(C, s) for C, s in zip(chain.covariances, chain.levels, strict=True)]
@@ -70,6 +81,9 @@ class AdaptedControl(LearnedControl):
             for layer in list(matrices):
                 low = LowRank(layer.weight, rank, generator)
                 parametrize.register_parametrization(layer, "weight", low)
+        if len(self.middle):
+            self.network.tell = nn.Linear(len(self.middle), self.network.features, bias=False)
+            nn.init.zeros_(self.network.tell.weight)
 
     @property
     def kind(self) -> str:
@@ -87,9 +101,40 @@ class AdaptedControl(LearnedControl):
         # without autocast, so that nothing is left of the difference where weights are the same
         with torch.no_grad():
             before = self._prior.network(seen, c)
-        told = seen if self._image is None else torch.cat([seen, self._image(y).float()], 1)
-        moved = self._amplitude * out * (self.network(told, c) - before)
+        shown = seen if self._image is None else torch.cat([seen, self._image(y).float()], 1)
+        moved = self._amplitude * out * (self.network(shown, c, self.told(y)) - before)
         return self.reference.steered(moved / over(self._left[k]), k)
+
+
+def new_control(
+    chain: PriorChain,
+    kind: str,
+    *,
+    image: Callable[[Tensor], Tensor] | None = None,
+    examples: Tensor | None = None,
+    guide: Guide | None = None,
+    rank: int | None = RANK,
+    seed: int = 0,
+) -> LearnedControl:
+    """A control of one of the `CONTROLS`; a correction suits the images' size.
+
+    Args:
+        chain: That is moved.
+        kind: Of the control.
+        image: The image of data y, with shape (B, C, H, W), where there is one; a perceptron takes numbers.
+        examples: Data like those to come, with shape (n, *data); None if there is no y.
+        guide: How the data pull, see `LearnedControl`.
+        rank: Of LoRA.
+        seed: Of the first weights.
+    """
+    if kind not in CONTROLS:
+        raise ValueError(f"control is {kind!r}, expected one of {', '.join(CONTROLS)}")
+    if kind == "correction" and not convolves(chain.shape):
+        return VectorControl(chain, examples, guide, seed=seed)
+    told = examples if image is None else None
+    if kind == "correction":
+        return ImageControl(chain, image, guide, seed=seed, examples=told)
+    return AdaptedControl(chain, image, guide, rank if kind == "lora" else None, seed, told)
 
 
 class LowRank(nn.Module):

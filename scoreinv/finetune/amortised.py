@@ -21,11 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scoreinv.finetune.adapted import AdaptedControl
+from scoreinv.finetune.adapted import RANK, new_control
 from scoreinv.finetune.control import (
     Control,
-    ImageControl,
-    VectorControl,
     convolves,
     guidance,
     guidance_by_gradient,
@@ -55,8 +53,6 @@ from scoreinv.streams import stream
 
 PROBES = 256  # of them that measure how sure the prior is at each level
 FORMAT = 6  # of the files of a control
-CONTROLS = ("correction", "lora", "copy")  # kinds: a network of its own, or the prior's, adapted
-RANK = 8  # of the products that LoRA adds
 IMAGES = 1024  # draws of the prior from which training data are simulated
 
 
@@ -320,7 +316,7 @@ def untrained(
     chain = new_chain(prior, covariances, likelihood if guided else None)
     examples = None if y is not None else likelihood.simulate(images, seed)
     if isinstance(control, str):
-        control = new_control(chain, likelihood, examples, guided, control)
+        control = control_of(chain, likelihood, examples, guided, control)
     return Amortised(likelihood, chain, control, new_twist(chain, likelihood, examples), y)
 
 
@@ -362,7 +358,7 @@ def new_chain(
     return PriorChain(prior, len(covariances), covariances)
 
 
-def new_control(
+def control_of(
     chain: PriorChain,
     likelihood: Likelihood,
     examples: Tensor | None,
@@ -370,23 +366,18 @@ def new_control(
     kind: str = "correction",
     rank: int | None = RANK,
 ) -> Control:
-    """A control of one of the `CONTROLS` that suits the images' size and the data."""
-    if kind not in CONTROLS:
-        raise ValueError(f"control is {kind!r}, expected one of {', '.join(CONTROLS)}")
+    """A control of a kind that `new_control` knows, which sees data of a likelihood, and is guided by it."""
     reward = lambda x, y: likelihood.log_prob(y, x)
-    guide = None
+    guide, image = None, None
     if guided and not isinstance(chain, TwistedChain):
         guide = (
             guidance(chain, likelihood)
             if likelihood.gaussian
             else guidance_by_gradient(chain, reward)
         )
-    if kind == "correction" and not convolves(chain.shape):
-        return VectorControl(chain, examples, guide)
-    image = None if examples is None else data_image(likelihood, chain.prior.moments.mean)
-    if kind == "correction":
-        return ImageControl(chain, image, guide)
-    return AdaptedControl(chain, image, guide, rank if kind == "lora" else None)
+    if examples is not None and convolves(chain.shape):
+        image = data_image(likelihood, chain.prior.moments.mean)
+    return new_control(chain, kind, image=image, examples=examples, guide=guide, rank=rank)
 
 
 def new_twist(chain: PriorChain, likelihood: Likelihood, examples: Tensor | None) -> Twist:
@@ -450,7 +441,7 @@ def load_amortised(folder: str | Path, prior: Prior, likelihood: Likelihood) -> 
         y = torch.view_as_complex(y)
     zero = None if y is not None else _nothing(2, likelihood)
     kind, rank = card["control"], card["rank"]
-    control = new_control(chain, likelihood, zero, card["guided"], kind, rank)
+    control = control_of(chain, likelihood, zero, card["guided"], kind, rank)
     found = Amortised(likelihood, chain, control, new_twist(chain, likelihood, zero), y)
     if (seen := _card(found)) != card:
         other = [k for k in card if seen.get(k) != card[k]]

@@ -75,13 +75,19 @@ class LearnedControl(Control):
     Args:
         reference: The chain that is moved.
         guide: g of a step, its number k and the data; none if not given.
+        examples: Data like those to come, with shape (n, *data), which set the scale of y as numbers; None if y is not told.
     """
 
     kind = "correction"
 
-    def __init__(self, reference: Reference, guide: Guide | None = None) -> None:
+    def __init__(
+        self, reference: Reference, guide: Guide | None = None, examples: Tensor | None = None
+    ) -> None:
         super().__init__(reference)
         self._guide = guide
+        seen = torch.zeros(1, 0) if examples is None else numbers(examples)
+        self.register_buffer("middle", seen.mean(0))
+        self.register_buffer("unit", (seen - self.middle).square().mean(0).sqrt().clamp_min(1e-12))
         self.gate = nn.Sequential(nn.Linear(TIMES, 64), nn.SiLU(), nn.Linear(64, 1))
         initialise(self.gate, stream(0, 1))
         nn.init.zeros_(self.gate[-1].weight)
@@ -91,6 +97,10 @@ class LearnedControl(Control):
     def guided(self) -> bool:
         """Whether it is told how the data pull."""
         return self._guide is not None
+
+    def told(self, y: Tensor | None) -> Tensor | None:
+        """Data as numbers of about unit scale, with shape (B, m); None if they are not told."""
+        return (numbers(y) - self.middle) / self.unit if len(self.middle) else None
 
     @abc.abstractmethod
     def correction(
@@ -153,12 +163,9 @@ class VectorControl(LearnedControl):
         layers: int = 3,
         seed: int = 0,
     ) -> None:
-        super().__init__(reference, guide)
+        super().__init__(reference, guide, examples)
         d = math.prod(reference.shape)
-        seen = torch.zeros(1, 0) if examples is None else numbers(examples)
-        self.register_buffer("middle", seen.mean(0))
-        self.register_buffer("unit", (seen - self.middle).square().mean(0).sqrt().clamp_min(1e-12))
-        sizes = [d * (2 if guide is None else 3) + TIMES + seen.shape[1], *[width] * layers]
+        sizes = [d * (2 if guide is None else 3) + TIMES + len(self.middle), *[width] * layers]
         body: list[nn.Module] = []
         for a, b in zip(sizes[:-1], sizes[1:], strict=True):
             body += [nn.Linear(a, b), nn.SiLU()]
@@ -171,9 +178,9 @@ class VectorControl(LearnedControl):
     def correction(
         self, inputs: list[Tensor], k: Tensor, features: Tensor, y: Tensor | None
     ) -> Tensor:
-        flat = [v.flatten(1) for v in (*inputs, features)]
-        if len(self.middle):
-            flat.append((numbers(y) - self.middle) / self.unit)
+        told = self.told(y)
+        known = [*inputs, features] if told is None else [*inputs, features, told]
+        flat = [v.flatten(1) for v in known]
         return self.last(self.body(torch.cat(flat, 1))).reshape(inputs[0].shape)
 
 
@@ -203,13 +210,11 @@ class ImageControl(LearnedControl):
         seed: int = 0,
         examples: Tensor | None = None,
     ) -> None:
-        super().__init__(reference, guide)
+        super().__init__(reference, guide, examples)
         self._image, channels = image, reference.shape[0]
         stacked = (2 + (guide is not None) + (image is not None)) * channels
-        seen = torch.zeros(1, 0) if examples is None else numbers(examples)
-        self.register_buffer("middle", seen.mean(0))
-        self.register_buffer("unit", (seen - self.middle).square().mean(0).sqrt().clamp_min(1e-12))
-        self.network = UNet(stacked, widths, embedding=64, outputs=channels, told=seen.shape[1])
+        numbered = len(self.middle)
+        self.network = UNet(stacked, widths, embedding=64, outputs=channels, told=numbered)
         initialise(self.network, stream(seed))
 
     def correction(
@@ -217,9 +222,8 @@ class ImageControl(LearnedControl):
     ) -> Tensor:
         if self._image is not None:
             inputs = [*inputs, self._image(y).float()]
-        told = (numbers(y) - self.middle) / self.unit if len(self.middle) else None
         clock = self.reference.clock(k).float()
-        slope = self.network(torch.cat(inputs, 1), clock, told)
+        slope = self.network(torch.cat(inputs, 1), clock, self.told(y))
         last = self.reference.scale(torch.full_like(k, self.reference.steps))
         return self.reference.steered(slope / last.float().reshape(-1, 1, 1, 1), k)
 

@@ -17,19 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scoreinv.finetune.adapted import new_control
 from scoreinv.finetune.amortised import IMAGES, PROBES
-from scoreinv.finetune.control import (
-    Control,
-    Guide,
-    ImageControl,
-    VectorControl,
-    convolves,
-    guidance_by_gradient,
-)
+from scoreinv.finetune.control import Control, guidance_by_gradient
 from scoreinv.finetune.evidence import Evidence, evidence, simulated_bounds
 from scoreinv.finetune.paths import Engine, Reward
 from scoreinv.finetune.proposals import JointSimulations, OnPolicy
-from scoreinv.finetune.reference import PriorChain, measured_chain
+from scoreinv.finetune.reference import measured_chain
 from scoreinv.finetune.training import Observe, Plan, Recipe, train_control
 from scoreinv.priors.base import Prior
 from scoreinv.samplers.smc import systematic
@@ -86,7 +80,7 @@ def finetune_by_reward(
     observe: Observe | None = None,
     images: Tensor | None = None,
     guided: bool = False,
-    control: Control | None = None,
+    control: Control | str = "correction",
     plan: Plan | None = None,
     recipe: Recipe | None = None,
     folder: str | Path | None = None,
@@ -103,7 +97,8 @@ def finetune_by_reward(
         observe: Draws a y of each image with probability r(x, y), for images and a seed, if the reward is one.
         images: Of the prior, with shape (N, C, H, W); 1,024 draws if not given.
         guided: Start from the chain pulled by the reward's gradient.
-        control: See `scoreinv.finetune.control`; a U-Net, or a perceptron for few pixels, if not given.
+        control: What learns: a "correction" by a U-Net, or a perceptron for few pixels (`scoreinv.finetune.control`); "lora"
+            or a "copy" of the prior's network (`scoreinv.finetune.adapted`); or any control.
         plan: How long and how fast.
         recipe: Objective and proposals; the log-variance if not given, on paths of the control, half of them joint draws
             where `observe` makes them.
@@ -116,9 +111,9 @@ def finetune_by_reward(
     images = prior.sample(IMAGES, seed) if images is None else images
     _check(reward, images[:2], y)
     chain = measured_chain(prior, steps, images[:PROBES], seed)
-    if control is None:
+    if isinstance(control, str):
         guide = guidance_by_gradient(chain, reward) if guided else None
-        control = _new_control(chain, y, guide, seed)
+        control = new_control(chain, control, examples=y, guide=guide, seed=seed)
     engine = Engine(chain, control, reward)
 
     def simulate(n: int, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -134,11 +129,6 @@ def finetune_by_reward(
     plan = replace(plan or Plan(), seed=seed)
     history = train_control(engine, simulate, plan, recipe, observe, folder, progress)
     return Rewarded(engine, observe, history)
-
-
-def _new_control(chain: PriorChain, y: Tensor | None, guide: Guide | None, seed: int) -> Control:
-    kind = ImageControl if convolves(chain.shape) else VectorControl
-    return kind(chain, examples=y, guide=guide, seed=seed)
 
 
 def _check(reward: Reward, images: Tensor, y: Tensor | None) -> None:
