@@ -459,10 +459,15 @@ def test_a_skewed_pixel_is_moved_as_a_gamma_variable_would_be(skewness):
 
 @pytest.mark.parametrize(
     ("skewness", "std", "raised", "shape"),
-    [(1.0, 1.0, 0.1, (1, 64, 64)), (1.0, 1.0, 0.1, (2, 32, 64)), (4.0, 0.5, 0.06, (1, 64, 64))],
+    [
+        (1.0, 1.0, 0.1, (1, 64, 64)),
+        (1.0, 1.0, 0.1, (2, 32, 64)),
+        (4.0, 0.5, 0.06, (1, 64, 64)),
+        (3.0, 1.5, 0.2, (1, 64, 64)),
+    ],
 )
 def test_skewed_errors_keep_their_mean(skewness, std, raised, shape, monkeypatch):
-    """Draws given data of ten times 4,096 Gamma pixels: their mean within 0.04 sd of the truth's, whose error is 0.004.
+    """Draws given data of ten times 4,096 Gamma pixels: their mean within 0.03 sd of the truth's, whose error is 0.004.
 
     The tilt alone, as the negative control, raises it by more. The squared error is below a Gaussian's.
     """
@@ -492,7 +497,7 @@ def test_skewed_errors_keep_their_mean(skewness, std, raised, shape, monkeypatch
     bias, error, heard = ({n: np.mean(v) for n, v in of.items()} for of in (bias, error, heard))
     # 5 standard errors of 82,000 squares
     assert heard["taken off"] == pytest.approx(1 / (1 + std**2), rel=0.03)
-    assert abs(bias["taken off"]) < 0.04
+    assert abs(bias["taken off"]) < 0.03
     assert bias["left"] > raised
     assert error["taken off"] < error["Gaussian"]
 

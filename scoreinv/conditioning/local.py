@@ -14,14 +14,15 @@ d^2 and skewness g, shifted to the mean D. A force e of the data, the gradient o
     d^2 e / (1 - t),    t = 1/2 g d e,
 
 as it would that of a Gaussian of variance d^2 / (1 - t). The Gaussian's own shift is u = K e, with the forces on the pixels
-that go together: e is taken as u / d^2, and K is widened, or narrowed, by (1 - t)^-1 before the image is drawn, t within
-`TILTS`. To first order in t that raises the mean of a pixel over all data that such an image may give, by a share of
+that go together: e is taken as u / d^2, and K is widened, or narrowed, by f = (1 - t)^-1 before the image is drawn, t
+within `TILTS`. Over all data that such an image may give that raises the mean of a pixel. With r = E u^2 / d^2, the share of
+its variance that the data explain, and z = u / d, a pixel by itself is moved by f z d / (1 - r + r f), and a change of its
+mean counts by (1 - r) / (1 - r + r f). So
 
-    E[t u]  =  1/2 g d r P,      r = E u^2 / d^2,
+    b  =  d E[f z / (1 - r + r f)] / E[(1 - r) / (1 - r + r f)]
 
-where P is the probability that t, of variance (g / 2)^2 r, is within its limits (Stein's lemma). So much is taken off the
-mean first, which counts by the same share; r comes from how a few images respond to data simulated around them, averaged
-over near pixels.
+is taken off the mean first, with z a Gamma variable of the variance r and the third cumulant g r^3 that its sum with the
+noise has. r comes from how a few images respond to data simulated around them, averaged over near pixels.
 
 A network can be sure of blank sky where there is a source, whose like it has rarely seen beside such a galaxy: K is then too
 small for the data to pull the source in, and all draws lose it. So the data are asked once more. Where what they still miss,
@@ -33,8 +34,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
+import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,6 +51,7 @@ ITERATIONS = 500  # of a solve, at most
 ROUGH = 5.0  # times the length that matters of a draw is enough for t
 REACH = 2  # pixels around such a place that are doubted, too
 PROBES = 2  # images that respond to simulated data
+STEEPEST = 5.0  # half the skewness, at most
 NEAR = 3  # pixels on each side over which their responses are averaged
 
 
@@ -103,10 +108,8 @@ class LocalConditioned:
             return m, self.K
         half, d = 0.5 * self.skewness, self.K.deviation
         t = half * self.shift(m, ROUGH) / d
-        heard = self.heard(generator)
-        spread = (half.abs() * heard.sqrt()).clamp_min(1e-6)
-        low, high = (torch.special.ndtr(limit / spread) for limit in TILTS)
-        return m - half * d * heard * (high - low), self.K.widened((1 - t.clamp(*TILTS)).rsqrt())
+        b = d * raised(half, self.heard(generator))
+        return m - b, self.K.widened((1 - t.clamp(*TILTS)).rsqrt())
 
     def heard(self, generator: torch.Generator) -> Tensor:
         """E u^2 / d^2, the share of a pixel's variance that the data explain, with shape (1, C, H, W)."""
@@ -130,6 +133,29 @@ class LocalConditioned:
         """By which the data move means m, with shape (B, C, H, W); updates may be longer by `slack`."""
         e = self.conditioner.misfit(m)
         return respond(self.K, self.conditioner.inform, e, slack * self.length)
+
+
+def raised(half: Tensor, heard: Tensor) -> Tensor:
+    """b / d of pixels of half the skewness, with shape (B, C, H, W), of whose variance the data explain a share."""
+    place = torch.stack([half / STEEPEST, 2 * heard.expand_as(half) - 1], -1).flatten(0, 2)[None]
+    table = _raised().to(half.dtype)[None, None]
+    found = F.grid_sample(table, place, padding_mode="border", align_corners=True)
+    return found.reshape(half.shape)
+
+
+@cache
+def _raised() -> Tensor:
+    """b / d, with shape (shares, halves), from the quantiles of z."""
+    half = np.linspace(-STEEPEST, STEEPEST, 41)[None, :, None]
+    r = np.linspace(0, 1, 21).clip(1e-6, 1 - 1e-6)[:, None, None]
+    skewness = 2 * half * r**1.5
+    k = 4 / np.maximum(skewness**2, 1e-6)
+    z = np.where(skewness < 0, -1, 1) * stats.gamma.ppf((np.arange(200) + 0.5) / 200, k)
+    z = z - z.mean(-1, keepdims=True)
+    z *= np.sqrt(r) / z.std(-1, keepdims=True)
+    f = 1 / (1 - (half * z).clip(*TILTS))
+    moved, counts = f * z / (1 - r + r * f), (1 - r) / (1 - r + r * f)
+    return torch.from_numpy(moved.mean(-1) / counts.mean(-1))
 
 
 def respond(K: Modulated, H: Callable[[Tensor], Tensor], e: Tensor, length: float) -> Tensor:
