@@ -116,3 +116,16 @@ def test_what_cannot_be_adapted_is_refused():
         si.finetune(gaussian, blurred(gaussian), seed=0, steps=4, control="Lora")
     with pytest.raises(ValueError, match="rank is 0, expected at least 1"):
         AdaptedControl(PriorChain(prior(), 4), rank=0)
+    with pytest.raises(ValueError, match="control is None"):
+        si.finetune(gaussian, blurred(gaussian), seed=0, steps=4, control=None)
+
+
+def test_a_control_of_other_sizes_is_not_loaded(tmp_path):
+    known = prior()
+    likelihood, images = blurred(known), known.sample(4, 1, steps=4)
+    own = AdaptedControl(PriorChain(known, 4), data_image(likelihood, images[0]), rank=2)
+    untrained(known, likelihood, images, 0, steps=4, guided=False, control=own).save(tmp_path)
+    card = tmp_path / "control.json"
+    card.write_text(card.read_text().replace('"rank": 2', '"rank": 3'))
+    with pytest.raises(ValueError, match="a control of other sizes than finetune makes"):
+        si.load_amortised(tmp_path, known, likelihood)

@@ -10,6 +10,7 @@ import torch
 import scoreinv as si
 from scoreinv.finetune import Steered, training
 from scoreinv.finetune import paths as engine_of_paths
+from scoreinv.finetune.amortised import data_image
 from scoreinv.finetune.control import Control, VectorControl, guidance, guidance_by_gradient
 from scoreinv.finetune.evidence import evidence, extrapolated, k_hat
 from scoreinv.finetune.free import Brownian, OrnsteinUhlenbeck
@@ -787,6 +788,17 @@ def beyond_gaussian(kind, shape):
     psf = si.PSFConvolution(torch.ones(3, 3) / 9, shape)
     noise = si.PoissonNoise(1.0) if kind == "counts" else si.StudentNoise(scale=0.3, dof=3.0)
     return si.Likelihood(psf, noise)
+
+
+@pytest.mark.parametrize("background", [1.0, 1e4])
+def test_counts_are_shown_in_units_of_their_noise(background):
+    """Images of the same sky differ by about 1.4 from one exposure to the next, however bright the background is."""
+    psf = si.PSFConvolution(torch.ones(3, 3) / 9, (1, 16, 16))
+    likelihood = si.Likelihood(psf, si.PoissonNoise(background))
+    sky = torch.full((1, 16, 16), 0.5 * background**0.5)
+    seen = data_image(likelihood, sky)(likelihood.simulate(sky.expand(2, 1, 16, 16), 1))
+    # the inverse hyperbolic sine takes a little off
+    assert 0.8 < float((seen[0] - seen[1]).square().mean().sqrt()) < 1.6
 
 
 @pytest.mark.parametrize("kind", ["outliers", "counts", "amplitudes"])

@@ -530,12 +530,19 @@ def test_excess_noise_makes_up_for_detail_that_a_prior_loses():
     assert prior.rescaled(2.0).excess_noise == 0.5
 
 
-def test_a_companion_that_the_prior_does_not_expect_is_found(monkeypatch):
-    """A second source far from the galaxy, of 10 standard deviations in the data; every draw must have it."""
-    prior = si.load_prior("galaxy64")
-    galaxy = prior.sample(1, seed=11)
+@pytest.mark.parametrize(
+    ("name", "levels", "row", "column", "peak"),
+    [("galaxy64", 15, 9, 52, 0.15), ("disc64", 40, 2, 58, 0.15)],
+)
+def test_a_companion_that_the_prior_does_not_expect_is_found(
+    name, levels, row, column, peak, monkeypatch
+):
+    """A second source far from the first, of 10 standard deviations in the data; every draw must have it."""
+    prior = si.load_prior(name)
+    galaxy = prior.sample(1, seed=11, steps=20)
     companion = torch.zeros_like(galaxy)
-    companion[0, 0, 9:12, 52:55] = 0.15
+    companion[0, 0, row : row + 3, column : column + 3] = peak
+    around = (slice(None), 0, slice(max(row - 4, 0), row + 7), slice(column - 4, column + 7))
     likelihood = si.Likelihood(
         si.PSFConvolution(gaussian_psf(3.8), prior.shape), si.GaussianNoise(std=0.02)
     )
@@ -544,9 +551,9 @@ def test_a_companion_that_the_prior_does_not_expect_is_found(monkeypatch):
     for doubt in (DOUBT, math.inf):
         monkeypatch.setattr("scoreinv.conditioning.local.DOUBT", doubt)
         draws = si.sample(
-            si.Posterior(prior, likelihood, y), 8, si.Guided(levels=15), seed=7, island=8
+            si.Posterior(prior, likelihood, y), 8, si.Guided(levels), seed=7, island=8
         )
-        seen[doubt] = draws.x[:, 0, 5:16, 48:59].sum((1, 2)) / companion.sum()
+        seen[doubt] = draws.x[around].sum((1, 2)) / companion.sum()
     # the posterior's own scatter is about 0.2; what is lost is lost altogether
     assert (seen[DOUBT] > 0.5).all()
     # without the data's doubt some draws lose it: the test can fail

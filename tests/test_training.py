@@ -1,6 +1,7 @@
 """The training loop, the network and priors on disk, on 16x16 images for a few steps."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from scoreinv.training import (
     image_moments,
     train,
 )
+from scoreinv.training import error as error_of_priors
 from scoreinv.training import loop as training
 from scoreinv.training.error import SLICES, bands, corrections, cuts, skewness, white_noise
 from scoreinv.training.loop import _median_power, learning_rate
@@ -455,3 +457,25 @@ def test_a_prior_of_ones_own_images(folder, tmp_path):
         train(few, tmp_path / "few", progress=False)
     with pytest.raises(ValueError, match="expected a folder for the kind 'folder'"):
         replace(run, data=replace(data, folder=None))
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({0.1: 0.05, 0.3: -0.05}, 0.2),
+        ({0.1: -0.05, 0.3: -0.25}, 0.05),
+        ({0.1: -0.2, 0.3: -0.3}, 0.0),
+        ({0.1: -0.2, 0.3: -0.1}, 0.0),
+        ({0.1: 0.3, 0.3: 0.2, 0.9: -0.2}, 0.6),
+        ({0.1: 0.3, 0.3: 0.2, 0.9: 0.1}, 0.9),
+        ({0.1: 0.2, 0.3: 0.2, 0.9: 0.2}, 0.9),
+    ],
+)
+def test_the_excess_noise_is_where_draws_are_wide_enough(found, expected, monkeypatch):
+    """ln of squared error over variance at each excess that is tried; no further one is when they are too wide."""
+    prior = si.load_prior("galaxy32")
+    at = lambda known, *_: math.exp(found[known.excess_noise])
+    monkeypatch.setattr(error_of_priors, "too_narrow", at)
+    assert error_of_priors.excess_noise(prior, torch.zeros(1, 1, 32, 32), 0) == pytest.approx(
+        expected
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import scoreinv as si
 from scoreinv.cli.problem import Problem, chosen, completed, findings, introduce, say
-from scoreinv.finetune.adapted import CONTROLS
+from scoreinv.finetune.adapted import check_control
 from scoreinv.finetune.amortised import train, untrained
 from scoreinv.finetune.evidence import Evidence
 from scoreinv.finetune.figure import learning_figure
@@ -57,8 +57,6 @@ class FinetuneConfig(Problem):
         for name, least in LEAST.items():
             if (given := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {given}, expected at least {least}")
-        if self.control not in CONTROLS:
-            raise ValueError(f"control is {self.control!r}, expected one of {', '.join(CONTROLS)}")
         if self.only and self.plan.simulated:
             raise ValueError(
                 f"plan.simulated is {self.plan.simulated}, but with only=true no simulated image made the data; "
@@ -75,6 +73,7 @@ def finetune(config: FinetuneConfig) -> None:
     folder = config.folder
     _prepare(config)
     prior = si.load_prior(config.prior, config.device)
+    check_control(config.control, prior)
     seen, amplitude, compared = chosen(config, prior)
     introduce(prior, seen, amplitude, compared)
     images = amplitude * _images(config, prior)

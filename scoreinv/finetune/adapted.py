@@ -10,7 +10,7 @@ each matrix W of weights, which stays as it is, a product of two narrow ones is 
     W' = W + B A,    A: r x inputs,  B: outputs x r
 
 (Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv:2106.09685). B is zero at first, and what the
-first layer makes of the data: D' = D. Each step costs a pass of the network more than the prior's own.
+first layer makes of the data: D' = D. Each step costs two passes of the network more than the prior's own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from scoreinv.finetune.control import (
+    Control,
     Guide,
     ImageControl,
     LearnedControl,
@@ -32,7 +33,7 @@ from scoreinv.finetune.control import (
 from scoreinv.finetune.reference import PriorChain
 from scoreinv.kernels import conditional
 from scoreinv.priors.base import Prior, RescaledPrior
-from scoreinv.priors.network import ScorePrior, preconditioning
+from scoreinv.priors.network import ScorePrior
 from scoreinv.priors.unet import UNet
 from scoreinv.streams import stream
 
@@ -69,21 +70,22 @@ class AdaptedControl(LearnedControl):
         self._chain, self._image, self._prior, self.rank = chain, image, prior, rank
         left = [conditional(C, s) for C, s in zip(chain.covariances, chain.levels, strict=True)]
         self._left = torch.tensor([C.marginal_variance(chain.shape) for C in left])
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank is {rank}, expected at least 1")
         self.network = deepcopy(prior.network).train()
         if image is not None:
             self.network.first = _listening(self.network.first)
         self.network.requires_grad_(rank is None)
         if rank is not None:
-            if rank < 1:
-                raise ValueError(f"rank is {rank}, expected at least 1")
             generator = stream(seed)
             matrices = (m for m in self.network.modules() if isinstance(m, nn.Conv2d | nn.Linear))
             for layer in list(matrices):
-                low = LowRank(layer.weight, rank, generator)
+                low = LowRank(layer.weight, rank, generator).to(layer.weight.device)
                 parametrize.register_parametrization(layer, "weight", low)
         if len(self.middle):
             self.network.tell = nn.Linear(len(self.middle), self.network.features, bias=False)
             nn.init.zeros_(self.network.tell.weight)
+        self.network.to(prior.device)
 
     @property
     def kind(self) -> str:
@@ -96,13 +98,14 @@ class AdaptedControl(LearnedControl):
         over = lambda v: v.float().reshape(-1, 1, 1, 1)
         x = inputs[0] * over(self.reference.scale(k)) / self._amplitude
         sigma = self._chain.sigma(k).float() / self._amplitude
-        _, out, scale, c = preconditioning(sigma, self._prior.sigma_data)
-        seen = (scale * x).contiguous(memory_format=torch.channels_last)
+        _, out, seen, c = self._prior.prepared(x, sigma)
         # without autocast, so that nothing is left of the difference where weights are the same
         with torch.no_grad():
             before = self._prior.network(seen, c)
-        shown = seen if self._image is None else torch.cat([seen, self._image(y).float()], 1)
-        moved = self._amplitude * out * (self.network(shown, c, self.told(y)) - before)
+        images = [seen] if self._image is None else [seen, self._image(y).to(seen)]
+        told = self.told(y)
+        after = self.network(torch.cat(images, 1), c, None if told is None else told.to(seen))
+        moved = self._amplitude * out * (after - before).to(out)
         return self.reference.steered(moved / over(self._left[k]), k)
 
 
@@ -127,14 +130,23 @@ def new_control(
         rank: Of LoRA.
         seed: Of the first weights.
     """
-    if kind not in CONTROLS:
-        raise ValueError(f"control is {kind!r}, expected one of {', '.join(CONTROLS)}")
+    check_control(kind, chain.prior)
     if kind == "correction" and not convolves(chain.shape):
         return VectorControl(chain, examples, guide, seed=seed)
     told = examples if image is None else None
     if kind == "correction":
         return ImageControl(chain, image, guide, seed=seed, examples=told)
     return AdaptedControl(chain, image, guide, rank if kind == "lora" else None, seed, told)
+
+
+def check_control(control: Control | str, prior: Prior) -> None:
+    """Raise if a control is none, or not one for this prior."""
+    if isinstance(control, Control):
+        return
+    if control not in CONTROLS:
+        raise ValueError(f"control is {control!r}, expected one of {', '.join(CONTROLS)}")
+    if control != "correction":
+        _network_of(prior)
 
 
 class LowRank(nn.Module):
@@ -175,4 +187,4 @@ def _listening(first: nn.Conv2d) -> nn.Conv2d:
     with torch.no_grad():
         wider.weight.zero_()[:, : first.in_channels] = first.weight
         wider.bias.copy_(first.bias)
-    return wider.to(memory_format=torch.channels_last)
+    return wider.to(first.weight.device, memory_format=torch.channels_last)

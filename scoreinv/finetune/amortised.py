@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scoreinv.finetune.adapted import RANK, new_control
+from scoreinv.finetune.adapted import RANK, check_control, new_control
 from scoreinv.finetune.control import (
     Control,
     convolves,
@@ -41,7 +41,7 @@ from scoreinv.finetune.training import Plan, Recipe, Simulate, train_control
 from scoreinv.finetune.twist import Twist, learn_twist
 from scoreinv.gaussian import Covariance
 from scoreinv.likelihood import Likelihood
-from scoreinv.noise import GaussianNoise
+from scoreinv.noise import GaussianNoise, PoissonNoise
 from scoreinv.operators import Amplitude
 from scoreinv.posterior import Posterior
 from scoreinv.priors.base import Prior
@@ -53,6 +53,7 @@ from scoreinv.streams import stream
 
 PROBES = 256  # of them that measure how sure the prior is at each level
 FORMAT = 6  # of the files of a control
+MEDIAN = 0.6745  # of the absolute value of a standard normal variable
 IMAGES = 1024  # draws of the prior from which training data are simulated
 
 
@@ -287,6 +288,7 @@ def finetune(
         folder: Where the training is kept, and goes on from after an interruption.
         progress: Show a progress bar.
     """
+    check_control(control, prior)
     images = prior.sample(IMAGES, seed) if images is None else images
     amortised = untrained(
         prior, likelihood, images, seed, steps=steps, y=y, guided=guided, control=control
@@ -316,7 +318,7 @@ def untrained(
     chain = new_chain(prior, covariances, likelihood if guided else None)
     examples = None if y is not None else likelihood.simulate(images, seed)
     if isinstance(control, str):
-        control = control_of(chain, likelihood, examples, guided, control)
+        control = control_of(chain, likelihood, examples, guided, control, seed=seed)
     return Amortised(likelihood, chain, control, new_twist(chain, likelihood, examples), y)
 
 
@@ -365,6 +367,7 @@ def control_of(
     guided: bool,
     kind: str = "correction",
     rank: int | None = RANK,
+    seed: int = 0,
 ) -> Control:
     """A control of a kind that `new_control` knows, which sees data of a likelihood, and is guided by it."""
     reward = lambda x, y: likelihood.log_prob(y, x)
@@ -377,7 +380,9 @@ def control_of(
         )
     if examples is not None and convolves(chain.shape):
         image = data_image(likelihood, chain.prior.moments.mean)
-    return new_control(chain, kind, image=image, examples=examples, guide=guide, rank=rank)
+    return new_control(
+        chain, kind, image=image, examples=examples, guide=guide, rank=rank, seed=seed
+    )
 
 
 def new_twist(chain: PriorChain, likelihood: Likelihood, examples: Tensor | None) -> Twist:
@@ -408,8 +413,11 @@ def data_image(likelihood: Likelihood, around: Tensor) -> Callable[[Tensor], Ten
     # counts are not made of less than nothing
     clean = operator(around[None].double().clamp_min(0)).expand(64, *operator.data_shape)
     seen = noise.observe(clean, torch.Generator().manual_seed(0))
-    scale = back(seen - clean).square().mean().sqrt()
-    return lambda y: torch.asinh(back(y.to(operator_dtype(likelihood))) / scale)
+    # counts of a background are no noise; a few outliers are, and must not decide
+    sky = noise.background if isinstance(noise, PoissonNoise) else 0.0
+    size = back(seen - clean - sky).abs()
+    scale = size[size > 0].median() / MEDIAN
+    return lambda y: torch.asinh(back(y.to(operator_dtype(likelihood)) - sky) / scale)
 
 
 def operator_dtype(likelihood: Likelihood) -> torch.dtype:
@@ -434,7 +442,9 @@ def load_amortised(folder: str | Path, prior: Prior, likelihood: Likelihood) -> 
             f"{folder} holds a control of format {card.get('format')}, this version reads {FORMAT}; train it again"
         )
     C, values = prior.moments.covariance, tensors.pop("eigenvalues")
-    covariances = [C.map(lambda v, w=w: w.reshape(v.shape).to(v.dtype)) for w in values]
+    # a spectrum that channels share has one for each of them here
+    like = lambda w, v: w.reshape(v.shape if w.numel() == v.numel() else prior.shape).to(v.dtype)
+    covariances = [C.map(lambda v, w=w: like(w, v)) for w in values]
     chain = new_chain(prior, covariances, likelihood if card["guided"] else None)
     y = tensors.pop("y", None)
     if y is not None and likelihood.operator.complex:
@@ -451,6 +461,12 @@ def load_amortised(folder: str | Path, prior: Prior, likelihood: Likelihood) -> 
         )
     for name, module in (("control.", control), ("twist.", found.twist)):
         part = {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+        sizes = lambda state: {k: v.shape for k, v in state.items()}
+        if sizes(part) != sizes(module.state_dict()):
+            raise ValueError(
+                f"{folder} holds a control of other sizes than finetune makes; expected one that it made: "
+                "build a control of your own as it was, and load its weights into it"
+            )
         module.load_state_dict(part)
     return found
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scoreinv.finetune.adapted import new_control
+from scoreinv.finetune.adapted import check_control, new_control
 from scoreinv.finetune.amortised import IMAGES, PROBES
 from scoreinv.finetune.control import Control, guidance_by_gradient
 from scoreinv.finetune.evidence import Evidence, evidence, simulated_bounds
@@ -108,6 +108,7 @@ def finetune_by_reward(
     Raises:
         ValueError: A reward that does not give one finite number for each image.
     """
+    check_control(control, prior)
     images = prior.sample(IMAGES, seed) if images is None else images
     _check(reward, images[:2], y)
     chain = measured_chain(prior, steps, images[:PROBES], seed)

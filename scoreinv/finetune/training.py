@@ -233,7 +233,7 @@ class _State:
         }
         self.step, self.history = int(record["step"]), json.loads(record["history"])
         self.control.load_state_dict(part("weight"))
-        self.average = part("average")
+        self.average = {k: v.to(self.average[k].device) for k, v in part("average").items()}
         for i, p in enumerate(self.own):
             p.data.copy_(tensors[f"own.{i}"])
         state = self.optimiser.state_dict()

@@ -154,7 +154,7 @@ class ScorePrior(Prior):
         return 0.0 if self.error is None else self.error.excess_noise
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
-        skip, out, inputs, c = self._prepared(x, sigma)
+        skip, out, inputs, c = self.prepared(x, sigma)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             F = self.network(inputs, c)
         return (skip * x + out * F.to(x.device, self.dtype)).to(x.dtype)
@@ -162,7 +162,7 @@ class ScorePrior(Prior):
     def denoise_with_error(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         if self.error is None:
             return super().denoise_with_error(x, sigma)
-        skip, out, inputs, c = self._prepared(x, sigma)
+        skip, out, inputs, c = self.prepared(x, sigma)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             h, e = self.network.look(inputs, c)
             F, log_v = self.network.read(h), self.error.head(h, e)
@@ -176,7 +176,7 @@ class ScorePrior(Prior):
     def error_skewness(self, significance: Tensor, sigma: float) -> Tensor | None:
         return None if self.error is None else self.error.skewness(significance, sigma)
 
-    def _prepared(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def prepared(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """c_skip, c_out, and the inputs of the network on its device."""
         self.check(x)
         skip, out, scale, c = preconditioning(sigma.to(self.dtype), self.sigma_data)

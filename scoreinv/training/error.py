@@ -56,11 +56,8 @@ THINNEST = 100  # pixels of a slice
 FLOOR = 1e-3  # least power of the correlation; estimates of it can fall below zero
 STARTS = (2.0, 6.0)  # levels from which reverse steps are calibrated [sigma_data]
 CHAINS, CONTINUED, STEPS = 192, 4, 80  # images, draws of each, and levels of a whole path
-TRIED = (
-    0.1,
-    0.3,
-    0.9,
-)  # excesses of noise, until draws are wide enough; what more would do is not known
+# excesses of noise that are tried until draws are wide enough; what more would do is not known
+TRIED = (0.1, 0.3, 0.9)
 Batch = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -151,7 +148,7 @@ def measured_error(
 
 
 def excess_noise(prior: ScorePrior, images: Tensor, seed: int, progress: bool = False) -> float:
-    """The excess with which draws of x_0 given noisy images vary as much as their means are off.
+    """The excess with which draws of x_0 given noisy images vary as much as their means are off, or the largest of `TRIED`.
 
     Args:
         prior: Knows its error.
@@ -171,9 +168,13 @@ def excess_noise(prior: ScorePrior, images: Tensor, seed: int, progress: bool = 
             if len(short) > 1 and short[-1] < 0:
                 break
     prior.error = known
+    if short[-1] >= 0:
+        return TRIED[-1]
     (low, at_low), (high, at_high) = list(zip(TRIED, short, strict=False))[-2:]
-    wanted = low - at_low * (high - low) / (at_high - at_low)
-    return min(max(wanted, 0.0), TRIED[-1])
+    if at_low <= at_high:
+        # too wide already, and not for this noise
+        return 0.0
+    return max(low - at_low * (high - low) / (at_high - at_low), 0.0)
 
 
 @torch.no_grad()
