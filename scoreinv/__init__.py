@@ -3,6 +3,7 @@
 from scoreinv import diagnostics, gaussian, simulators
 from scoreinv.data import Cutout, Grid, Visibilities, inspect, read_cutout, read_visibilities
 from scoreinv.finetune import (
+    Adapted,
     Amortised,
     Plan,
     Recipe,
@@ -49,6 +50,7 @@ from scoreinv.samplers import (
 __all__ = [
     "NUFFT",
     "SMC",
+    "Adapted",
     "Amortised",
     "Amplitude",
     "Anneal",

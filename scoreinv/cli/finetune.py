@@ -35,7 +35,7 @@ class FinetuneConfig(Problem):
         output: Folder of the training, the control, its report, and draws for the observation.
         only: Serve this observation alone, not all data of such a measurement.
         steps: Of the prior's chain; 50 or more for results.
-        control: What learns: a "correction" of the steps, a "copy" of the prior's network, or "lora" beside it.
+        adapted: Train the prior's own network, in the place of one beside it.
         plan: How long and how fast; its seed is that of the problem.
         images: From which data are simulated for the control's own paths: new ones of the kind that the prior was trained
             on; draws of the prior, which take longer, where its card does not name it.
@@ -46,7 +46,7 @@ class FinetuneConfig(Problem):
     output: str
     only: bool = False
     steps: int = 50
-    control: str = "correction"
+    adapted: si.Adapted | None = None
     plan: si.Plan
     images: int = 20000
     sims: int = 8
@@ -73,7 +73,7 @@ def finetune(config: FinetuneConfig) -> None:
     folder = config.folder
     _prepare(config)
     prior = si.load_prior(config.prior, config.device)
-    check_control(config.control, prior)
+    check_control(config.adapted, prior)
     seen, amplitude, compared = chosen(config, prior)
     introduce(prior, seen, amplitude, compared)
     images = amplitude * _images(config, prior)
@@ -86,7 +86,7 @@ def finetune(config: FinetuneConfig) -> None:
         config.seed,
         steps=config.steps,
         y=y,
-        control=config.control,
+        control=config.adapted,
     )
     before = learned.bounds(config.sims, config.paths, config.seed)
     say("before", _described(before))

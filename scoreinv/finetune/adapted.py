@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,20 @@ from scoreinv.priors.network import ScorePrior
 from scoreinv.priors.unet import UNet
 from scoreinv.streams import stream
 
-CONTROLS = ("correction", "lora", "copy")  # kinds: a network of its own, or the prior's, adapted
-RANK = 8  # of the products that LoRA adds
+
+@dataclass(frozen=True)
+class Adapted:
+    """The prior's own network learns, in the place of one beside it.
+
+    Args:
+        rank: r of LoRA, 8 for instance; all weights are trained if not given.
+    """
+
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank is {self.rank}, expected at least 1")
 
 
 class AdaptedControl(LearnedControl):
@@ -48,7 +61,7 @@ class AdaptedControl(LearnedControl):
         chain: Of a prior that is a U-Net of this package, at any amplitude.
         image: The image of data y, with shape (B, C, H, W) of the chain's images; none if not given.
         guide: See `LearnedControl`.
-        rank: r; all weights are trained if not given.
+        adapted: What of the network is trained.
         seed: Of the first weights.
         examples: Data like those to come, with shape (n, *data), for y that are no image but a few numbers.
 
@@ -61,20 +74,19 @@ class AdaptedControl(LearnedControl):
         chain: PriorChain,
         image: Callable[[Tensor], Tensor] | None = None,
         guide: Guide | None = None,
-        rank: int | None = None,
+        adapted: Adapted = Adapted(),
         seed: int = 0,
         examples: Tensor | None = None,
     ) -> None:
         super().__init__(chain, guide, examples)
         prior, self._amplitude = _network_of(chain.prior)
-        self._chain, self._image, self._prior, self.rank = chain, image, prior, rank
+        self._chain, self._image, self._prior, self.adapted = chain, image, prior, adapted
         left = [conditional(C, s) for C, s in zip(chain.covariances, chain.levels, strict=True)]
         self._left = torch.tensor([C.marginal_variance(chain.shape) for C in left])
-        if rank is not None and rank < 1:
-            raise ValueError(f"rank is {rank}, expected at least 1")
         self.network = deepcopy(prior.network).train()
         if image is not None:
             self.network.first = _listening(self.network.first)
+        rank = adapted.rank
         self.network.requires_grad_(rank is None)
         if rank is not None:
             generator = stream(seed)
@@ -86,11 +98,6 @@ class AdaptedControl(LearnedControl):
             self.network.tell = nn.Linear(len(self.middle), self.network.features, bias=False)
             nn.init.zeros_(self.network.tell.weight)
         self.network.to(prior.device)
-
-    @property
-    def kind(self) -> str:
-        """As files of controls name it."""
-        return "copy" if self.rank is None else "lora"
 
     def correction(
         self, inputs: list[Tensor], k: Tensor, features: Tensor, y: Tensor | None
@@ -111,41 +118,34 @@ class AdaptedControl(LearnedControl):
 
 def new_control(
     chain: PriorChain,
-    kind: str,
+    adapted: Adapted | None,
     *,
     image: Callable[[Tensor], Tensor] | None = None,
     examples: Tensor | None = None,
     guide: Guide | None = None,
-    rank: int | None = RANK,
     seed: int = 0,
 ) -> LearnedControl:
-    """A control of one of the `CONTROLS`; a correction suits the images' size.
+    """A control that suits the images' size, or the prior's network.
 
     Args:
         chain: That is moved.
-        kind: Of the control.
+        adapted: How the prior's network is; if not given, a network beside it corrects its steps.
         image: The image of data y, with shape (B, C, H, W), where there is one; a perceptron takes numbers.
         examples: Data like those to come, with shape (n, *data); None if there is no y.
         guide: How the data pull, see `LearnedControl`.
-        rank: Of LoRA.
         seed: Of the first weights.
     """
-    check_control(kind, chain.prior)
-    if kind == "correction" and not convolves(chain.shape):
+    if adapted is None and not convolves(chain.shape):
         return VectorControl(chain, examples, guide, seed=seed)
     told = examples if image is None else None
-    if kind == "correction":
+    if adapted is None:
         return ImageControl(chain, image, guide, seed=seed, examples=told)
-    return AdaptedControl(chain, image, guide, rank if kind == "lora" else None, seed, told)
+    return AdaptedControl(chain, image, guide, adapted, seed, told)
 
 
-def check_control(control: Control | str, prior: Prior) -> None:
-    """Raise if a control is none, or not one for this prior."""
-    if isinstance(control, Control):
-        return
-    if control not in CONTROLS:
-        raise ValueError(f"control is {control!r}, expected one of {', '.join(CONTROLS)}")
-    if control != "correction":
+def check_control(control: Control | Adapted | None, prior: Prior) -> None:
+    """Raise if a prior has no network that can be adapted as is asked for."""
+    if isinstance(control, Adapted):
         _network_of(prior)
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scoreinv.finetune.adapted import RANK, check_control, new_control
+from scoreinv.finetune.adapted import Adapted, AdaptedControl, check_control, new_control
 from scoreinv.finetune.control import (
     Control,
     convolves,
@@ -264,7 +264,7 @@ def finetune(
     y: Tensor | None = None,
     images: Tensor | None = None,
     guided: bool = True,
-    control: Control | str = "correction",
+    control: Control | Adapted | None = None,
     plan: Plan | None = None,
     recipe: Recipe | None = None,
     folder: str | Path | None = None,
@@ -280,8 +280,8 @@ def finetune(
         y: The only data to serve, with shape (*data); any data of the likelihood if not given.
         images: Images to simulate data of, with shape (N, C, H, W); 1,024 draws of the prior if not given.
         guided: Start from the chain pulled by the data.
-        control: What learns: a "correction" by a U-Net, or a perceptron for few pixels (`scoreinv.finetune.control`); "lora"
-            or a "copy" of the prior's network (`scoreinv.finetune.adapted`); or any control.
+        control: What learns: the prior's network, adapted (`scoreinv.finetune.adapted`), or any control; if not given, a
+            U-Net beside it, or a perceptron for few pixels (`scoreinv.finetune.control`).
         plan: How long and how fast.
         recipe: Objective and proposals; the log-variance if not given, on paths of the control, half of them joint
             simulations where it serves all data.
@@ -306,7 +306,7 @@ def untrained(
     steps: int = 50,
     y: Tensor | None = None,
     guided: bool = True,
-    control: Control | str = "correction",
+    control: Control | Adapted | None = None,
 ) -> Amortised:
     """The posteriors of a control that has learned nothing yet; see `finetune` for the arguments."""
     if tuple(images.shape[1:]) != tuple(prior.shape):
@@ -317,8 +317,8 @@ def untrained(
     covariances = measured(prior, levels, images[:PROBES].to(prior.dtype), seed)
     chain = new_chain(prior, covariances, likelihood if guided else None)
     examples = None if y is not None else likelihood.simulate(images, seed)
-    if isinstance(control, str):
-        control = control_of(chain, likelihood, examples, guided, control, seed=seed)
+    if not isinstance(control, Control):
+        control = control_of(chain, likelihood, examples, guided, control, seed)
     return Amortised(likelihood, chain, control, new_twist(chain, likelihood, examples), y)
 
 
@@ -365,11 +365,10 @@ def control_of(
     likelihood: Likelihood,
     examples: Tensor | None,
     guided: bool,
-    kind: str = "correction",
-    rank: int | None = RANK,
+    adapted: Adapted | None = None,
     seed: int = 0,
 ) -> Control:
-    """A control of a kind that `new_control` knows, which sees data of a likelihood, and is guided by it."""
+    """The control of `new_control` that sees data of a likelihood, and is guided by it."""
     reward = lambda x, y: likelihood.log_prob(y, x)
     guide, image = None, None
     if guided and not isinstance(chain, TwistedChain):
@@ -380,9 +379,7 @@ def control_of(
         )
     if examples is not None and convolves(chain.shape):
         image = data_image(likelihood, chain.prior.moments.mean)
-    return new_control(
-        chain, kind, image=image, examples=examples, guide=guide, rank=rank, seed=seed
-    )
+    return new_control(chain, adapted, image=image, examples=examples, guide=guide, seed=seed)
 
 
 def new_twist(chain: PriorChain, likelihood: Likelihood, examples: Tensor | None) -> Twist:
@@ -450,8 +447,8 @@ def load_amortised(folder: str | Path, prior: Prior, likelihood: Likelihood) -> 
     if y is not None and likelihood.operator.complex:
         y = torch.view_as_complex(y)
     zero = None if y is not None else _nothing(2, likelihood)
-    kind, rank = card["control"], card["rank"]
-    control = control_of(chain, likelihood, zero, card["guided"], kind, rank)
+    adapted = Adapted(card["rank"]) if card["control"] == AdaptedControl.__name__ else None
+    control = control_of(chain, likelihood, zero, card["guided"], adapted)
     found = Amortised(likelihood, chain, control, new_twist(chain, likelihood, zero), y)
     if (seen := _card(found)) != card:
         other = [k for k in card if seen.get(k) != card[k]]
@@ -479,8 +476,8 @@ def _card(amortised: Amortised) -> dict[str, Any]:
     seen = amortised.likelihood.log_prob(torch.zeros_like(clean[0]), probe)
     return {
         "format": FORMAT,
-        "control": control.kind,
-        "rank": control.rank,
+        "control": type(control).__name__,
+        "rank": control.adapted.rank if isinstance(control, AdaptedControl) else None,
         "chain": type(chain).__name__,
         "guided": control.guided or isinstance(chain, TwistedChain),
         "steps": chain.steps,

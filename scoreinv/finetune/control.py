@@ -43,8 +43,6 @@ class Control(nn.Module, abc.ABC):
     """
 
     guided = False
-    kind = "own"  # as files of controls name it
-    rank: int | None = None
 
     def __init__(self, reference: Reference) -> None:
         super().__init__()
@@ -77,8 +75,6 @@ class LearnedControl(Control):
         guide: g of a step, its number k and the data; none if not given.
         examples: Data like those to come, with shape (n, *data), which set the scale of y as numbers; None if y is not told.
     """
-
-    kind = "correction"
 
     def __init__(
         self, reference: Reference, guide: Guide | None = None, examples: Tensor | None = None

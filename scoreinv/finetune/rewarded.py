@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scoreinv.finetune.adapted import check_control, new_control
+from scoreinv.finetune.adapted import Adapted, check_control, new_control
 from scoreinv.finetune.amortised import IMAGES, PROBES
 from scoreinv.finetune.control import Control, guidance_by_gradient
 from scoreinv.finetune.evidence import Evidence, evidence, simulated_bounds
@@ -80,7 +80,7 @@ def finetune_by_reward(
     observe: Observe | None = None,
     images: Tensor | None = None,
     guided: bool = False,
-    control: Control | str = "correction",
+    control: Control | Adapted | None = None,
     plan: Plan | None = None,
     recipe: Recipe | None = None,
     folder: str | Path | None = None,
@@ -97,8 +97,8 @@ def finetune_by_reward(
         observe: Draws a y of each image with probability r(x, y), for images and a seed, if the reward is one.
         images: Of the prior, with shape (N, C, H, W); 1,024 draws if not given.
         guided: Start from the chain pulled by the reward's gradient.
-        control: What learns: a "correction" by a U-Net, or a perceptron for few pixels (`scoreinv.finetune.control`); "lora"
-            or a "copy" of the prior's network (`scoreinv.finetune.adapted`); or any control.
+        control: What learns: the prior's network, adapted (`scoreinv.finetune.adapted`), or any control; if not given, a
+            U-Net beside it, or a perceptron for few pixels (`scoreinv.finetune.control`).
         plan: How long and how fast.
         recipe: Objective and proposals; the log-variance if not given, on paths of the control, half of them joint draws
             where `observe` makes them.
@@ -112,7 +112,7 @@ def finetune_by_reward(
     images = prior.sample(IMAGES, seed) if images is None else images
     _check(reward, images[:2], y)
     chain = measured_chain(prior, steps, images[:PROBES], seed)
-    if isinstance(control, str):
+    if not isinstance(control, Control):
         guide = guidance_by_gradient(chain, reward) if guided else None
         control = new_control(chain, control, examples=y, guide=guide, seed=seed)
     engine = Engine(chain, control, reward)
