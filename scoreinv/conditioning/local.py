@@ -38,7 +38,6 @@ from functools import cache
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -155,11 +154,13 @@ def raised(half: Tensor, heard: Tensor) -> Tensor:
 @cache
 def _raised() -> Tensor:
     """b / d, with shape (shares, halves), from the quantiles of z."""
+    from scipy.special import gammaincinv
+
     half = np.linspace(-STEEPEST, STEEPEST, 41)[None, :, None]
     r = np.linspace(0, 1, 21).clip(1e-6, 1 - 1e-6)[:, None, None]
     skewness = 2 * half * r**1.5
     k = 4 / np.maximum(skewness**2, 1e-6)
-    z = np.where(skewness < 0, -1, 1) * stats.gamma.ppf((np.arange(200) + 0.5) / 200, k)
+    z = np.where(skewness < 0, -1, 1) * gammaincinv(k, (np.arange(200) + 0.5) / 200)
     z = z - z.mean(-1, keepdims=True)
     z *= np.sqrt(r) / z.std(-1, keepdims=True)
     f = 1 / (1 - (half * z).clip(*TILTS))
