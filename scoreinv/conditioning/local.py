@@ -91,7 +91,7 @@ class LocalConditioned:
         x, n = self._drawn(m, K, generator)
         more = torch.zeros_like(x)
         if wider > 1:
-            error, response = self._simulated(K, ROUGH, generator)
+            error, response = self._simulated(K, generator)
             more = math.sqrt(wider**2 - 1) * (error + response)
         if self.noise is None:
             return x + more
@@ -118,17 +118,15 @@ class LocalConditioned:
     def heard(self, generator: torch.Generator) -> Tensor:
         """E u^2 / d^2, the share of a pixel's variance that the data explain, with shape (1, C, H, W)."""
         K = self.K[torch.arange(min(PROBES, len(self.K.a)))]
-        _, u = self._simulated(K, ROUGH, generator)
+        _, u = self._simulated(K, generator)
         around = lambda v: F.avg_pool2d(v.mean(0, keepdim=True), 2 * NEAR + 1, 1, NEAR)
         return (around(u.square()) / around(K.deviation.square())).clamp(0, 1)
 
-    def _simulated(
-        self, K: Modulated, slack: float, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def _simulated(self, K: Modulated, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Errors of images, and by how much data simulated around them move them: together errors given the data."""
         x, n = K.draw(generator), self.conditioner.noise(len(K.a), generator)
         e = self.conditioner.misfit(x, n) - self.conditioner.misfit(0 * x[:1])
-        return x, respond(K, self.conditioner.inform, e, slack * self.length)
+        return x, respond(K, self.conditioner.inform, e, ROUGH * self.length)
 
     def _drawn(self, m: Tensor, K: Modulated, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draws by Matheron's rule, and the noise that the data were perturbed by for them."""
