@@ -1,7 +1,6 @@
 """Priors in closed form, against dense distributions, and the sampler that all priors share."""
 
 import math
-import time
 
 import pytest
 import torch
@@ -148,18 +147,6 @@ def test_moments_of_large_mixtures_stay_structured(kind):
     pixels = (weights * (means - prior.moments.mean).reshape(3, d).square()).sum()
     total = float(pixels + (weights * values).sum()) / d
     assert prior.moments.covariance.marginal_variance(shape) == pytest.approx(total)
-
-
-def test_a_mixture_is_fast():
-    # the benchmark's 25 modes in 80 dimensions; the best of 30 calls, on one thread or more
-    prior = mixture([1.0] * 25, weights=torch.ones(25), shape=(1, 1, 80), spread=8.0)
-    x = prior.sample(16, seed=0)
-    sigma, seconds = at(x, 0.5), []
-    for _ in range(30):
-        start = time.perf_counter()
-        prior.denoise(x, sigma)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1e-3
 
 
 # Other units
