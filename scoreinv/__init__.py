@@ -14,7 +14,7 @@ from scoreinv.finetune import (
     sampler_bounds,
 )
 from scoreinv.likelihood import Likelihood
-from scoreinv.noise import GaussianNoise, PoissonNoise, StudentNoise
+from scoreinv.noise import GaussianNoise, PoissonNoise, RiceNoise, StudentNoise
 from scoreinv.operators import (
     NUFFT,
     Amplitude,
@@ -68,6 +68,7 @@ __all__ = [
     "PSFConvolution",
     "Plan",
     "PoissonNoise",
+    "RiceNoise",
     "Posterior",
     "Prior",
     "Recipe",

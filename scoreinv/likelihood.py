@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scoreinv.gaussian import Covariance
-from scoreinv.noise import GaussianNoise, Noise
+from scoreinv.noise import GaussianNoise, Noise, RiceNoise
 from scoreinv.operators import Amplitude, LinearOperator
 from scoreinv.operators.information import Information, white
 
@@ -39,11 +39,17 @@ class Likelihood:
 
     def __post_init__(self) -> None:
         self.noise.check(self.operator.data_shape, self.operator.complex)
-        if not self.linear and not isinstance(self.noise, GaussianNoise):
+        noise = self.noise
+        if self.linear and isinstance(noise, RiceNoise):
             raise ValueError(
-                f"noise of amplitudes is a {type(self.noise).__name__}, expected GaussianNoise"
+                "RiceNoise is that of amplitudes; take GaussianNoise for data of a linear operator, or make them amplitudes "
+                "with Amplitude(operator)"
             )
-        if not self.linear and self.noise.pixel_precision is None:
+        if not self.linear and not isinstance(noise, GaussianNoise | RiceNoise):
+            raise ValueError(
+                f"noise of amplitudes is a {type(noise).__name__}, expected RiceNoise or GaussianNoise"
+            )
+        if not self.linear and isinstance(noise, GaussianNoise) and noise.pixel_precision is None:
             raise ValueError(
                 "noise of amplitudes takes std or variance, not a spectrum or a matrix"
             )
@@ -103,6 +109,32 @@ class Likelihood:
         noise, data = self.noise.nearby(y, self.operator(x.double()))
         return Likelihood(self.operator, noise), data
 
+    def equivalent(self, x: Tensor) -> Likelihood:
+        """The linear Gaussian likelihood whose data know about as much of an image as those of this one.
+
+        Args:
+            x: A typical image, with shape (C, H, W).
+        """
+        if self.gaussian:
+            return self
+        noise = self.noise.equivalent(self.operator(x[None].double())[0])
+        if self.linear:
+            return Likelihood(self.operator, noise)
+        # of a visibility only the part along itself is seen, which is half of it
+        variance = 2 / noise.pixel_precision.expand(self.operator.data_shape)
+        return Likelihood(self.operator.inner, GaussianNoise(variance=variance))
+
+    def log_slope(self, y: Tensor, x: Tensor) -> Tensor:
+        """The gradient of log p(y | x), with the shape (B, C, H, W) and dtype of x, for data as in `log_prob`."""
+        if self.gaussian:
+            misfit = self.noise.weigh(y - self.operator(x.double()))
+            return self.operator.transpose(misfit).to(x.dtype)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            (slope,) = torch.autograd.grad(self.log_prob(y, x).sum(), x)
+        # the amplitude of nothing has no slope
+        return slope.nan_to_num()
+
     def log_prob_about(self, y: Tensor, x: Tensor, error: Covariance) -> Tensor:
         """log p(y | x_0), with shape (B,), where x_0 is known to be x up to a Gaussian error.
 
@@ -116,11 +148,8 @@ class Likelihood:
         """
         if self.linear:
             return self.log_prob(y, x)
-        clean, variance = self.operator.blurred(x.double(), error.sqrt(self._probes))
-        total = self.noise.covariance.eigenvalues(y.shape).reshape(y.shape) + variance
-        square = (y - clean).square() / total + (2 * math.pi * total).log()
-        # masked data do not count
-        return -0.5 * square.where(total.isfinite(), 0.0).flatten(1).sum(1)
+        blurred = self.operator.blurred(x.double(), error.sqrt(self._probes))
+        return self.noise.log_density_about(y, *blurred)
 
     def information(self, dtype: torch.dtype) -> Information:
         """H = A^T S^-1 A for images of this precision, prepared once for all data; linear and Gaussian only."""

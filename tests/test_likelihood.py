@@ -7,8 +7,8 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from scoreinv.likelihood import Likelihood
-from scoreinv.noise import GaussianNoise
-from scoreinv.operators import NUFFT, DenseOperator, Identity, PSFConvolution
+from scoreinv.noise import GaussianNoise, PoissonNoise, RiceNoise, StudentNoise
+from scoreinv.operators import NUFFT, Amplitude, DenseOperator, Identity, PSFConvolution
 from tests.analytic import dense, flat, gaussian, normal, p_value
 
 SHAPE, D = (1, 4, 5), 20
@@ -94,6 +94,39 @@ def test_chi2(likelihood):
     torch.testing.assert_close(likelihood.chi2(y, x), expected)
 
 
+OTHERS = {
+    "outliers": Likelihood(DenseOperator(normal(9, D), SHAPE), StudentNoise(0.3, 3.0)),
+    "counts": Likelihood(Identity(SHAPE), PoissonNoise(5.0)),
+    "amplitudes": Likelihood(Amplitude(NUFFT(1e5 * normal(12, 2), SHAPE, 0.1)), RiceNoise(0.5)),
+}
+
+
+@pytest.mark.parametrize("likelihood", [*LIKELIHOODS.values(), *OTHERS.values()])
+def test_log_slope(likelihood):
+    """Against central differences."""
+    x, v = normal(2, *SHAPE, seed=1), normal(2, *SHAPE, seed=2)
+    y = likelihood.simulate(normal(2, *SHAPE, seed=3), seed=0)
+    up, down = (likelihood.log_prob(y, x + h * v) for h in (1e-5, -1e-5))
+    slope = (likelihood.log_slope(y, x) * v).flatten(1).sum(1)
+    torch.testing.assert_close(slope, (up - down) / 2e-5, rtol=1e-6, atol=1e-6)
+    single = likelihood.log_slope(y, x.float())
+    assert single.dtype == torch.float32 and not single.requires_grad
+
+
+def test_a_sky_of_nothing_has_amplitudes_without_slope():
+    likelihood, nothing = OTHERS["amplitudes"], torch.zeros(1, *SHAPE)
+    y = likelihood.simulate(nothing, seed=0)
+    assert not bool(likelihood.log_slope(y, nothing).any())
+
+
+def test_amplitudes_know_half_of_what_visibilities_do():
+    x = normal(*SHAPE, seed=1)
+    near = OTHERS["amplitudes"].equivalent(x)
+    assert near.gaussian and near.operator is OTHERS["amplitudes"].operator.inner
+    assert float(near.noise.pixel_precision.max()) == pytest.approx(0.5 / 0.5**2)
+    assert LIKELIHOODS["psf"].equivalent(x) is LIKELIHOODS["psf"]
+
+
 @each
 def test_projection(likelihood):
     A, S = model(likelihood)
@@ -154,5 +187,9 @@ def test_misfits_are_refused():
         ValueError, match=r"data have shape \(2, 9\), expected \(9,\), or \(3, 9\)"
     ):
         likelihood.log_prob(normal(2, 9), normal(3, *SHAPE))
+    with pytest.raises(ValueError, match="RiceNoise is that of amplitudes"):
+        Likelihood(A, RiceNoise(1.0))
+    with pytest.raises(ValueError, match="a StudentNoise, expected RiceNoise or GaussianNoise"):
+        Likelihood(OTHERS["amplitudes"].operator, StudentNoise(1.0, 3.0))
     with pytest.raises(ValueError, match=r"image has shape \(1, 4, 5\), expected \(B, 1, 4, 5\)"):
         likelihood.simulate(normal(*SHAPE), seed=0)

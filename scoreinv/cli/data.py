@@ -40,6 +40,7 @@ class VisibilityData:
         sign: Sign of the Fourier exponent in the file, -1 or 1; known for uvfits and visilens.
         shift: Offset of the image's centre from the phase centre, to the East and to the North
             [arcsec].
+        amplitudes: Keep only |V|, where phases are not to be trusted; the amplitude of the prior must be given.
     """
 
     path: str
@@ -49,6 +50,7 @@ class VisibilityData:
     format: str | None = None
     sign: int | None = None
     shift: tuple[float, float] = (0.0, 0.0)
+    amplitudes: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Simulation:
         noise: Thermal noise.
         scale: Factor on the antenna positions; 0.5 doubles the beam.
         elevation_limit: Integrations with the source below are dropped [deg].
+        amplitudes: Only |V| is measured, phases are lost.
         seed: Decides the sky and the noise.
     """
 
@@ -142,6 +145,7 @@ class Simulation:
     noise: ThermalNoise
     scale: float = 1.0
     elevation_limit: float = 20.0
+    amplitudes: bool = False
     seed: int = 0
 
 
@@ -214,10 +218,13 @@ def _(section: VisibilityData, shape: tuple[int, ...]) -> Observation:
     if any(section.shift):
         vis = vis.shifted(*section.shift)
     grid = vis.grid(shape[-2:], section.pixel_scale)
-    operator = si.NUFFT(vis.uv, shape, section.pixel_scale)
-    likelihood = si.Likelihood(operator, si.GaussianNoise(std=vis.std))
+    linear = si.Likelihood(
+        si.NUFFT(vis.uv, shape, section.pixel_scale), si.GaussianNoise(std=vis.std)
+    )
+    likelihood = phaseless(linear) if section.amplitudes else linear
+    y = vis.data.abs() if section.amplitudes else vis.data
     origin = {"source": vis.source, "sha256": vis.sha256, "flagged": vis.flagged}
-    return _visibilities(likelihood, vis.data, grid, origin)
+    return _visibilities(likelihood, linear, y, grid, origin)
 
 
 @observe.register
@@ -230,12 +237,12 @@ def _(section: Simulation, shape: tuple[int, ...]) -> Observation:
         )
     )
     std = torch.full((len(uv),), section.noise.std, dtype=torch.float64)
-    operator = si.NUFFT(uv, shape, section.pixel_scale)
-    likelihood = si.Likelihood(operator, si.GaussianNoise(std=std))
+    linear = si.Likelihood(si.NUFFT(uv, shape, section.pixel_scale), si.GaussianNoise(std=std))
+    likelihood = phaseless(linear) if section.amplitudes else linear
     y = likelihood.simulate(truth[None], section.seed)[0]
     grid = si.Grid(shape[-2:], section.pixel_scale, frequency=section.frequency, unit="Jy/pixel")
     origin = {"source": f"Simulated {section.kind}, seed {section.seed}"}
-    return _visibilities(likelihood, y, grid, origin, truth)
+    return _visibilities(likelihood, linear, y, grid, origin, truth)
 
 
 @observe.register
@@ -265,20 +272,27 @@ def _simulated_sky(section: Simulation | SimulatedCutout, shape: tuple[int, ...]
     return truth * section.flux / truth.sum()
 
 
+def phaseless(likelihood: si.Likelihood) -> si.Likelihood:
+    """The likelihood of |V|, for that of V with independent noise."""
+    std = likelihood.noise.pixel_precision.rsqrt()
+    return si.Likelihood(si.Amplitude(likelihood.operator), si.RiceNoise(std))
+
+
 def _visibilities(
     likelihood: si.Likelihood,
+    linear: si.Likelihood,
     y: Tensor,
     grid: si.Grid,
     origin: dict[str, Any],
     truth: Tensor | None = None,
 ) -> Observation:
-    """Drawn as the naturally weighted map, whose noise is 1 / sqrt(sum of weights) [Jy/beam]."""
-    weights = float(likelihood.noise.pixel_precision.sum())
+    """Drawn as the naturally weighted map, whose noise is 1 / sqrt(sum of weights) [Jy/beam]; amplitudes with no phases."""
+    weights = float(linear.noise.pixel_precision.sum())
     return Observation(
         likelihood,
         y,
         grid,
-        lambda data: likelihood.projection(data) / weights,
+        lambda data: linear.projection(data) / weights,
         "Jy/beam",
         weights**-0.5,
         origin,

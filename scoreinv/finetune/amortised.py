@@ -26,7 +26,6 @@ from scoreinv.finetune.control import (
     Control,
     convolves,
     guidance,
-    guidance_by_gradient,
 )
 from scoreinv.finetune.evidence import Evidence, evidence, simulated_bounds
 from scoreinv.finetune.paths import Engine
@@ -41,7 +40,7 @@ from scoreinv.finetune.training import Plan, Recipe, Simulate, train_control
 from scoreinv.finetune.twist import Twist, learn_twist
 from scoreinv.gaussian import Covariance
 from scoreinv.likelihood import Likelihood
-from scoreinv.noise import GaussianNoise, PoissonNoise
+from scoreinv.noise import GaussianNoise, PoissonNoise, RiceNoise
 from scoreinv.operators import Amplitude
 from scoreinv.posterior import Posterior
 from scoreinv.priors.base import Prior
@@ -369,14 +368,8 @@ def control_of(
     seed: int = 0,
 ) -> Control:
     """The control of `new_control` that sees data of a likelihood, and is guided by it."""
-    reward = lambda x, y: likelihood.log_prob(y, x)
-    guide, image = None, None
-    if guided and not isinstance(chain, TwistedChain):
-        guide = (
-            guidance(chain, likelihood)
-            if likelihood.gaussian
-            else guidance_by_gradient(chain, reward)
-        )
+    apart = guided and not isinstance(chain, TwistedChain)
+    guide, image = guidance(chain, likelihood) if apart else None, None
     if examples is not None and convolves(chain.shape):
         image = data_image(likelihood, chain.prior.moments.mean)
     return new_control(chain, adapted, image=image, examples=examples, guide=guide, seed=seed)
@@ -392,8 +385,8 @@ def new_twist(chain: PriorChain, likelihood: Likelihood, examples: Tensor | None
 def data_image(likelihood: Likelihood, around: Tensor) -> Callable[[Tensor], Tensor]:
     """Data as images of about unit scale, A^T S^-1 y over the noise of a pixel, with shape (B, C, H, W).
 
-    Noise that is not Gaussian has no S, and data that are amplitudes get phases of zero: a network is shown the image, and
-    makes of it what it can.
+    Noise of other kinds has no S, but that of amplitudes, which get phases of zero: a network is shown the image, and makes
+    of it what it can.
 
     Args:
         likelihood: Of the data.
@@ -401,10 +394,11 @@ def data_image(likelihood: Likelihood, around: Tensor) -> Callable[[Tensor], Ten
     """
     operator, noise = likelihood.operator, likelihood.noise
     linear = operator.inner if isinstance(operator, Amplitude) else operator
+    parts = noise.parts if isinstance(noise, RiceNoise) else noise
     dtype = torch.complex128 if linear.complex else torch.float64
 
     def back(y: Tensor) -> Tensor:
-        y = noise.weigh(y) if isinstance(noise, GaussianNoise) else y
+        y = parts.weigh(y) if isinstance(parts, GaussianNoise) else y
         return linear.transpose(y.to(dtype))
 
     # counts are not made of less than nothing

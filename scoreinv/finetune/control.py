@@ -235,24 +235,19 @@ def numbers(y: Tensor) -> Tensor:
 
 
 def guidance(chain: PriorChain, likelihood: Likelihood, local: bool = True) -> Guide:
-    """g of linear data with Gaussian noise.
+    """g of data that pull denoised images as far as their error allows, (K^-1 + H)^-1 grad log p(y | D).
+
+    H is exact for linear data with Gaussian noise, and that of the equivalent ones for others.
 
     Args:
         chain: Whose steps are pulled.
-        likelihood: Linear, with Gaussian noise.
+        likelihood: Of the data.
         local: For K take the error around each state, if the prior knows it; else the chain's C_sigma.
-
-    Raises:
-        ValueError: A likelihood that is not linear and Gaussian.
     """
-    if not likelihood.gaussian:
-        raise ValueError(
-            f"guidance needs linear data with Gaussian noise, got {type(likelihood.operator).__name__} and "
-            f"{type(likelihood.noise).__name__}; leave it out, or use guidance_by_gradient"
-        )
     prior, local = chain.prior, local and chain.prior.knows_error
-    given = None if local else foreseen(chain, likelihood)
-    H = likelihood.information(chain.dtype).apply if local else None
+    near = likelihood.equivalent(prior.moments.mean)
+    given = None if local else foreseen(chain, near)
+    H = near.information(chain.dtype).apply if local else None
 
     def g(step: GaussianStep, k: Tensor, y: Tensor) -> Tensor:
         def response(i: int, rows: Tensor, e: Tensor) -> Tensor:

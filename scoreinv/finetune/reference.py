@@ -315,7 +315,7 @@ class TwistedChain(PriorChain):
         plain = super().start(n, None)
         if y is None:
             return plain
-        e = weighed(self.likelihood, y, plain.mean)
+        e = self.likelihood.log_slope(y, plain.mean)
         mean = plain.mean + self._posterior.respond(e)
         return GaussianStep(mean, self._start, mean, (plain, torch.tensor(self._first)))
 
@@ -381,12 +381,6 @@ def foreseen(chain: PriorChain, likelihood: Likelihood) -> list[Conditioned] | N
     return [given(conditional(C, s)) for C, s in pairs]
 
 
-def weighed(likelihood: Likelihood, y: Tensor, x: Tensor) -> Tensor:
-    """A^T S^-1 (y - A x) for data of each image, with shape (B, *shape)."""
-    misfit = y - likelihood.operator(x.double())
-    return likelihood.operator.transpose(likelihood.noise.weigh(misfit)).to(x.dtype)
-
-
 def pulled(
     likelihood: Likelihood,
     respond: Callable[[int, Tensor, Tensor], Tensor],
@@ -394,16 +388,16 @@ def pulled(
     k: Tensor,
     y: Tensor,
 ) -> Tensor:
-    """By which data move denoised images, (K^-1 + H)^-1 A^T S^-1 (y - A D), with shape (B, *shape).
+    """By which data move denoised images, (K^-1 + H)^-1 grad log p(y | D), with shape (B, *shape).
 
     Args:
-        likelihood: Linear, with Gaussian noise.
+        likelihood: Of the data.
         respond: (K^-1 + H)^-1 e, of a step's number, which images take it, with shape (B,), and their e.
         denoised: D, with shape (B, *shape).
         k: Steps, with shape (B,).
         y: Data, with shape (B, *data).
     """
-    e = weighed(likelihood, y, denoised)
+    e = likelihood.log_slope(y, denoised)
     shift = torch.empty_like(denoised)
     for i in k.unique().tolist():
         rows = k == i
@@ -418,5 +412,5 @@ def foreseen_log_prob(
 
     By the matrix inversion lemma the misfit is that of D, less what (C^-1 + H)^-1 A^T S^-1 (y - A D) takes away.
     """
-    e = weighed(likelihood, y, denoised)
+    e = likelihood.log_slope(y, denoised)
     return 0.5 * (dot(e, given.respond(e)) - likelihood.chi2(y, denoised.double()))

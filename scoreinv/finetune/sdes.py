@@ -30,7 +30,6 @@ from scoreinv.finetune.reference import (
     Step,
     measured_chain,
     solver,
-    weighed,
 )
 from scoreinv.gaussian import Scalar
 from scoreinv.likelihood import Likelihood
@@ -124,7 +123,7 @@ def _pigdm(chain: PriorChain, likelihood: Likelihood, sampler: PiGDM) -> Shift:
     given = [conditioner.given(Scalar(r2)) for r2 in variances]
 
     def shift(x: Tensor, denoised: Tensor, k: Tensor, y: Tensor) -> Tensor:
-        e, pull = weighed(likelihood, y, denoised), torch.empty_like(denoised)
+        e, pull = likelihood.log_slope(y, denoised), torch.empty_like(denoised)
         for i in k.unique().tolist():
             pull[k == i] = given[i].respond(e[k == i]) / variances[i]
         sigma, s = chain.sigma(k), chain.sigma(k + 1)

@@ -37,6 +37,10 @@ class Noise(abc.ABC):
         """
 
     @abc.abstractmethod
+    def equivalent(self, clean: Tensor) -> GaussianNoise:
+        """Gaussian noise whose data have the same Fisher information on A x, for A x = clean, with shape (*data_shape)."""
+
+    @abc.abstractmethod
     def check(self, shape: tuple[int, ...], complex: bool) -> None:
         """Raise if this noise does not fit data of this shape."""
 

@@ -87,11 +87,22 @@ class GaussianNoise(Noise):
     def log_density(self, y: Tensor, clean: Tensor) -> Tensor:
         return self.log_prob(y - clean)
 
+    def log_density_about(self, y: Tensor, clean: Tensor, along: Tensor, across: Tensor) -> Tensor:
+        # the amplitude of v + e has mean^2 = |v|^2 + across and the variance along, to first order in 1 / |v|^2
+        mean = (clean.square() + across).sqrt()
+        total = self.covariance.eigenvalues(tuple(y.shape)).reshape(y.shape) + along
+        square = (y - mean).square() / total + (2 * math.pi * total).log()
+        # masked data do not count
+        return -0.5 * square.where(total.isfinite(), 0.0).flatten(1).sum(1)
+
     def misfit(self, y: Tensor, clean: Tensor) -> Tensor:
         return self.chi2(y - clean)
 
     def nearby(self, y: Tensor, clean: Tensor) -> tuple[GaussianNoise, Tensor]:
         return self, y
+
+    def equivalent(self, clean: Tensor) -> GaussianNoise:
+        return self
 
     def log_prob(self, r: Tensor) -> Tensor:
         """log N(r; 0, S), with shape (B,), in float64; masked data do not count."""

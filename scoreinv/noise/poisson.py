@@ -46,6 +46,9 @@ class PoissonNoise(Noise):
     def nearby(self, y: Tensor, clean: Tensor) -> tuple[GaussianNoise, Tensor]:
         return GaussianNoise(variance=self.rate(clean).mean(0)), y.double() - self.background
 
+    def equivalent(self, clean: Tensor) -> GaussianNoise:
+        return GaussianNoise(variance=self.rate(clean))
+
     def check(self, shape: tuple[int, ...], complex: bool) -> None:
         if complex:
             raise ValueError("counts are real; the operator makes complex data")

@@ -54,6 +54,9 @@ class StudentNoise(Noise):
         square = ((y - clean) / self.scale).abs().square().mean(0) / (2 if y.is_complex() else 1)
         return GaussianNoise(variance=self.scale**2 * (self.dof + square) / (self.dof + 1)), y
 
+    def equivalent(self, clean: Tensor) -> GaussianNoise:
+        return GaussianNoise(variance=self.scale**2 * (self.dof + 3) / (self.dof + 1))
+
     def check(self, shape: tuple[int, ...], complex: bool) -> None:
         if self.scale.ndim and tuple(self.scale.shape) != tuple(shape):
             raise ValueError(

@@ -42,23 +42,19 @@ class Amplitude:
         v = self.inner.forward(x.double())
         return self.inner.transpose(y * v / v.abs().clamp_min(1e-300)).to(x.dtype)
 
-    def blurred(self, x: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of |A x_0| where x_0 is known up to a Gaussian error around x.
-
-        With v = A x and the error's variances along v and across it, r and t: mean^2 = |v|^2 + t and the variance r, which
-        are right to first order in 1 / |v|^2.
+    def blurred(self, x: Tensor, roots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """|A x|, and the variances along A x and across it of A x_0, where x_0 is known up to a Gaussian error around x.
 
         Args:
             x: Images, with shape (B, *shape).
             roots: Draws of the error, with shape (P, *shape).
 
         Returns:
-            Both with shape (B, *data_shape).
+            All with shape (B, *data_shape).
         """
         v, error = self.inner.forward(x), self.inner.forward(roots)
         # moments of the complex error: E|e|^2 and E e^2 say how it lies to the phase of v
         power = error.abs().square().mean(0)
         turn = v.conj() / v.abs().clamp_min(1e-300)
         lean = (error.square().mean(0) * turn.square()).real
-        along, across = 0.5 * (power + lean), 0.5 * (power - lean)
-        return (v.abs().square() + across).sqrt(), along
+        return v.abs(), 0.5 * (power + lean), 0.5 * (power - lean)
