@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import yaml
 
 import scoreinv as si
 from scoreinv.cli import COMMANDS, main
-from scoreinv.cli.data import SimulatedCutout, VisibilityData, observe
+from scoreinv.cli.data import SimulatedCutout, Speckle, VisibilityData, observe
 from scoreinv.cli.finetune import FinetuneConfig
 from scoreinv.cli.keys import check_known, explained, keys
 from scoreinv.cli.parse import help_text, parse
@@ -306,6 +307,45 @@ def test_visibilities_from_a_file(config, tmp_path, monkeypatch):
     assert float(mean.max()) == pytest.approx(1, abs=0.1)
 
 
+def test_amplitudes_of_visibilities_from_a_file(tmp_path, monkeypatch):
+    """A double source has beats, wherever it is; |V| keeps them, with Rice's noise, and knows nothing of the place."""
+    rng = np.random.default_rng(0)
+    uv = rng.uniform(-1e6, 1e6, (400, 2))
+    monkeypatch.setenv("SCOREINV_DATA", str(tmp_path))
+    shape, sky = (1, SIZE, SIZE), torch.zeros(1, SIZE, SIZE, dtype=torch.float64)
+    sky[0, 5, 4], sky[0, 9, 6] = 1.0, 0.5
+    clean = si.NUFFT(torch.from_numpy(uv), shape, 0.1)(sky[None])[0].numpy()
+    noise = 0.1 * (rng.standard_normal(400) + 1j * rng.standard_normal(400))
+    columns = [*uv.T, (clean + noise).real, (clean + noise).imag, np.full(400, 1e2)]
+    np.savetxt(tmp_path / "vis.txt", np.stack(columns, 1))
+    seen = observe(VisibilityData("vis.txt", 0.1, amplitudes=True), shape)
+    assert isinstance(seen.likelihood.noise, si.RiceNoise) and seen.image(seen.y).shape == shape
+    # 5 standard deviations
+    spread = 5 * (2 / 400) ** 0.5
+    misfit = lambda x: float(seen.likelihood.chi2(seen.y, x[None])) / 400
+    assert misfit(sky) == pytest.approx(1, abs=spread)
+    moved, turned = sky.roll((2, 3), (1, 2)), sky.flip(1, 2)
+    assert misfit(moved) == pytest.approx(misfit(sky)) == pytest.approx(misfit(turned))
+    assert misfit(sky.flip(2)) > 1 + spread
+
+
+def test_speckle_interferometry_sees_half_of_a_disc():
+    """Twice as many components across as the canvas has cycles, up to the diffraction limit, each once."""
+    section = Speckle("disc", 50.0, 0.02, diameter=8.0, wavelength=2e-6, noise=1e-3)
+    seen = observe(section, (1, SIZE, SIZE))
+    uv, limit = seen.likelihood.operator.inner.uv, 8.0 / 2e-6
+    length = uv.norm(dim=1)
+    cell = 1 / (2 * SIZE * math.radians(0.02 / 3600))
+    assert float(length.max()) <= limit and float(length.min()) == 0
+    assert len(uv) == pytest.approx(0.5 * math.pi * (limit / cell) ** 2, rel=0.1)
+    both = torch.cat([uv, -uv[length > 0]])
+    assert len((both / cell).round().unique(dim=0)) == 2 * len(uv) - 1
+    # the one at no frequency is the total flux
+    assert float(seen.y[length == 0]) == pytest.approx(50.0, abs=0.01)
+    with pytest.raises(ValueError, match="pixel"):
+        observe(replace(section, pixel_scale=0.2), (1, SIZE, SIZE))
+
+
 def test_the_likeliest_pixel_scale_is_chosen(config, capsys, tmp_path, monkeypatch):
     """A white sky that fills the canvas: with smaller pixels its field would be too small."""
     path, output = config
@@ -543,6 +583,25 @@ def test_finetune_from_end_to_end(capsys, finetuning, prior):
     assert main([*command, "--overwrite", "--only", "--plan.iterations", "2"]) == 0
     assert (folder / "mine.txt").read_text() == "precious"
     assert len(json.loads((folder / "report.json").read_text())["history"]) == 2
+
+
+def test_finetune_without_phases(capsys, finetuning):
+    command, folder = finetuning
+    speckle = {
+        "kind": "disc",
+        "flux": 20.0,
+        "pixel_scale": 0.02,
+        "diameter": 8.0,
+        "wavelength": 2e-6,
+        "noise": 1.0,
+    }
+    words = [w for k, v in speckle.items() for w in (f"--speckle.{k}", str(v))]
+    command = [*command, "--exposure", "null", *words]
+    assert main(command) == 0
+    assert "EUBO - ELBO" in capsys.readouterr().out
+    draws = si.read_samples(folder / "draws.fits")
+    assert draws.truth is not None and bool(torch.isfinite(draws.x).all())
+    assert "give a number" in failure(capsys, *command, "--amplitude", "null", "--overwrite")
 
 
 def observed(recorded):

@@ -171,6 +171,34 @@ class SimulatedCutout:
 
 
 @dataclass(frozen=True)
+class Speckle:
+    """A simulated sky by speckle interferometry; the truth is known.
+
+    Many short exposures tell the amplitudes of its Fourier transform, on a grid up to the diffraction limit.
+    The atmosphere has taken the phases.
+
+    Args:
+        kind: galaxy or disc.
+        flux: Total flux of the sky [count].
+        pixel_scale: Side of a pixel [arcsec].
+        diameter: Of the telescope [m].
+        wavelength: Of the light [m].
+        noise: Standard deviation of each part of a Fourier component, before its phase is lost [count].
+        oversampling: Components for each cycle across the canvas; with 2 they know the sky's autocorrelation.
+        seed: Decides the sky and the noise.
+    """
+
+    kind: str
+    flux: float
+    pixel_scale: float
+    diameter: float
+    wavelength: float
+    noise: float
+    oversampling: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Observation:
     """One observation, ready to be put under a prior.
 
@@ -246,6 +274,32 @@ def _(section: Simulation, shape: tuple[int, ...]) -> Observation:
 
 
 @observe.register
+def _(section: Speckle, shape: tuple[int, ...]) -> Observation:
+    truth = _simulated_sky(section, shape)
+    uv = speckle_grid(section, shape[-1])
+    linear = si.Likelihood(
+        si.NUFFT(uv, shape, section.pixel_scale), si.GaussianNoise(std=section.noise)
+    )
+    likelihood = phaseless(linear)
+    y = likelihood.simulate(truth[None], section.seed)[0]
+    grid = si.Grid(shape[-2:], section.pixel_scale, unit="counts/pixel")
+    origin = {"source": f"Simulated {section.kind}, seed {section.seed}"}
+    return _visibilities(likelihood, linear, y, grid, origin, truth)
+
+
+def speckle_grid(section: Speckle, size: int) -> Tensor:
+    """Half of the grid of spatial frequencies up to the diffraction limit, with shape (N, 2) [lambda]."""
+    limit = section.diameter / section.wavelength
+    cell = 1 / (section.oversampling * size * math.radians(section.pixel_scale / 3600))
+    k = torch.arange(-int(limit / cell), int(limit / cell) + 1, dtype=torch.float64)
+    u, v = (k[:, None] * cell).expand(-1, len(k)), (k * cell).expand(len(k), -1)
+    # the other half is the same of a real sky
+    half = (v > 0) | ((v == 0) & (u >= 0))
+    seen = half & (u.square() + v.square() <= limit**2)
+    return torch.stack([u[seen], v[seen]], 1)
+
+
+@observe.register
 def _(section: SimulatedCutout, shape: tuple[int, ...]) -> Observation:
     truth = _simulated_sky(section, shape)
     psf = gaussian_psf(section.fwhm, 2 * math.ceil(2 * section.fwhm) + 1)
@@ -263,7 +317,9 @@ def _(section: SimulatedCutout, shape: tuple[int, ...]) -> Observation:
     )
 
 
-def _simulated_sky(section: Simulation | SimulatedCutout, shape: tuple[int, ...]) -> Tensor:
+def _simulated_sky(
+    section: Simulation | SimulatedCutout | Speckle, shape: tuple[int, ...]
+) -> Tensor:
     """An image that no prior was trained on, with shape (1, H, H)."""
     if shape[0] != 1 or shape[1] != shape[2]:
         raise ValueError(f"the prior makes images of shape {shape}, simulations are (1, H, H)")
@@ -286,14 +342,15 @@ def _visibilities(
     origin: dict[str, Any],
     truth: Tensor | None = None,
 ) -> Observation:
-    """Drawn as the naturally weighted map, whose noise is 1 / sqrt(sum of weights) [Jy/beam]; amplitudes with no phases."""
-    weights = float(linear.noise.pixel_precision.sum())
+    """Drawn as the naturally weighted map, of noise 1 / sqrt(sum of weights); amplitudes as if their phases were 0."""
+    weights = float(linear.noise.pixel_precision.expand(y.shape).sum())
+    origin = origin if likelihood.linear else {**origin, "phases": "lost"}
     return Observation(
         likelihood,
         y,
         grid,
         lambda data: linear.projection(data) / weights,
-        "Jy/beam",
+        grid.unit.replace("/pixel", "/beam"),
         weights**-0.5,
         origin,
         truth,

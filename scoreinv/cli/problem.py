@@ -12,12 +12,13 @@ from scoreinv.cli.data import (
     Observation,
     SimulatedCutout,
     Simulation,
+    Speckle,
     VisibilityData,
     candidates,
     observe,
 )
 
-DATA = ("visibilities", "cutout", "simulation", "exposure")
+DATA = ("visibilities", "cutout", "simulation", "exposure", "speckle")
 SAMPLERS = ("smc", "anneal", "guided")
 
 
@@ -27,10 +28,11 @@ class Problem:
 
     Args:
         prior: Shipped prior (see `scoreinv priors`), or a folder with one.
-        visibilities: Data, one of four kinds: visibilities in a file.
-        cutout: Data, one of four kinds: an optical image with its PSF and its noise.
-        simulation: Data, one of four kinds: a simulated sky seen by ALMA, its truth known.
-        exposure: Data, one of four kinds: a simulated sky behind a PSF, its truth known.
+        visibilities: Data, one of five kinds: visibilities in a file.
+        cutout: Data, one of five kinds: an optical image with its PSF and its noise.
+        simulation: Data, one of five kinds: a simulated sky seen by ALMA, its truth known.
+        exposure: Data, one of five kinds: a simulated sky behind a PSF, its truth known.
+        speckle: Data, one of five kinds: a simulated sky without phases, by speckle interferometry, its truth known.
         amplitude: Sky units per model unit of the prior; chosen by the evidence if left out.
         n: Draws wanted of a posterior.
         seed: Decides every draw.
@@ -43,6 +45,7 @@ class Problem:
     cutout: CutoutData | None = None
     simulation: Simulation | None = None
     exposure: SimulatedCutout | None = None
+    speckle: Speckle | None = None
     amplitude: float | None = None
     n: int = 64
     seed: int = 0
@@ -60,7 +63,7 @@ class Problem:
             )
 
     @property
-    def data(self) -> VisibilityData | CutoutData | Simulation | SimulatedCutout:
+    def data(self) -> VisibilityData | CutoutData | Simulation | SimulatedCutout | Speckle:
         """The data section that is given."""
         return next(x for x in map(self.__getattribute__, DATA) if x is not None)
 

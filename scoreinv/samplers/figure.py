@@ -107,7 +107,9 @@ class _Page:
     def against_the_truth(self, row: int) -> None:
         """Residual, error in units of the posterior's spread, coverage, total flux."""
         self._residual(row, 0)
-        error = (self.mean - _plain(self.truth)) / self.std
+        # draws that are all one have no spread
+        std = np.where(self.std > 0, self.std, np.nan)
+        error = (self.mean - _plain(self.truth)) / std
         norm = Normalize(-4, 4)
         self._image(row, 1, "(Mean − truth) / std", error, norm, SIGNED, Scale(0, "σ"), [-4, 0, 4])
         self._coverage(row, 2)
@@ -135,6 +137,7 @@ class _Page:
         peak, rms = scale.to(float(np.nanmax(image))), scale.to(record.get("rms", 0.0))
         norm = AsinhNorm(max(3 * self.stretch * peak, 3 * rms), -3 * rms, peak)
         title = "Dirty image" if unit == "Jy/beam" else "Data"
+        title = "Data, with phases of 0" if record.get("phases") == "lost" else title
         self._image(row, column, title, image, norm, BRIGHTNESS, scale)
 
     def _residual(self, row: int, column: int) -> None:
