@@ -95,6 +95,22 @@ def test_the_two_ways_to_an_answer_agree():
         assert a.logdet == pytest.approx(b.logdet)
 
 
+@pytest.mark.parametrize("name", ["grid 8 2", "power law 64 16", "fields 32 blur", "field 64 PSF"])
+def test_the_size_of_a_problem_is_in_its_name(name):
+    assert math.prod(problems()[name](0).posterior.shape) == bench.pixels(name)
+
+
+def test_large_problems_may_have_fewer_seeds(monkeypatch):
+    """Of the runs that a table asks for, without running any."""
+    asked = []
+    monkeypatch.setattr(bench.Bench, "__call__", lambda self, run: asked.append(run))
+    names = ["grid 8 1", "grid 800 1", "fields 32 blur"]
+    for large_seeds, expected in ((None, [3, 3, 3]), (1, [3, 1, 1])):
+        asked.clear()
+        list(scores({"PiGDM": si.SMC()}, 40, range(3), 10, names, large_seeds=large_seeds))
+        assert [sum(run.name == name for run in asked) for name in names] == expected
+
+
 @pytest.mark.parametrize("kind", ["Laplace", "Student"])
 def test_gibbs_draws_of_heavy_tails(kind):
     """Two increments, one value seen: moments against a sum over the 24 x 24 pairs of variances.

@@ -241,6 +241,12 @@ def problems() -> dict[str, Callable[[int], Problem]]:
     return suite
 
 
+def pixels(name: str) -> int:
+    """Of the images of a problem of the suite."""
+    size = next(int(word) for word in name.split() if word.isdigit())
+    return size**2 if name.startswith("field") else size
+
+
 @dataclass(frozen=True)
 class Run:
     """One sampler on one problem.
@@ -281,7 +287,7 @@ class Bench:
         problem = self.problem
         if run.sampler.refuses(problem.posterior):
             return None
-        n = run.n if math.prod(problem.posterior.shape) < LARGE else run.n // 5
+        n = run.n if pixels(run.name) < LARGE else run.n // 5
         if n not in self.against:
             self.against[n] = reference(problem, n, run.seed)
         size = run.island if isinstance(run.sampler, SMC) else n
@@ -300,6 +306,7 @@ def scores(
     store: Path | None = None,
     progress: bool = False,
     workers: int = 1,
+    large_seeds: int | None = None,
 ) -> Iterator[dict[str, list[Score]]]:
     """Scores of every sampler on one problem after another, of all seeds; those in `store` are found again.
 
@@ -314,12 +321,14 @@ def scores(
         store: File of the scores so far.
         progress: Show a progress bar.
         workers: Processes, of one thread each; with 1 all runs in this one.
+        large_seeds: Problems of each kind from 512 pixels on; as many as of the others if not given.
     """
     records = Records(store, Score)
+    few = seeds if large_seeds is None else seeds[:large_seeds]
     runs = [
         Run(f"{name}; {sampler}; {n}; {island}; {seed}", name, title, sampler, seed, n, island)
         for name in names or problems()
-        for seed in seeds
+        for seed in (seeds if pixels(name) < LARGE else few)
         for title, sampler in samplers.items()
     ]
     todo = [run for run in runs if run.key not in records]
