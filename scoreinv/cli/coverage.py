@@ -7,18 +7,14 @@ out; the report is the same for any number of processes. (`accelerate launch --c
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import scoreinv as si
-from scoreinv.cli.problem import SampledProblem, chosen, say
+from scoreinv.cli.problem import SampledProblem, chosen, launched, say
 from scoreinv.samplers.run import installed
 from scoreinv.samplers.simulations import finished_simulations, forget_simulations
-
-WAIT = timedelta(days=7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +54,10 @@ class CoverageConfig(SampledProblem):
 
 def coverage(config: CoverageConfig) -> None:
     """Simulate data like an observation's, sample every posterior, and test whether they cover the truths."""
-    from accelerate import PartialState
-
     # by every process: none may wait for one that has left
     if config.path.exists() and not config.overwrite:
         raise FileExistsError(f"{config.path} exists; choose another output, or pass --overwrite")
-    process = PartialState(cpu=config.device == "cpu", **_patience())
+    process = launched(config.device)
     if process.is_main_process:
         _prepare(config)
     process.wait_for_everyone()
@@ -118,11 +112,6 @@ def coverage(config: CoverageConfig) -> None:
     report.plot().savefig(picture, dpi=120)
     say("report", config.path)
     say("figure", picture)
-
-
-def _patience() -> dict[str, timedelta]:
-    """Let processes wait for one another: one may find its share finished, hours before another."""
-    return {"timeout": WAIT} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
 
 
 def _prepare(config: CoverageConfig) -> None:

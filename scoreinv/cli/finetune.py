@@ -1,4 +1,8 @@
-"""`scoreinv finetune`: a control that draws posteriors of one measurement, for any data of it or for one observation."""
+"""`scoreinv finetune`: a control that draws posteriors of one measurement, for any data of it or for one observation.
+
+Under `torchrun --nproc_per_node N -m scoreinv finetune ...`, or `accelerate launch` with GPUs, the groups of a batch are
+shared out, and all processes step by the mean of their gradients.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import scoreinv as si
-from scoreinv.cli.problem import Problem, chosen, completed, findings, introduce, say
+from scoreinv.cli.problem import (
+    Problem,
+    chosen,
+    completed,
+    findings,
+    introduce,
+    launched,
+    say,
+)
 from scoreinv.finetune.adapted import check_control
 from scoreinv.finetune.amortised import train, untrained
 from scoreinv.finetune.evidence import Evidence
 from scoreinv.finetune.figure import learning_figure
+from scoreinv.finetune.together import check_share
 from scoreinv.finetune.training import CHECKPOINT
 from scoreinv.priors.zoo import prior_card
 from scoreinv.training import fresh_images
@@ -71,11 +84,21 @@ class FinetuneConfig(Problem):
 def finetune(config: FinetuneConfig) -> None:
     """Learn how the data of a measurement steer a prior, report what that proves, and draw a posterior with it."""
     folder = config.folder
-    _prepare(config)
+    # by every process: none may wait for one that has left
+    _check_report(config)
+    process = launched(config.device)
+    share, first = (process.process_index, process.num_processes), process.is_main_process
+    check_share(share, config.plan.groups)
+    if first:
+        _prepare(config)
+    process.wait_for_everyone()
     prior = si.load_prior(config.prior, config.device)
     check_control(config.adapted, prior)
     seen, amplitude, compared = chosen(config, prior)
-    introduce(prior, seen, amplitude, compared)
+    if first:
+        introduce(prior, seen, amplitude, compared)
+        _images(config, prior)
+    process.wait_for_everyone()
     images = amplitude * _images(config, prior)
     prior = prior.rescaled(amplitude)
     y = seen.y if config.only else None
@@ -88,19 +111,29 @@ def finetune(config: FinetuneConfig) -> None:
         y=y,
         control=config.adapted,
     )
-    before = learned.bounds(config.sims, config.paths, config.seed)
-    say("before", _described(before))
+    if first:
+        before = learned.bounds(config.sims, config.paths, config.seed)
+        say("before", _described(before))
     try:
-        plan = replace(config.plan, seed=config.seed)
-        train(learned, images, plan, folder=folder, progress=sys.stderr.isatty())
+        train(
+            learned,
+            images,
+            replace(config.plan, seed=config.seed),
+            folder=folder,
+            progress=first and sys.stderr.isatty(),
+            share=share,
+        )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"the training so far is kept in {folder}; the same command "
             f"{'without --overwrite ' if config.overwrite else ''}goes on from there"
         ) from None
+    if not first:
+        return
     learned.save(folder)
     after = learned.bounds(config.sims, config.paths, config.seed)
     say("after", _described(after))
+    say("processes", process.num_processes)
     given = learned.condition(seen.y)
     island = min(config.n, ISLAND)
     draws = given.sample(config.n, seed=config.seed, island=island, grid=seen.grid)
@@ -124,11 +157,14 @@ def finetune(config: FinetuneConfig) -> None:
         say(name, folder / file)
 
 
-def _prepare(config: FinetuneConfig) -> None:
-    """Make sure that the report can be written, before anything is computed."""
+def _check_report(config: FinetuneConfig) -> None:
     report = config.folder / REPORT
     if report.exists() and not config.overwrite:
         raise FileExistsError(f"{report} exists; choose another output, or pass --overwrite")
+
+
+def _prepare(config: FinetuneConfig) -> None:
+    """Make room for the report, before anything is computed."""
     if config.overwrite:  # what others keep in the folder is not ours to delete
         for name in (REPORT, CHECKPOINT, IMAGES):
             (config.folder / name).unlink(missing_ok=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import scoreinv as si
 from scoreinv.cli.data import (
@@ -18,8 +20,12 @@ from scoreinv.cli.data import (
     observe,
 )
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
 DATA = ("visibilities", "cutout", "simulation", "exposure", "speckle")
 SAMPLERS = ("smc", "anneal", "guided")
+WAIT = timedelta(days=7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +102,17 @@ class SampledProblem(Problem):
         """The sampler that is given, or the default."""
         given = [x for x in map(self.__getattribute__, SAMPLERS) if x is not None]
         return given[0] if given else si.SMC()
+
+
+def launched(device: str) -> PartialState:
+    """This process among those that torchrun or accelerate launch has started, one where neither has.
+
+    They wait for one another for days: one may find its share finished long before another.
+    """
+    from accelerate import PartialState
+
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return PartialState(cpu=device == "cpu", **({"timeout": WAIT} if many else {}))
 
 
 def chosen(problem: Problem, prior: si.Prior) -> tuple[Observation, float, Sequence[str]]:

@@ -36,6 +36,7 @@ from scoreinv.finetune.reference import (
     TwistedChain,
     measured,
 )
+from scoreinv.finetune.together import ALONE, Share
 from scoreinv.finetune.training import Plan, Recipe, Simulate, train_control
 from scoreinv.finetune.twist import Twist, learn_twist
 from scoreinv.gaussian import Covariance
@@ -268,6 +269,7 @@ def finetune(
     recipe: Recipe | None = None,
     folder: str | Path | None = None,
     progress: bool = False,
+    share: Share = ALONE,
 ) -> Amortised:
     """Train a control of the prior's chain on simulated data, or on one observation.
 
@@ -286,6 +288,7 @@ def finetune(
             simulations where it serves all data.
         folder: Where the training is kept, and goes on from after an interruption.
         progress: Show a progress bar.
+        share: Number of this process, and of all that train this control together; the first ends with the twist, too.
     """
     check_control(control, prior)
     images = prior.sample(IMAGES, seed) if images is None else images
@@ -293,7 +296,7 @@ def finetune(
         prior, likelihood, images, seed, steps=steps, y=y, guided=guided, control=control
     )
     plan = replace(plan or Plan(), seed=seed)
-    return train(amortised, images, plan, recipe, folder=folder, progress=progress)
+    return train(amortised, images, plan, recipe, folder=folder, progress=progress, share=share)
 
 
 def untrained(
@@ -329,6 +332,7 @@ def train(
     *,
     folder: str | Path | None = None,
     progress: bool = False,
+    share: Share = ALONE,
 ) -> Amortised:
     """Train its control in place; see `finetune` for the arguments. Returns the same object."""
     y = amortised.y
@@ -341,8 +345,9 @@ def train(
     engine, simulate = amortised.engine, _simulator(amortised.likelihood, images, y)
     recipe = recipe or Recipe(proposals=shared)
     observe = amortised.likelihood.simulate
-    history = train_control(engine, simulate, plan, recipe, observe, folder, progress)
-    history += learn_twist(amortised.twist, engine, simulate, plan, progress)
+    history = train_control(engine, simulate, plan, recipe, observe, folder, progress, share)
+    if share[0] == 0:
+        history += learn_twist(amortised.twist, engine, simulate, plan, progress)
     amortised.history.extend(history)
     return amortised
 

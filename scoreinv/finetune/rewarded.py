@@ -24,6 +24,7 @@ from scoreinv.finetune.evidence import Evidence, evidence, simulated_bounds
 from scoreinv.finetune.paths import Engine, Reward
 from scoreinv.finetune.proposals import JointSimulations, OnPolicy
 from scoreinv.finetune.reference import measured_chain
+from scoreinv.finetune.together import ALONE, Share
 from scoreinv.finetune.training import Observe, Plan, Recipe, train_control
 from scoreinv.priors.base import Prior
 from scoreinv.samplers.smc import systematic
@@ -85,6 +86,7 @@ def finetune_by_reward(
     recipe: Recipe | None = None,
     folder: str | Path | None = None,
     progress: bool = False,
+    share: Share = ALONE,
 ) -> Rewarded:
     """Train a control of the prior's chain towards p(x) r(x, y).
 
@@ -104,6 +106,7 @@ def finetune_by_reward(
             where `observe` makes them.
         folder: Where the training is kept, and goes on from after an interruption.
         progress: Show a progress bar.
+        share: Number of this process, and of all that train this control together.
 
     Raises:
         ValueError: A reward that does not give one finite number for each image.
@@ -128,7 +131,7 @@ def finetune_by_reward(
         proposals=own if observe is None else [*own, (1.0, JointSimulations())]
     )
     plan = replace(plan or Plan(), seed=seed)
-    history = train_control(engine, simulate, plan, recipe, observe, folder, progress)
+    history = train_control(engine, simulate, plan, recipe, observe, folder, progress, share)
     return Rewarded(engine, observe, history)
 
 

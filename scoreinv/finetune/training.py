@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from scoreinv.finetune.objectives import LogVariance, Objective
 from scoreinv.finetune.paths import Engine, Paths
 from scoreinv.finetune.proposals import OnPolicy, Proposal
+from scoreinv.finetune.together import ALONE, Share, average, average_numbers, check_share
 from scoreinv.streams import stream
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -36,7 +37,7 @@ class Plan:
             (`Engine.imitate`). For a control that serves all data. Where `steps` are some of the chain's, the
             paths serve until each step has counted once or so; more often, and images are learned by heart.
         twist: Batches of paths after all iterations, on which a `Twist` is learned.
-        groups: Different y in a batch of paths; 1 where there is only one.
+        groups: Different y in a batch of paths, shared out if there are several processes; 1 where there is only one y.
         paths: Paths of each, G.
         rate: First learning rate; constant for 60 % of all iterations, then falling to a fiftieth.
         rate_log_z: Of the objective's own parameters.
@@ -106,6 +107,7 @@ def train_control(
     observe: Observe | None = None,
     folder: str | Path | None = None,
     progress: bool = False,
+    share: Share = ALONE,
 ) -> list[dict[str, float]]:
     """Train a control; its parameters are changed, and end as their running mean.
 
@@ -117,21 +119,26 @@ def train_control(
         observe: Data of images, for those and a seed; needed where `plan.simulated` asks for them.
         folder: Where the training is kept every so often; one that is there is continued, bit for bit.
         progress: Show a progress bar.
+        share: Number of this process, and of all that train this control together.
 
     Returns:
         For each iteration the mean of log w of the paths and its standard deviation over those of one y, or how much
         likelier than under the reference simulated paths are [nat].
 
     Raises:
-        ValueError: The folder holds another training; a plan that needs `observe`, and none is given.
+        ValueError: The folder holds another training; a plan that needs `observe`, and none is given; groups that so many
+            processes cannot share.
         FloatingPointError: Log-weights that are not finite.
     """
     if plan.simulated and observe is None:
         raise ValueError(
             f"simulated is {plan.simulated}: expected `observe`, which makes data of the chain's images"
         )
+    check_share(share, plan.groups)
     recipe = recipe or Recipe()
-    state = _State(engine, plan, recipe, *simulate(2, plan.seed))
+    state = _State(engine, plan, recipe, *simulate(2, plan.seed), share[1])
+    here = replace(plan, groups=plan.groups // share[1])
+    place = () if share == ALONE else (share[0],)  # in the streams of random numbers
     path = None if folder is None else Path(folder) / CHECKPOINT
     if path is not None and path.exists():
         state.load(path)
@@ -150,17 +157,25 @@ def train_control(
             state.optimiser.zero_grad()
             if i < plan.simulated:
                 if pool is None or i % served == 0:
-                    generator = stream(plan.seed, 9, i // served)
-                    pool = engine.unsteered(POOL * plan.groups * plan.paths, generator)
-                found = _imitation(engine, pool, observe, plan, i)
+                    generator = stream(plan.seed, 9, i // served, *place)
+                    pool = engine.unsteered(POOL * here.groups * here.paths, generator)
+                found = _imitation(engine, pool, observe, here, stream(plan.seed, 3, i, *place))
             else:
-                found = _batch(engine, simulate, plan, recipe, i)
+                done = (i - plan.simulated) / plan.iterations
+                found = _batch(
+                    engine, simulate, here, recipe, done, stream(plan.seed, 2, i, *place)
+                )
+            average(state.gradients, share)
+            found = average_numbers(found, state.device, share)
             nn.utils.clip_grad_norm_(engine.control.parameters(), plan.clip)
             state.optimiser.step()
+            # where they began is each process' own
+            average(state.own, share)
             state.follow(found)
             bar.set_postfix({k: f"{v:.2f}" for k, v in state.history[-1].items()})
             bar.update()
-            if path is not None and (state.step % SAVE_EVERY == 0 or state.step == plan.total):
+            due = state.step % SAVE_EVERY == 0 or state.step == plan.total
+            if path is not None and due and share[0] == 0:
                 state.save(path)
     engine.control.load_state_dict(state.average)
     return state.history
@@ -170,7 +185,13 @@ class _State:
     """Everything that a training goes on from: weights, their running mean, moments, buffers, what happened so far."""
 
     def __init__(
-        self, engine: Engine, plan: Plan, recipe: Recipe, x: Tensor, y: Tensor | None
+        self,
+        engine: Engine,
+        plan: Plan,
+        recipe: Recipe,
+        x: Tensor,
+        y: Tensor | None,
+        processes: int,
     ) -> None:
         self.control, self.plan, self.recipe = engine.control, plan, recipe
         self.step = 0
@@ -186,9 +207,21 @@ class _State:
         proposals = [(share, type(p).__name__) for share, p in recipe.proposals]
         weights = sum(p.numel() for p in self.control.parameters())
         self.key = f"{plan} {recipe.temper} {type(recipe.objective).__name__} {proposals} {weights} weights"
+        self.key += f" {processes} processes" if processes > 1 else ""
         # prior, chain, control, measurement and data all show in the weights of a few paths
         _, log_w = engine.paths(len(x), y, stream(plan.seed, 4))
         self.probe = float(log_w.sum())
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Of all that is learned."""
+        learned = [p for group in self.optimiser.param_groups for p in group["params"]]
+        return [p.grad for p in learned if p.grad is not None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the control is."""
+        return next(self.control.parameters()).device
 
     def follow(self, found: dict[str, float]) -> None:
         """After a step: the running mean, and what is remembered."""
@@ -246,21 +279,23 @@ class _State:
 
 
 def _imitation(
-    engine: Engine, pool: Paths, observe: Observe, plan: Plan, i: int
+    engine: Engine, pool: Paths, observe: Observe, plan: Plan, generator: torch.Generator
 ) -> dict[str, float]:
-    """The gradient of iteration i on paths of the chain."""
-    generator = stream(plan.seed, 3, i)
+    """The gradient of an iteration on paths of the chain."""
     which = torch.randperm(len(pool), generator=generator)[: plan.groups * plan.paths]
     y = observe(pool.x[which], int(torch.randint(2**62, (1,), generator=generator)))
     return {"gain": engine.imitate(pool, which, y, generator, plan.steps)}
 
 
 def _batch(
-    engine: Engine, simulate: Simulate, plan: Plan, recipe: Recipe, i: int
+    engine: Engine,
+    simulate: Simulate,
+    plan: Plan,
+    recipe: Recipe,
+    done: float,
+    generator: torch.Generator,
 ) -> dict[str, float]:
-    """The gradient of iteration i on whole paths."""
-    done = (i - plan.simulated) / plan.iterations
-    generator = stream(plan.seed, 2, i)
+    """The gradient of an iteration on whole paths, with this share of them done."""
     x, y = simulate(plan.groups, int(torch.randint(2**62, (1,), generator=generator)))
     shares = torch.tensor([share for share, _ in recipe.proposals], dtype=torch.float64)
     counts = _split(shares / shares.sum(), plan.paths, generator)
