@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scoreinv.gaussian import Covariance
 from scoreinv.noise import GaussianNoise, Noise, RiceNoise
-from scoreinv.operators import Amplitude, LinearOperator
+from scoreinv.operators import Amplitude, DenseOperator, Generated, LinearOperator
 from scoreinv.operators.information import Information, white
 
 PROBES = 256  # draws that measure how a Gaussian error of an image shows in amplitudes
@@ -34,22 +34,23 @@ class Likelihood:
         ValueError: The noise does not fit the operator's data.
     """
 
-    operator: LinearOperator | Amplitude
+    operator: LinearOperator | Amplitude | Generated
     noise: Noise
 
     def __post_init__(self) -> None:
         self.noise.check(self.operator.data_shape, self.operator.complex)
         noise = self.noise
-        if self.linear and isinstance(noise, RiceNoise):
+        amplitudes = isinstance(self.operator, Amplitude)
+        if not amplitudes and isinstance(noise, RiceNoise):
             raise ValueError(
-                "RiceNoise is that of amplitudes; take GaussianNoise for data of a linear operator, or make them amplitudes "
-                "with Amplitude(operator)"
+                "RiceNoise is that of amplitudes; take GaussianNoise for other data, or make them amplitudes with "
+                "Amplitude(operator)"
             )
-        if not self.linear and not isinstance(noise, GaussianNoise | RiceNoise):
+        if amplitudes and not isinstance(noise, GaussianNoise | RiceNoise):
             raise ValueError(
                 f"noise of amplitudes is a {type(noise).__name__}, expected RiceNoise or GaussianNoise"
             )
-        if not self.linear and isinstance(noise, GaussianNoise) and noise.pixel_precision is None:
+        if amplitudes and isinstance(noise, GaussianNoise) and noise.pixel_precision is None:
             raise ValueError(
                 "noise of amplitudes takes std or variance, not a spectrum or a matrix"
             )
@@ -82,9 +83,9 @@ class Likelihood:
         return self.noise.misfit(*self._pair(y, x))
 
     def residual(self, y: Tensor, x: Tensor) -> Tensor:
-        """y - A x, with shape (B, *data), in float64."""
+        """y - A x, with shape (B, *data), in float64; of amplitudes y less their mean."""
         y, clean = self._pair(y, x)
-        return y - clean
+        return y - self.noise.mean(clean)
 
     def projection(self, y: Tensor) -> Tensor:
         """D = A^T S^-1 y, with shape (C, H, W), in float64, for y with shape (*data); linear and Gaussian only."""
@@ -94,7 +95,7 @@ class Likelihood:
     def nearby(self, y: Tensor, x: Tensor) -> tuple[Likelihood, Tensor]:
         """The linear Gaussian likelihood that looks like this one for such images, and its data.
 
-        Of amplitudes it knows nothing: any phase would be a guess.
+        Of amplitudes it knows nothing: any phase would be a guess. Nor does it of what a generator makes.
 
         Args:
             y: Data, with shape (*data).
@@ -102,6 +103,10 @@ class Likelihood:
         """
         if self.gaussian:
             return self, y
+        if isinstance(self.operator, Generated):
+            blind = DenseOperator(torch.zeros(1, math.prod(self.operator.shape)), x.shape[1:])
+            nothing = GaussianNoise(variance=math.inf)
+            return Likelihood(blind, nothing), torch.zeros(1, dtype=torch.float64)
         if not self.linear:
             nothing = GaussianNoise(variance=torch.full(self.operator.data_shape, math.inf))
             inner = self.operator.inner
@@ -120,9 +125,25 @@ class Likelihood:
         noise = self.noise.equivalent(self.operator(x[None].double())[0])
         if self.linear:
             return Likelihood(self.operator, noise)
+        if isinstance(self.operator, Generated):
+            slope = noise.whiten(self.operator.slope(x[None])[0]).flatten(1).T
+            return Likelihood(DenseOperator(slope, self.operator.shape), GaussianNoise(std=1.0))
         # of a visibility only the part along itself is seen, which is half of it
         variance = 2 / noise.pixel_precision.expand(self.operator.data_shape)
         return Likelihood(self.operator.inner, GaussianNoise(variance=variance))
+
+    def curvature(self, z: Tensor) -> Tensor:
+        """The Fisher information of the data on each z, with shape (B, d, d), of what a generator makes of it.
+
+        Args:
+            z: With shape (B, 1, 1, d).
+        """
+        slope, clean = self.operator.slope(z), self.operator(z.double())
+        whitened = [
+            self.noise.equivalent(c).whiten(J).flatten(1)
+            for J, c in zip(slope, clean, strict=True)
+        ]
+        return torch.stack([(J @ J.mH).real for J in whitened])
 
     def log_slope(self, y: Tensor, x: Tensor) -> Tensor:
         """The gradient of log p(y | x), with the shape (B, C, H, W) and dtype of x, for data as in `log_prob`."""
@@ -138,15 +159,15 @@ class Likelihood:
     def log_prob_about(self, y: Tensor, x: Tensor, error: Covariance) -> Tensor:
         """log p(y | x_0), with shape (B,), where x_0 is known to be x up to a Gaussian error.
 
-        Amplitudes are told apart only as far as the error allows; of data that are linear in x, for which others allow for
-        it, it is `log_prob`.
+        Amplitudes are told apart only as far as the error allows; of others, for which conditioning allows for it, or
+        nothing does, it is `log_prob`.
 
         Args:
             y: Data, with shape (*data).
             x: Images, with shape (B, C, H, W).
             error: Covariance of the error.
         """
-        if self.linear:
+        if not isinstance(self.operator, Amplitude):
             return self.log_prob(y, x)
         blurred = self.operator.blurred(x.double(), error.sqrt(self._probes))
         return self.noise.log_density_about(y, *blurred)

@@ -784,7 +784,7 @@ def beyond_gaussian(kind, shape):
         n = math.prod(shape)
         rows = torch.fft.fft(torch.eye(n, dtype=torch.complex128))[1 : n // 4]
         operator = si.Amplitude(si.DenseOperator(rows, shape))
-        return si.Likelihood(operator, si.GaussianNoise(std=0.5))
+        return si.Likelihood(operator, si.RiceNoise(0.5))
     psf = si.PSFConvolution(torch.ones(3, 3) / 9, shape)
     noise = si.PoissonNoise(1.0) if kind == "counts" else si.StudentNoise(scale=0.3, dof=3.0)
     return si.Likelihood(psf, noise)
@@ -835,6 +835,10 @@ def test_images_of_any_likelihood_have_a_control(kind, tmp_path):
     assert found.condition(y[0]).evidence(12, seed=4) == learned.condition(y[0]).evidence(
         12, seed=4
     )
+    other = {"amplitudes": si.RiceNoise(0.6), "counts": si.PoissonNoise(1.1)}
+    noise = other.get(kind, si.StudentNoise(scale=0.31, dof=3.0))
+    with pytest.raises(ValueError, match="of another problem: its likelihood"):
+        si.load_amortised(tmp_path, prior, si.Likelihood(likelihood.operator, noise))
 
 
 @pytest.mark.parametrize("steps", [2, 9])

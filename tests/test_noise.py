@@ -312,6 +312,15 @@ def test_amplitudes_of_noisy_visibilities(clean):
     assert float(noise.misfit(y, c).mean()) == pytest.approx(1.0, rel=0.02)
 
 
+def test_near_the_noise_amplitudes_know_less_than_the_equivalent_ones_say():
+    """At c = s the information is 0.521 of that far above, by quadrature; 200,000 data know it to 0.4 %, 4 errors."""
+    clean = torch.ones(200_000, 1, dtype=torch.float64, requires_grad=True)
+    noise = RiceNoise(1.0)
+    y = noise.observe(clean.detach(), torch.Generator().manual_seed(0))
+    (slope,) = torch.autograd.grad(noise.log_density(y, clean).sum(), clean)
+    assert float(slope.square().mean()) == pytest.approx(0.521, rel=0.016)
+
+
 def test_an_amplitude_of_what_is_half_known():
     """An error of the image that is as likely along a visibility as across it adds to the noise: that is exact."""
     c, y = torch.tensor([[3.0, 0.2]]).double(), torch.tensor([2.5, 1.0]).double()
@@ -330,6 +339,7 @@ def test_an_amplitude_of_what_is_half_known():
         (lambda: StudentNoise(torch.ones(3), 2).check((4,), True), r"scale has shape \(3,\)"),
         (lambda: PoissonNoise(1.0).check_data(torch.tensor([0.5, 1.0])), "1 of 2 are not whole"),
         (lambda: PoissonNoise(1.0).check_data(torch.tensor([-1.0])), "counts go from -1 to -1"),
+        (lambda: RiceNoise(torch.tensor([1.0, math.inf])), "without weight has an infinite std"),
         (lambda: RiceNoise(0.0), "std has 1 of 1 values that are not positive"),
         (lambda: RiceNoise(torch.ones(3)).check((4,), False), r"noise has shape \(3,\)"),
         (lambda: RiceNoise(1.0).check((4,), True), "amplitudes are real"),

@@ -197,6 +197,13 @@ class Speckle:
     oversampling: int = 2
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for key in ("pixel_scale", "diameter", "wavelength", "noise"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"speckle.{key} is {getattr(self, key):g}, expected above 0")
+        if self.oversampling < 1:
+            raise ValueError(f"speckle.oversampling is {self.oversampling}, expected at least 1")
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -227,6 +234,10 @@ def candidates(section: Any) -> list[Any]:
     """The sections that a section with several pixel scales stands for."""
     if not isinstance(section, VisibilityData) or isinstance(section.pixel_scale, float | int):
         return [section]
+    if section.amplitudes:
+        raise ValueError(
+            "pixel scales are compared by the evidence of linear data; give one pixel_scale with amplitudes"
+        )
     if not section.pixel_scale:
         raise ValueError("pixel_scale is empty, expected a number or several [arcsec]")
     return [replace(section, pixel_scale=scale) for scale in section.pixel_scale]
@@ -343,13 +354,15 @@ def _visibilities(
     truth: Tensor | None = None,
 ) -> Observation:
     """Drawn as the naturally weighted map, of noise 1 / sqrt(sum of weights); amplitudes as if their phases were 0."""
-    weights = float(linear.noise.pixel_precision.expand(y.shape).sum())
-    origin = origin if likelihood.linear else {**origin, "phases": "lost"}
+    total = weights = float(linear.noise.pixel_precision.expand(y.shape).sum())
+    if not likelihood.linear:
+        # one part of each visibility is measured
+        origin, weights = {**origin, "phases": "lost"}, 2 * weights
     return Observation(
         likelihood,
         y,
         grid,
-        lambda data: linear.projection(data) / weights,
+        lambda data: linear.projection(data) / total,
         grid.unit.replace("/pixel", "/beam"),
         weights**-0.5,
         origin,

@@ -11,7 +11,9 @@ import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,10 +35,12 @@ from scoreinv.finetune.figure import learning_figure
 from scoreinv.finetune.together import check_share
 from scoreinv.finetune.training import CHECKPOINT
 from scoreinv.priors.zoo import prior_card
+from scoreinv.simulators import SersicGalaxy
 from scoreinv.training import fresh_images
 
 REPORT, PICTURE, DRAWS, IMAGES = "report.json", "report.png", "draws.fits", "images.safetensors"
 ISLAND = 256  # draws that are resampled together, at most
+FLUX = 0.04  # of a galaxy of the peak 1 in a pixel, on average over the canvas
 LEAST = {"sims": 1, "paths": 10, "n": 2}
 
 
@@ -49,6 +53,8 @@ class FinetuneConfig(Problem):
         only: Serve this observation alone, not all data of such a measurement.
         steps: Of the prior's chain; 50 or more for results.
         adapted: Train the prior's own network, in the place of one beside it.
+        latent: Seven numbers of a Sersic profile in the place of an image of the prior, which keeps its canvas and its
+            amplitude.
         plan: How long and how fast; its seed is that of the problem.
         images: From which data are simulated for the control's own paths: new ones of the kind that the prior was trained
             on; draws of the prior, which take longer, where its card does not name it.
@@ -60,6 +66,7 @@ class FinetuneConfig(Problem):
     only: bool = False
     steps: int = 50
     adapted: si.Adapted | None = None
+    latent: bool = False
     plan: si.Plan
     images: int = 20000
     sims: int = 8
@@ -70,6 +77,10 @@ class FinetuneConfig(Problem):
         for name, least in LEAST.items():
             if (given := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {given}, expected at least {least}")
+        if self.latent and self.adapted:
+            raise ValueError(
+                "latent numbers have no network of a prior to adapt; leave adapted out"
+            )
         if self.only and self.plan.simulated:
             raise ValueError(
                 f"plan.simulated is {self.plan.simulated}, but with only=true no simulated image made the data; "
@@ -97,14 +108,22 @@ def finetune(config: FinetuneConfig) -> None:
     seen, amplitude, compared = chosen(config, prior)
     if first:
         introduce(prior, seen, amplitude, compared)
-        _images(config, prior)
-    process.wait_for_everyone()
-    images = amplitude * _images(config, prior)
-    prior = prior.rescaled(amplitude)
+    if config.latent:
+        galaxy = SersicGalaxy(prior.shape[-1], FLUX * prior.shape[-1] ** 2 * amplitude)
+        prior = si.GaussianPrior(torch.zeros(galaxy.shape, dtype=torch.float64), 1.0)
+        operator = si.Generated(seen.likelihood.operator, galaxy, galaxy.shape)
+        likelihood = si.Likelihood(operator, seen.likelihood.noise)
+        images = prior.sample(config.images, config.seed)
+    else:
+        if first:
+            _images(config, prior)
+        process.wait_for_everyone()
+        likelihood, images = seen.likelihood, amplitude * _images(config, prior)
+        prior = prior.rescaled(amplitude)
     y = seen.y if config.only else None
     learned = untrained(
         prior,
-        seen.likelihood,
+        likelihood,
         images,
         config.seed,
         steps=config.steps,
@@ -137,10 +156,16 @@ def finetune(config: FinetuneConfig) -> None:
     given = learned.condition(seen.y)
     island = min(config.n, ISLAND)
     draws = given.sample(config.n, seed=config.seed, island=island, grid=seen.grid)
+    parameters = None
+    if config.latent:
+        parameters = dict(zip(galaxy.names, galaxy.parameters(draws.x).T.tolist(), strict=True))
+        draws = draws.with_(x=galaxy(draws.x))
     draws = completed(draws, config, seen, amplitude)
     print(draws)
     for name, text in findings(draws, seen):
         say(name, text)
+    for name, values in (parameters or {}).items():
+        say(name, f"{mean(values):.4g} +- {stdev(values):.2g}")
     draws.write(folder / DRAWS, overwrite=True)
     draws.plot().savefig((folder / DRAWS).with_suffix(".png"), dpi=150)
     learning_figure(learned.history, before, after).savefig(folder / PICTURE, dpi=120)
@@ -151,6 +176,7 @@ def finetune(config: FinetuneConfig) -> None:
         "after": [asdict(e) for e in after],
         "observation": asdict(given.evidence(config.paths, config.seed)),
         "history": learned.history,
+        "parameters": parameters,
     }
     (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     for name, file in (("draws", DRAWS), ("report", REPORT), ("figure", PICTURE)):
@@ -193,8 +219,8 @@ def _images(config: FinetuneConfig, prior: si.Prior) -> Tensor:
 
 
 def _described(reports: list[Evidence]) -> str:
-    mean = lambda name: sum(getattr(r, name) for r in reports) / len(reports)
+    average = lambda name: mean(getattr(r, name) for r in reports)
     return (
-        f"EUBO - ELBO {mean('gap'):.2f} nat, log-weights +- {mean('std'):.2f} nat, "
-        f"{100 * mean('ess'):.1f} % effective of {reports[0].n}, over {len(reports)} simulated data"
+        f"EUBO - ELBO {average('gap'):.2f} nat, log-weights +- {average('std'):.2f} nat, "
+        f"{100 * average('ess'):.1f} % effective of {reports[0].n}, over {len(reports)} simulated data"
     )

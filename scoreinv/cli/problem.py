@@ -111,8 +111,12 @@ def launched(device: str) -> PartialState:
     """
     from accelerate import PartialState
 
-    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return PartialState(cpu=device == "cpu", **({"timeout": WAIT} if many else {}))
+    options: dict[str, Any] = {"cpu": device == "cpu"}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # they wait on their GPUs, and average gradients on the CPU
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        options |= {"timeout": WAIT, "backend": backend}
+    return PartialState(**options)
 
 
 def chosen(problem: Problem, prior: si.Prior) -> tuple[Observation, float, Sequence[str]]:
@@ -122,6 +126,8 @@ def chosen(problem: Problem, prior: si.Prior) -> tuple[Observation, float, Seque
         Both, and a line for each of several pixel scales.
     """
     choices = [observe(part, prior.shape) for part in candidates(problem.data)]
+    for seen in choices:
+        seen.likelihood.noise.check_data(seen.y)
     if len(choices) == 1 and problem.amplitude is not None:
         return choices[0], problem.amplitude, []
     if len(choices) > 1 and problem.amplitude is not None:

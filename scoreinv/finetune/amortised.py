@@ -42,7 +42,7 @@ from scoreinv.finetune.twist import Twist, learn_twist
 from scoreinv.gaussian import Covariance
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise, PoissonNoise, RiceNoise
-from scoreinv.operators import Amplitude
+from scoreinv.operators import LinearOperator
 from scoreinv.posterior import Posterior
 from scoreinv.priors.base import Prior
 from scoreinv.samplers.path import Descent, Island, Request
@@ -52,7 +52,7 @@ from scoreinv.samplers.smc import systematic
 from scoreinv.streams import stream
 
 PROBES = 256  # of them that measure how sure the prior is at each level
-FORMAT = 6  # of the files of a control
+FORMAT = 7  # of the files of a control
 MEDIAN = 0.6745  # of the absolute value of a standard normal variable
 IMAGES = 1024  # draws of the prior from which training data are simulated
 
@@ -315,6 +315,8 @@ def untrained(
         raise ValueError(
             f"images have shape {tuple(images.shape)}, expected (N, {', '.join(map(str, prior.shape))})"
         )
+    if y is not None:
+        likelihood.noise.check_data(y)
     levels = PriorChain(prior, steps).levels
     covariances = measured(prior, levels, images[:PROBES].to(prior.dtype), seed)
     chain = new_chain(prior, covariances, likelihood if guided else None)
@@ -398,7 +400,7 @@ def data_image(likelihood: Likelihood, around: Tensor) -> Callable[[Tensor], Ten
         around: A typical image, whose noise sets the scale, with shape (C, H, W).
     """
     operator, noise = likelihood.operator, likelihood.noise
-    linear = operator.inner if isinstance(operator, Amplitude) else operator
+    linear = operator if isinstance(operator, LinearOperator) else operator.inner
     parts = noise.parts if isinstance(noise, RiceNoise) else noise
     dtype = torch.complex128 if linear.complex else torch.float64
 
@@ -438,8 +440,13 @@ def load_amortised(folder: str | Path, prior: Prior, likelihood: Likelihood) -> 
             f"{folder} holds a control of format {card.get('format')}, this version reads {FORMAT}; train it again"
         )
     C, values = prior.moments.covariance, tensors.pop("eigenvalues")
+
     # a spectrum that channels share has one for each of them here
-    like = lambda w, v: w.reshape(v.shape if w.numel() == v.numel() else prior.shape).to(v.dtype)
+    def like(w: Tensor, v: Tensor) -> Tensor:
+        if v.numel() == 1:
+            return w.flatten()[0].to(v.dtype)
+        return w.reshape(v.shape if w.numel() == v.numel() else prior.shape).to(v.dtype)
+
     covariances = [C.map(lambda v, w=w: like(w, v)) for w in values]
     chain = new_chain(prior, covariances, likelihood if card["guided"] else None)
     y = tensors.pop("y", None)
@@ -472,7 +479,7 @@ def _card(amortised: Amortised) -> dict[str, Any]:
     probe = torch.linspace(-1, 1, math.prod(chain.shape), dtype=torch.float64)
     probe = probe.reshape(1, *chain.shape)
     clean = amortised.likelihood.operator(probe)
-    seen = amortised.likelihood.log_prob(torch.zeros_like(clean[0]), probe)
+    seen = amortised.likelihood.log_prob(torch.ones_like(clean[0]), probe)
     return {
         "format": FORMAT,
         "control": type(control).__name__,

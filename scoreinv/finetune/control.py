@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from scoreinv.conditioning.local import respond
 from scoreinv.finetune.reference import GaussianStep, PriorChain, Reference, Step, foreseen, pulled
+from scoreinv.kernels import conditional, inverse
 from scoreinv.likelihood import Likelihood
+from scoreinv.operators import Generated
 from scoreinv.posterior import SHORT
 from scoreinv.priors.unet import UNet, initialise, sinusoidal
 from scoreinv.streams import stream
@@ -237,7 +239,8 @@ def numbers(y: Tensor) -> Tensor:
 def guidance(chain: PriorChain, likelihood: Likelihood, local: bool = True) -> Guide:
     """g of data that pull denoised images as far as their error allows, (K^-1 + H)^-1 grad log p(y | D).
 
-    H is exact for linear data with Gaussian noise, and that of the equivalent ones for others.
+    H is exact for linear data with Gaussian noise, and that of the equivalent ones for others; of what a generator makes of
+    a few numbers it is found around each of them.
 
     Args:
         chain: Whose steps are pulled.
@@ -245,6 +248,8 @@ def guidance(chain: PriorChain, likelihood: Likelihood, local: bool = True) -> G
         local: For K take the error around each state, if the prior knows it; else the chain's C_sigma.
     """
     prior, local = chain.prior, local and chain.prior.knows_error
+    if isinstance(likelihood.operator, Generated):
+        return _guidance_around_each(chain, likelihood)
     near = likelihood.equivalent(prior.moments.mean)
     given = None if local else foreseen(chain, near)
     H = near.information(chain.dtype).apply if local else None
@@ -257,6 +262,24 @@ def guidance(chain: PriorChain, likelihood: Likelihood, local: bool = True) -> G
             return respond(prior.error_covariance(step.error[rows], s), H, e, SHORT * s)
 
         return chain.followed(pulled(likelihood, response, step.denoised, k, y), k)
+
+    return g
+
+
+def _guidance_around_each(chain: PriorChain, likelihood: Likelihood) -> Guide:
+    """`guidance` by Gauss and Newton: H = J^T S^-1 J, with the slope J of the data at each denoised z."""
+    d = math.prod(chain.shape)
+    eye = torch.eye(d, dtype=torch.float64).reshape(d, *chain.shape)
+    pairs = zip(chain.covariances, chain.levels, strict=True)
+    precisions = torch.stack(
+        [inverse(conditional(C, s)).apply(eye).reshape(d, d) for C, s in pairs]
+    )
+
+    def g(step: GaussianStep, k: Tensor, y: Tensor) -> Tensor:
+        D = step.denoised
+        e = likelihood.log_slope(y, D.double()).flatten(1)
+        shift = torch.linalg.solve(precisions[k] + likelihood.curvature(D), e)
+        return chain.followed(shift.reshape(D.shape).to(D.dtype), k)
 
     return g
 

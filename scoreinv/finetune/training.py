@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +18,14 @@ from tqdm import tqdm
 from scoreinv.finetune.objectives import LogVariance, Objective
 from scoreinv.finetune.paths import Engine, Paths
 from scoreinv.finetune.proposals import OnPolicy, Proposal
-from scoreinv.finetune.together import ALONE, Share, average, average_numbers, check_share
+from scoreinv.finetune.together import (
+    ALONE,
+    Share,
+    average,
+    average_numbers,
+    check_same,
+    check_share,
+)
 from scoreinv.streams import stream
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -117,7 +125,8 @@ def train_control(
         plan: How long and how fast.
         recipe: Objective and proposals; the log-variance on paths of the control if not given.
         observe: Data of images, for those and a seed; needed where `plan.simulated` asks for them.
-        folder: Where the training is kept every so often; one that is there is continued, bit for bit.
+        folder: Where the training is kept every so often; one that is there is continued, bit for bit. (Of proposals that
+            remember images, several processes keep what the first remembers.)
         progress: Show a progress bar.
         share: Number of this process, and of all that train this control together.
 
@@ -142,6 +151,7 @@ def train_control(
     path = None if folder is None else Path(folder) / CHECKPOINT
     if path is not None and path.exists():
         state.load(path)
+    check_same(state.signature, share)
     pool, T = None, engine.reference.steps
     served = POOL * max(1, T // (plan.steps or T))
     with tqdm(
@@ -166,7 +176,7 @@ def train_control(
                     engine, simulate, here, recipe, done, stream(plan.seed, 2, i, *place)
                 )
             average(state.gradients, share)
-            found = average_numbers(found, state.device, share)
+            found = average_numbers(found, share)
             nn.utils.clip_grad_norm_(engine.control.parameters(), plan.clip)
             state.optimiser.step()
             # where they began is each process' own
@@ -219,9 +229,13 @@ class _State:
         return [p.grad for p in learned if p.grad is not None]
 
     @property
-    def device(self) -> torch.device:
-        """Where the control is."""
-        return next(self.control.parameters()).device
+    def signature(self) -> dict[str, float]:
+        """What processes that train together must have in common."""
+        digest = hashlib.sha256()
+        for p in self.control.parameters():
+            digest.update(p.detach().cpu().contiguous().numpy().tobytes())
+        weights = int(digest.hexdigest()[:8], 16)
+        return {"step": self.step, "first paths": self.probe, "weights' hash": weights}
 
     def follow(self, found: dict[str, float]) -> None:
         """After a step: the running mean, and what is remembered."""

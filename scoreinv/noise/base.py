@@ -38,11 +38,15 @@ class Noise(abc.ABC):
 
     @abc.abstractmethod
     def equivalent(self, clean: Tensor) -> GaussianNoise:
-        """Gaussian noise whose data have the same Fisher information on A x, for A x = clean, with shape (*data_shape)."""
+        """Gaussian noise whose data have about the Fisher information on A x, for A x = clean, with shape (*data_shape)."""
 
     @abc.abstractmethod
     def check(self, shape: tuple[int, ...], complex: bool) -> None:
         """Raise if this noise does not fit data of this shape."""
+
+    def mean(self, clean: Tensor) -> Tensor:
+        """What data scatter about, their background apart, with shape (B, *data_shape)."""
+        return clean
 
     def check_data(self, y: Tensor) -> None:  # noqa: B027 (most noise can make any data)
         """Raise if y, with shape (*data_shape), cannot have come of this noise."""

@@ -28,6 +28,8 @@ class RiceNoise(Noise):
     """
 
     def __init__(self, std: float | Tensor) -> None:
+        if bool(torch.as_tensor(std).isinf().any()):
+            raise ValueError("an amplitude without weight has an infinite std; drop it")
         self.parts = GaussianNoise(std=std)
 
     def observe(self, clean: Tensor, generator: torch.Generator) -> Tensor:
@@ -58,11 +60,14 @@ class RiceNoise(Noise):
         # between that of nothing but noise and that of one part, which rounding must not leave far above the noise
         return mean, torch.minimum(torch.maximum(variance, (2 - 0.5 * math.pi) * v), v)
 
+    def mean(self, clean: Tensor) -> Tensor:
+        return self.expected(clean)[0]
+
     def nearby(self, y: Tensor, clean: Tensor) -> tuple[GaussianNoise, Tensor]:
         return self.parts, y
 
     def equivalent(self, clean: Tensor) -> GaussianNoise:
-        # what it is far above the noise
+        # what it is far above the noise, and too much near it, where clean is too uncertain to say by how much
         return self.parts
 
     def check(self, shape: tuple[int, ...], complex: bool) -> None:

@@ -3,5 +3,6 @@
 from .discs import protoplanetary_disc
 from .galaxies import galaxy
 from .images import simulate_images
+from .sersic import SersicGalaxy
 
-__all__ = ["galaxy", "protoplanetary_disc", "simulate_images"]
+__all__ = ["SersicGalaxy", "galaxy", "protoplanetary_disc", "simulate_images"]
