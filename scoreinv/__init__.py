@@ -15,6 +15,7 @@ from scoreinv.finetune import (
 )
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise, PoissonNoise, RiceNoise, StudentNoise
+from scoreinv.npe import NPE, ParameterPrior
 from scoreinv.operators import (
     NUFFT,
     Amplitude,
@@ -49,6 +50,7 @@ from scoreinv.samplers import (
 )
 
 __all__ = [
+    "NPE",
     "NUFFT",
     "SMC",
     "Adapted",
@@ -68,6 +70,7 @@ __all__ = [
     "Mask",
     "MixturePrior",
     "PSFConvolution",
+    "ParameterPrior",
     "Plan",
     "PoissonNoise",
     "RiceNoise",

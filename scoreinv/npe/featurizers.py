@@ -1,0 +1,137 @@
+"""Networks that make features of data: numbers, images, series, sets, and several of these by name.
+
+Every one may stand alone: a module from data with shape (B, ...) to features with shape (B, `features`).
+Residual networks: He et al. (2016, arXiv:1512.03385); sets: Zaheer et al., Deep Sets (2017, arXiv:1703.06114); recurrent
+units: Cho et al. (2014, arXiv:1406.1078).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Data = Tensor | Mapping[str, Tensor]
+
+
+class MLP(nn.Module):
+    """Of a few numbers, with shape (B, inputs)."""
+
+    def __init__(
+        self, inputs: int, features: int = 64, hidden: Sequence[int] = (128, 128)
+    ) -> None:
+        super().__init__()
+        widths, layers = [inputs, *hidden], []
+        for a, b in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(a, b), nn.SiLU()]
+        self.network = nn.Sequential(*layers, nn.Linear(widths[-1], features))
+        self.features = features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x.flatten(1))
+
+
+class _Residual(nn.Module):
+    """Two convolutions beside the identity, at half the resolution."""
+
+    def __init__(self, conv: type[nn.Module], inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(1, inputs), nn.GroupNorm(8, outputs)
+        self.first = conv(inputs, outputs, 3, stride=2, padding=1)
+        self.second = conv(outputs, outputs, 3, padding=1)
+        self.skip = conv(inputs, outputs, 1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(nn.functional.silu(self.norm1(x)))
+        return self.skip(x) + self.second(nn.functional.silu(self.norm2(h)))
+
+
+class ResNet2D(nn.Module):
+    """Of images, with shape (B, channels, H, W).
+
+    Args:
+        channels: Of the image; a noise map or a PSF may be one.
+        features: That it makes.
+        widths: Channels of the residual blocks, each at half the resolution of the one before; multiples of 8.
+    """
+
+    def __init__(
+        self, channels: int = 1, features: int = 64, widths: Sequence[int] = (16, 32, 64)
+    ) -> None:
+        super().__init__()
+        both = zip([channels, *widths], widths, strict=False)
+        self.blocks = nn.Sequential(*(_Residual(nn.Conv2d, a, b) for a, b in both))
+        self.last, self.features = nn.Linear(2 * widths[-1], features), features
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.blocks(x).flatten(2)
+        return self.last(torch.cat([h.mean(2), h.amax(2)], 1))
+
+
+class ResNet1D(nn.Module):
+    """Of series and spectra, with shape (B, channels, length); with a GRU over the coarse series if asked for.
+
+    Args:
+        channels: Of the series; times, errors and a mask of missing data may be some.
+        features: That it makes.
+        widths: Channels of the residual blocks, each at half the resolution of the one before; multiples of 8.
+        recurrent: End in a GRU, for light curves whose order matters over all their length.
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        features: int = 64,
+        widths: Sequence[int] = (16, 32, 64),
+        recurrent: bool = False,
+    ) -> None:
+        super().__init__()
+        both = zip([channels, *widths], widths, strict=False)
+        self.blocks = nn.Sequential(*(_Residual(nn.Conv1d, a, b) for a, b in both))
+        width = widths[-1]
+        self.gru = nn.GRU(width, width, batch_first=True) if recurrent else None
+        self.last, self.features = nn.Linear(2 * width, features), features
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.blocks(x)
+        end = h.amax(2) if self.gru is None else self.gru(h.transpose(1, 2))[1][0]
+        return self.last(torch.cat([h.mean(2), end], 1))
+
+
+class DeepSet(nn.Module):
+    """Of sets whose order says nothing, with shape (B, members, inputs)."""
+
+    def __init__(
+        self, inputs: int, features: int = 64, hidden: Sequence[int] = (128, 128)
+    ) -> None:
+        super().__init__()
+        self.each = MLP(inputs, hidden[-1], hidden)
+        self.together, self.features = MLP(2 * hidden[-1], features, hidden), features
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.each(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self.together(torch.cat([h.mean(1), h.amax(1)], 1))
+
+
+class Named(nn.Module):
+    """Several inputs by name, such as an image, its noise map and the times, each with a featurizer of its own."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict(parts)
+        self.features = sum(part.features for part in parts.values())
+
+    def forward(self, x: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([part(x[name]) for name, part in self.parts.items()], 1)
+
+
+def featurizer_for(shape: Sequence[int], features: int = 64) -> nn.Module:
+    """A featurizer that suits data of a shape: some numbers, series (C, length), or images (C, H, W)."""
+    kinds = {1: MLP, 2: ResNet1D, 3: ResNet2D}
+    if len(shape) not in kinds:
+        raise ValueError(
+            f"a simulation has shape {tuple(shape)}, expected (numbers,), (channels, length) or (channels, H, W); or pass a "
+            "featurizer"
+        )
+    return kinds[len(shape)](shape[0], features)

@@ -1,0 +1,346 @@
+"""Posteriors of scalar parameters against those that are known in closed form."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.distributions import (
+    Gamma,
+    HalfNormal,
+    LogNormal,
+    MultivariateNormal,
+    Normal,
+    Uniform,
+)
+
+from scoreinv.npe import MLP, NPE, DeepSet, Fitting, Named, ParameterPrior, ResNet1D, ResNet2D
+from scoreinv.npe.estimator import stacked
+from scoreinv.npe.flows import KINDS, new_flow, seeded
+
+D, M, NOISE = 2, 4, 0.5
+A = torch.tensor([[1.0, 0.3], [-0.5, 1.0], [0.8, 0.8], [0.2, -1.0]], dtype=torch.float64)
+GAUSSIAN = ParameterPrior(a=Normal(0.0, 1.0), b=Normal(1.0, 2.0))
+MEAN, SPREAD = torch.tensor([0.0, 1.0]).double(), torch.tensor([1.0, 2.0]).double()
+QUICK = Fitting(epochs=40, batch=100, rate=1e-3, patience=10)
+
+
+def simulated(theta, seed):
+    g = torch.Generator().manual_seed(seed)
+    return theta @ A.T + NOISE * torch.randn(len(theta), M, generator=g, dtype=torch.float64)
+
+
+def exact(x):
+    """Mean and covariance of theta given x."""
+    P = A.T @ A / NOISE**2 + torch.diag(SPREAD**-2)
+    C = torch.linalg.inv(P)
+    return C @ (A.T @ x / NOISE**2 + MEAN / SPREAD**2), C
+
+
+def log_likelihood(x):
+    return lambda theta: (
+        -0.5 * ((x - theta @ A.T) / NOISE).square().sum(1) - M * math.log(NOISE * math.tau**0.5)
+    )
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    theta = GAUSSIAN.sample(4000, seed=0)
+    return theta, simulated(theta, 1)
+
+
+@pytest.fixture(scope="module")
+def fitted(pairs):
+    return NPE(GAUSSIAN, flow="maf").fit(*pairs, seed=0, plan=QUICK)
+
+
+# --- the space of the parameters -----------------------------------------------------------------
+
+MIXED = ParameterPrior(
+    inclination=Uniform(0.0, 90.0),
+    flux=LogNormal(0.0, 1.0),
+    width=HalfNormal(2.0),
+    x=Normal(3.0, 0.1),
+)
+
+
+def test_parameters_are_normal_in_their_own_space():
+    """20,000 draws: mean and variance of u within 4 standard errors; there and back again; the density, against torch's."""
+    theta = MIXED.sample(20_000, seed=0)
+    u = MIXED.to_normal(theta)
+    assert float(u.mean(0).abs().max()) < 4 / 20_000**0.5
+    assert float((u.var(0) - 1).abs().max()) < 4 * (2 / 20_000) ** 0.5
+    torch.testing.assert_close(MIXED.from_normal(u), theta, rtol=1e-6, atol=1e-6)
+    each = [Uniform(0.0, 90.0), LogNormal(0.0, 1.0), HalfNormal(2.0), Normal(3.0, 0.1)]
+    expected = sum(p.log_prob(t) for p, t in zip(each, theta.T, strict=True))
+    torch.testing.assert_close(MIXED.log_prob(theta), expected.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_no_number_leads_out_of_the_prior():
+    far = torch.tensor([[-1e9, -40.0, -9.0, 0.0], [1e9, 40.0, 9.0, 0.0]]).double()
+    theta = MIXED.from_normal(far)
+    assert bool(MIXED.inside(theta).all()) and bool(theta.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ParameterPrior(), "a prior without parameters"),
+        (lambda: ParameterPrior(a=Gamma(1.0, 1.0)), "a is a Gamma, which has no inverse"),
+        (
+            lambda: ParameterPrior(a=Normal(torch.zeros(2), 1.0)),
+            r"a has shape \(2,\), expected one",
+        ),
+        (lambda: MIXED.to_normal(torch.zeros(3, 2)), r"expected \(n, 4\): inclination, flux"),
+        (
+            lambda: MIXED.to_normal(torch.tensor([[10.0, 1.0, 1.0, 3.0], [91.0, 1.0, 1.0, 3.0]])),
+            r"inclination has 1 of 2 values that its prior does not allow \(first: 91\)",
+        ),
+    ],
+)
+def test_mistakes_in_parameters(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# --- posteriors ----------------------------------------------------------------------------------
+
+
+def test_a_conjugate_posterior_is_found(fitted):
+    """Over 30 data, root mean square: means within 0.3 of the exact spread, spreads within 10 %; 4,000 pairs know no more.
+
+    Negative control: the draws for the data of another.
+    """
+    theta = GAUSSIAN.sample(30, seed=5)
+    x = simulated(theta, 6)
+    draws = torch.stack([fitted.condition(v.float()).sample(2000, seed=7) for v in x])
+    mean = torch.stack([exact(v)[0] for v in x])
+    sd = exact(x[0])[1].diagonal().sqrt()
+    rms = lambda v: float((v / sd).square().mean().sqrt())
+    assert rms(draws.mean(1) - mean) < 0.3 and rms(draws.std(1) - sd) < 0.1
+    assert rms(draws.mean(1) - mean.roll(1, 0)) > 1
+
+
+def test_ranks_of_truths_are_uniform(fitted):
+    """Scores of 300 fresh simulations among 99 draws have unit variance, within 4.5 errors; too narrow ones have not."""
+    theta = GAUSSIAN.sample(300, seed=8)
+    x = simulated(theta, 9).float()
+    draws = torch.stack([fitted.condition(v).sample(99, seed=i) for i, v in enumerate(x)])
+    scores = lambda d: torch.special.ndtri(((d < theta[:, None]).sum(1) + 0.5) / 100.0)
+    chi2 = lambda d: float((scores(d).square().sum(0) / 300 - 1).abs().max()) / (2 / 300) ** 0.5
+    assert chi2(draws) < 4.5
+    narrow = draws.mean(1, keepdim=True) + 0.7 * (draws - draws.mean(1, keepdim=True))
+    assert chi2(narrow) > 6
+
+
+def test_the_density_is_one_and_that_of_the_draws(fitted, pairs):
+    """Its integral over a grid; its mean over its own draws is minus the entropy, near that of the exact Gaussian."""
+    x = pairs[1][0].float()
+    given, (mean, C) = fitted.condition(x), exact(pairs[1][0])
+    side = torch.linspace(-6, 6, 161).double()
+    grid = mean + torch.cartesian_prod(side, side) * C.diagonal().sqrt()
+    cell = float((side[1] - side[0]) ** 2 * C.diagonal().sqrt().prod())
+    assert float(given.log_prob(grid).exp().sum()) * cell == pytest.approx(1, abs=0.01)
+    draws = given.sample(4000, seed=1)
+    entropy = float(MultivariateNormal(mean, C).entropy())
+    assert -float(given.log_prob(draws).mean()) == pytest.approx(entropy, abs=0.15)
+
+
+def test_weights_make_an_estimate_exact(fitted, pairs):
+    """The evidence of a linear Gaussian model, and its posterior mean, within 5 standard errors of 4,000 weighted draws."""
+    x = pairs[1][3]
+    found = fitted.condition(x.float()).reweighted(log_likelihood(x), 4000, seed=2)
+    S = A @ torch.diag(SPREAD**2) @ A.T + NOISE**2 * torch.eye(M).double()
+    log_z = float(MultivariateNormal(A @ MEAN, S).log_prob(x))
+    assert found.n_eff > 2000 and found.evidence.k_hat < 0.7
+    assert found.evidence.log_z == pytest.approx(log_z, abs=5 * (1 / found.n_eff) ** 0.5)
+    mean, C = exact(x)
+    w = torch.softmax(found.log_w, 0)
+    error = (w @ found.theta - mean) / C.diagonal().sqrt()
+    assert float(error.abs().max()) < 5 / found.n_eff**0.5
+
+
+def test_draws_that_the_likelihood_forbids_weigh_nothing(fitted, pairs):
+    given = fitted.condition(pairs[1][3].float())
+    half = lambda theta: torch.where(theta[:, 0] > theta[:, 0].median(), 0.0, -math.inf)
+    found = given.reweighted(half, 1000, seed=2)
+    w = torch.softmax(found.log_w, 0)
+    assert float(w[found.theta[:, 0] <= found.theta[:, 0].median()].sum()) == 0
+    with pytest.raises(ValueError, match="of all 100 draws is not finite"):
+        given.reweighted(lambda theta: torch.full((len(theta),), -math.inf), 100, seed=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flows_are_densities(kind):
+    """Untrained, on a grid: their integral is one; draws depend on the seed alone, and leave the global one as it was."""
+    with seeded(0):
+        flow = new_flow(kind, 2, 3, hidden=(16,), transforms=2)
+    side = torch.linspace(-9, 9, 301)
+    with torch.no_grad():
+        q = flow(torch.tensor([0.1, -0.4, 0.7]))
+        total = float(q.log_prob(torch.cartesian_prod(side, side)).exp().sum()) * 0.06**2
+    assert total == pytest.approx(1, abs=0.02)
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    with seeded(1), torch.no_grad():
+        one = q.sample((5,))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with seeded(1):
+        assert torch.equal(one, q.sample((5,)))
+
+
+def test_an_ensemble_is_a_mixture(pairs):
+    theta, x = pairs
+    plan = Fitting(epochs=3, batch=200)
+    both = NPE(GAUSSIAN, flow="maf", members=2).fit(theta[:1000], x[:1000], seed=0, plan=plan)
+    given, u = both.condition(x[0].float()), GAUSSIAN.to_normal(theta[:50])
+    same = {"x": x[:1].float().expand(50, M)}
+    with torch.no_grad():
+        each = torch.stack([m.log_prob(u, same).double().exp() for m in both.members])
+    ratio = GAUSSIAN.log_prob(theta[:50]) + 0.5 * (u.square() + math.log(math.tau)).sum(1)
+    expected = (both.weights[:, None] * each).sum(0).log() + ratio
+    torch.testing.assert_close(given.log_prob(theta[:50]), expected)
+    # and the draws are of it: the mean of log q is the same as that of members, drawn apart
+    draws = given.sample(2000, seed=1)
+    assert bool(torch.isfinite(given.log_prob(draws)).all())
+    again = NPE(GAUSSIAN, flow="maf", members=2).fit(theta[:1000], x[:1000], seed=0, plan=plan)
+    assert torch.equal(again.condition(x[0].float()).sample(9, seed=2), given.sample(9, seed=2))
+
+
+def test_members_weigh_by_what_they_say_of_held_out_pairs():
+    """Of a good one, a bad one, and one that is right for every third pair."""
+    good, bad = torch.zeros(600).double(), torch.full((600,), -3.0).double()
+    third = torch.where(torch.arange(600) % 3 == 0, 2.0, -4.0).double()
+    w = stacked(torch.stack([good, bad, third]))
+    assert float(w.sum()) == pytest.approx(1)
+    assert float(w[1]) < 0.01 and 0.1 < float(w[2]) < 0.5 < float(w[0])
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def test_features_of_every_kind_of_data():
+    sets, images = DeepSet(3, 8), ResNet2D(2, 8, widths=(8, 16))
+    series = ResNet1D(2, 8, widths=(8, 16), recurrent=True)
+    x = {
+        "set": torch.randn(5, 7, 3),
+        "image": torch.randn(5, 2, 20, 20),
+        "series": torch.randn(5, 2, 31),
+    }
+    named = Named(set=sets, image=images, series=series)
+    assert named(x).shape == (5, 24) == (5, named.features)
+    order = torch.randperm(7)
+    torch.testing.assert_close(sets(x["set"]), sets(x["set"][:, order]))
+    assert MLP(4, 6)(torch.randn(3, 4)).shape == (3, 6)
+
+
+def test_data_of_several_kinds_with_missing_numbers_and_fresh_noise():
+    """An image whose noise differs from one to the next, and a series with gaps: the amplitude of both is found."""
+    prior = ParameterPrior(amplitude=Uniform(0.0, 4.0))
+    theta = prior.sample(2000, seed=0)
+    g = torch.Generator().manual_seed(1)
+    wave = torch.sin(torch.linspace(0, 6, 24))
+    series = theta[:, :, None].float() * wave
+    gaps = torch.rand(2000, 1, 24, generator=g) < 0.3
+    level = 0.5 + torch.rand(2000, 1, 1, generator=g)
+
+    def noise(x, generator):
+        e = torch.randn(x["series"][:, :1].shape, generator=generator)
+        flux, missing = x["series"][:, :1], x["series"][:, 1:]
+        noisy = (flux + x["level"][:, :1, None] * e) * (1 - missing)
+        return {"series": torch.cat([noisy, missing], 1), "level": x["level"]}
+
+    x = {"series": series.masked_fill(gaps, math.nan), "level": level[:, :, 0]}
+    plan = Fitting(epochs=25, batch=100, rate=3e-3)
+    estimator = NPE(prior, flow="mixture", invalid="mask")
+    estimator.featurizer = lambda: Named(series=ResNet1D(2, 16, (8, 16)), level=MLP(2, 4, (8,)))
+    x["level"][0] = math.nan  # else the mask of the levels would say nothing
+    estimator.fit(theta, x, seed=0, plan=plan, noise=noise)
+    found = []
+    for truth in (0.5, 2.0, 3.5):
+        seen = truth * wave[None] + 0.5 * torch.randn(1, 24, generator=g)
+        seen[0, ::4] = math.nan
+        given = estimator.condition({"series": seen, "level": torch.tensor([0.5])})
+        draws = given.sample(500, seed=1)
+        assert bool(((draws >= 0) & (draws <= 4)).all())
+        found.append(float(draws.mean()))
+        # 18 points of noise 0.5 know it to 0.17
+        assert found[-1] == pytest.approx(truth, abs=0.8) and float(draws.std()) < 0.6
+    assert found == sorted(found)
+
+
+def test_data_unlike_any_simulation_are_strange(fitted, pairs):
+    like = [fitted.condition(x.float()).strangeness() for x in pairs[1][:20]]
+    assert 0.4 < sum(like) / 20 < 1.5
+    assert fitted.condition(torch.full((M,), 60.0)).strangeness() > 5
+
+
+def test_estimators_are_kept_and_found_again(fitted, pairs, tmp_path):
+    fitted.save(tmp_path)
+    found = NPE(GAUSSIAN, flow="maf").load(tmp_path)
+    x = pairs[1][0].float()
+    assert torch.equal(
+        found.condition(x).sample(20, seed=1), fitted.condition(x).sample(20, seed=1)
+    )
+    assert found.condition(x).strangeness() == fitted.condition(x).strangeness()
+    for other in (
+        NPE(GAUSSIAN),
+        NPE(ParameterPrior(a=Normal(0.0, 1.0), c=Normal(1.0, 2.0)), "maf"),
+    ):
+        with pytest.raises(ValueError, match="holds an estimator of (flow|parameters)"):
+            other.load(tmp_path)
+    card = json.loads((tmp_path / "npe.json").read_text())
+    (tmp_path / "npe.json").write_text(json.dumps({**card, "format": 0}))
+    with pytest.raises(ValueError, match="format 0, expected format 1"):
+        NPE(GAUSSIAN, flow="maf").load(tmp_path)
+    with pytest.raises(ValueError, match="holds no estimator that can be read"):
+        NPE(GAUSSIAN).load(tmp_path / "nowhere")
+
+
+def fit(theta, x, **options):
+    return lambda: NPE(GAUSSIAN, **options).fit(theta, x, seed=0)
+
+
+THETA = GAUSSIAN.sample(40, seed=0)
+X = simulated(THETA, 1)
+HOLED = torch.where(torch.arange(40)[:, None] < 3, math.nan, X)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (fit(THETA, X[:30]), "40 parameters and 30 data"),
+        (fit(THETA[:10], X[:10]), "10 pairs, expected at least 20"),
+        (
+            fit(THETA, torch.cat([X, torch.ones(40, 1)], 1)),
+            r"1 of 5 features of x are the same .*number 4",
+        ),
+        (fit(THETA, {"a": X, "b": X[:3]}), "inputs have the lengths {'a': 40, 'b': 3}"),
+        (fit(THETA, HOLED), "3 of 40 simulations are not finite; pass invalid='drop'"),
+        (fit(THETA, X * math.nan, invalid="drop"), "none of 40 simulations is finite"),
+        (
+            fit(THETA, X, invalid="ignore"),
+            "invalid is 'ignore', expected one of raise, drop, mask",
+        ),
+        (fit(THETA, X, flow="glow"), "flow is 'glow', expected one of maf, nsf"),
+        (lambda: new_flow("coupling", 1, 3), "a coupling needs two parameters"),
+        (lambda: NPE(GAUSSIAN).condition(X[0]), "has not been fitted"),
+        (lambda: NPE(GAUSSIAN, members=0), "members is 0"),
+        (lambda: Fitting(epochs=0), "epochs is 0"),
+    ],
+)
+def test_mistakes_in_fits(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_dropped_simulations_are_counted_and_odd_data_refused():
+    plan = Fitting(epochs=1)
+    estimator = NPE(GAUSSIAN, flow="maf", invalid="drop").fit(THETA, HOLED, seed=0, plan=plan)
+    assert estimator.dropped == 3
+    with pytest.raises(ValueError, match=r"x has shape \(3,\), unlike the simulations: \(4,\)"):
+        estimator.condition(X[0, :3])
+    with pytest.raises(ValueError, match="x has 4 numbers that are not finite"):
+        estimator.condition(HOLED[0])
+    with pytest.raises(ValueError, match=r"inputs are \['y'\], expected \['x'\]"):
+        estimator.condition({"y": X[0]})
