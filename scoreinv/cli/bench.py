@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import scoreinv as si
-from scoreinv.bench import exact, learned, rtb, scaling, speed
+from scoreinv.bench import exact, learned, npe, rtb, scaling, speed
 from scoreinv.bench.document import cell, document
 from scoreinv.bench.figure import error_figure
 from scoreinv.bench.peers import Peer
@@ -20,7 +20,7 @@ from scoreinv.samplers.path import Sampler
 from scoreinv.training import fresh_images
 
 FEW = 20  # draws
-TABLES = ("exact", "coverage", "learned", "rtb", "speed", "scaling")
+TABLES = ("exact", "coverage", "learned", "rtb", "npe", "speed", "scaling")
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class BenchConfig:
 
     Args:
         what: "exact" (posteriors in closed form), "coverage" (truths ranked among 31 draws, on the same problems), "learned"
-            (calibration with a trained prior), "rtb" (learned controls; exit status 1 if a target is missed), "speed", or
-            "scaling" (with pixels, data, draws and levels).
+            (calibration with a trained prior), "rtb" (learned controls), "npe" (scalar parameters), "speed", or "scaling"
+            (with pixels, data, draws and levels). Exit status 1 if a target of "rtb" or "npe" is missed.
         methods: Samplers of "exact" and "coverage": SMC (as in the section), SMC40 and SMC7 (of so many levels), Anneal,
             Guided, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved; with the extra `bench`
             azula-MMPS, azula-DPS, azula-DiffPIR, deepinv-MMPS, deepinv-PiGDM, deepinv-DPS, by those packages' own code;
             and "SMC without local covariance", "finer steps", "skipping", "network's twist" or "spare particles".
-        problems: Of "exact" and "coverage", by their names, as in "grid 80 1", and of "rtb"; all if left out.
+        problems: Of "exact" and "coverage", by their names, as in "grid 80 1", of "rtb" and of "npe"; all if left out.
         prior: Trained prior of "learned", "speed" and "scaling".
         kinds: Problems of "learned": psf, uv.
         sources: Of the truths of "learned": prior (its own draws), held out (images that it was not trained on).
@@ -82,7 +82,8 @@ class BenchConfig:
             raise ValueError(
                 f"methods are {', '.join(unknown)}, expected some of {', '.join(exact.METHODS)}"
             )
-        suite = rtb.CASES if self.what == "rtb" else exact.problems()
+        suites = {"rtb": rtb.CASES, "npe": npe.TASKS}
+        suite = suites[self.what] if self.what in suites else exact.problems()
         if unknown := set(self.problems or ()) - set(suite):
             raise ValueError(
                 f"problems are {', '.join(sorted(unknown))}, expected some of {', '.join(suite)}"
@@ -110,7 +111,7 @@ class BenchConfig:
 
 def bench(config: BenchConfig) -> int:
     """Measure samplers: accuracy on exact posteriors, calibration with a trained prior, learned controls, speed."""
-    tables = (_exact, _coverage, _learned, _rtb, _speed, _scaling)
+    tables = (_exact, _coverage, _learned, _rtb, _npe, _speed, _scaling)
     rows = dict(zip(TABLES, tables, strict=True))[config.what](config)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
@@ -223,6 +224,15 @@ def _scaling(config: BenchConfig) -> list[dict[str, Any]]:
 def _rtb(config: BenchConfig) -> list[dict[str, Any]]:
     rows = []
     for row in rtb.rtb(config.seed, config.quick, config.problems):
+        rows.append(row)
+        print(table(rows[-1:]), end="\n\n", flush=True)
+    print(table(rows))
+    return rows
+
+
+def _npe(config: BenchConfig) -> list[dict[str, Any]]:
+    rows = []
+    for row in npe.npe(config.seed, config.problems or (npe.QUICK if config.quick else None)):
         rows.append(row)
         print(table(rows[-1:]), end="\n\n", flush=True)
     print(table(rows))

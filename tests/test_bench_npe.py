@@ -1,0 +1,69 @@
+"""Problems of scalar parameters: references against their own simulators, and what the table says of an estimate."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from scoreinv.bench import npe
+from scoreinv.npe import Fitting
+from scoreinv.streams import stream
+
+
+@pytest.mark.parametrize("name", ["two_moons", "gaussian_linear_uniform", "gaussian_mixture"])
+def test_references_are_posteriors(name):
+    """Truths rank uniformly among draws of their posterior: Kolmogorov-Smirnov, false alarms of 1 in 1,000 a parameter."""
+    task = npe.TASKS[name]()
+    theta = task.prior.sample(400, 7)
+    x = task.simulate(theta, stream(1))
+    draws = torch.stack([task.reference(v, 49, stream(2, i)) for i, v in enumerate(x)])
+    assert bool(task.prior.inside(draws.flatten(0, 1)).all())
+    rank = (draws < theta[:, None]).double().sum(1)
+    noise = torch.rand(rank.shape, generator=stream(3), dtype=torch.float64)
+    u = ((rank + noise) / 50).sort(0).values
+    grid = torch.arange(1, 401).double()[:, None] / 400
+    assert float((u - grid).abs().max()) < 1.95 / 400**0.5 + 0.0025
+    # negative control: draws of the posterior of another
+    other = ((draws.roll(1, 0) < theta[:, None]).double().sum(1) + noise) / 50
+    assert float((other.sort(0).values - grid).abs().max()) > 1.95 / 400**0.5 + 0.0025
+
+
+@pytest.mark.parametrize("name", ["gaussian_linear_uniform", "gaussian_mixture", "slcp"])
+def test_likelihoods_are_those_of_the_simulators(name):
+    """exp(log p(x) of one theta - that of another), over simulations of the other, has the mean 1: 4 standard errors."""
+    task = npe.TASKS[name]()
+    theta = task.prior.sample(1, 5)
+    theta = theta.sign() * theta.abs().clamp_min(1.0) * 0.9
+    near = theta + (0.02 if name == "gaussian_linear_uniform" else 0.05)
+    x = task.simulate(theta.expand(4000, -1), stream(6))
+    ratio = torch.stack([task.log_likelihood(v, torch.cat([theta, near])) for v in x])
+    w = (ratio[:, 1] - ratio[:, 0]).exp()
+    assert float(w.mean()) == pytest.approx(1, abs=4 * float(w.std()) / 4000**0.5)
+    assert float((ratio[:, 1] - ratio[:, 0]).mean()) < 0
+
+
+def test_the_likelihood_of_slcp_is_normal():
+    theta = torch.tensor([[0.7, -2.9, -1.0, -0.9, 0.6]]).double()
+    s1, s2, rho = 1.0, 0.81, math.tanh(0.6)
+    S = torch.tensor([[s1**2, rho * s1 * s2], [rho * s1 * s2, s2**2]]).double()
+    x = torch.randn(8, generator=stream(0), dtype=torch.float64)
+    expected = MultivariateNormal(theta[0, :2], S).log_prob(x.reshape(4, 2)).sum()
+    torch.testing.assert_close(npe._slcp().log_likelihood(x, theta)[0], expected)
+
+
+def test_the_table_says_how_good_an_estimate_is(monkeypatch):
+    """A short fit of few pairs is far from the target, and weights mend it."""
+    monkeypatch.setattr(npe, "PAIRS", 500)
+    monkeypatch.setattr(npe, "DRAWS", 300)
+    monkeypatch.setattr(npe, "WEIGHTED", 5000)
+    plan = Fitting(epochs=3)
+    (row,) = npe.npe(0, ["gaussian_mixture"], observations=2, plan=plan)
+    assert 0.7 < row["C2ST"] > row["C2ST weighted"] + 0.02 and row["missed"].startswith("C2ST")
+    assert 0 < row["n_eff / n"] < 1 and row["epochs"] == 3
+
+
+def test_a_perceptron_tells_what_differs():
+    z = torch.randn(600, 2, generator=stream(0), dtype=torch.float64)
+    assert npe.told_apart(z[:300], z[300:], 0) < 0.58
+    assert npe.told_apart(z[:300] + 2, z[300:], 0) > 0.75
