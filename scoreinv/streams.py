@@ -15,3 +15,8 @@ def stream(*seed: int) -> torch.Generator:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
     return torch.Generator().manual_seed(state >> 1)
+
+
+def integer(*seed: int) -> int:
+    """A seed for code that takes one, for each tuple of integers; different tuples give unrelated ones."""
+    return int(torch.randint(2**62, (1,), generator=stream(*seed)))

@@ -11,18 +11,28 @@ from scoreinv.npe import Fitting
 from scoreinv.streams import stream
 
 
-@pytest.mark.parametrize("name", ["two_moons", "gaussian_linear_uniform", "gaussian_mixture"])
-def test_references_are_posteriors(name):
+@pytest.mark.parametrize(
+    "name", ["two_moons", "gaussian_linear_uniform", "gaussian_mixture", "slcp"]
+)
+def test_references_are_posteriors(name, monkeypatch):
     """Truths rank uniformly among draws of their posterior: Kolmogorov-Smirnov, false alarms of 1 in 1,000 a parameter."""
     task = npe.TASKS[name]()
+    monkeypatch.setattr(npe, "SHAPES", 40_000)
     theta = task.prior.sample(400, 7)
     x = task.simulate(theta, stream(1))
-    draws = torch.stack([task.reference(v, 49, stream(2, i)) for i, v in enumerate(x)])
+    draws, known = [], torch.ones(400, dtype=torch.bool)
+    for i, v in enumerate(x):
+        try:
+            draws.append(task.reference(v, 49, stream(2, i)))
+        except FloatingPointError:  # of slcp, where the box cuts off almost all
+            known[i] = False
+    assert int((~known).sum()) < (12 if name == "slcp" else 1)
+    draws, theta = torch.stack(draws), theta[known]
     assert bool(task.prior.inside(draws.flatten(0, 1)).all())
     rank = (draws < theta[:, None]).double().sum(1)
     noise = torch.rand(rank.shape, generator=stream(3), dtype=torch.float64)
     u = ((rank + noise) / 50).sort(0).values
-    grid = torch.arange(1, 401).double()[:, None] / 400
+    grid = torch.arange(1, len(theta) + 1).double()[:, None] / len(theta)
     assert float((u - grid).abs().max()) < 1.95 / 400**0.5 + 0.0025
     # negative control: draws of the posterior of another
     other = ((draws.roll(1, 0) < theta[:, None]).double().sum(1) + noise) / 50

@@ -35,6 +35,7 @@ from scoreinv.finetune import training
 from scoreinv.gaussian import Fourier, Gaussian
 from scoreinv.priors.unet import UNet
 from scoreinv.priors.zoo import save_prior
+from scoreinv.simulators import SersicGalaxy
 
 ROOT = Path(__file__).parents[1]
 SIZE, SIGMA = 16, 0.3
@@ -608,6 +609,26 @@ def test_finetune_from_end_to_end(capsys, finetuning, prior):
     assert main([*command, "--overwrite", "--only", "--plan.iterations", "2"]) == 0
     assert (folder / "mine.txt").read_text() == "precious"
     assert len(json.loads((folder / "report.json").read_text())["history"]) == 2
+
+
+def test_finetune_of_latent_numbers(capsys, finetuning):
+    """Seven numbers in the place of an image: named in the report, drawn as images, and loaded by what the report holds."""
+    command, folder = finetuning
+    assert main([*command, "--latent", "--n", "8"]) == 0
+    said = capsys.readouterr().out
+    report = json.loads((folder / "report.json").read_text())
+    assert set(report["parameters"]) == set(SersicGalaxy.names) and "radius" in said
+    draws, galaxy = si.read_samples(folder / "draws.fits"), SersicGalaxy(**report["galaxy"])
+    assert draws.x.shape == (8, 1, SIZE, SIZE) and draws.truth is not None
+    flux = torch.tensor(report["parameters"]["flux"])
+    assert float((draws.x.flatten(1).sum(1) / flux - 1).abs().max()) < 0.3
+    seen = observe(FinetuneConfig(**observed(report["config"])).data, (1, SIZE, SIZE))
+    prior = si.GaussianPrior(torch.zeros(galaxy.shape, dtype=torch.float64), 1.0)
+    operator = si.Generated(seen.likelihood.operator, galaxy, galaxy.shape)
+    likelihood = si.Likelihood(operator, seen.likelihood.noise)
+    loaded = si.load_amortised(folder, prior, likelihood)
+    assert math.isfinite(loaded.condition(seen.y).evidence(16, 0).log_z)
+    assert "leave adapted out" in failure(capsys, *command, "--latent", "--adapted.rank", "2")
 
 
 def test_finetune_without_phases(capsys, finetuning):

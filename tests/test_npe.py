@@ -6,11 +6,14 @@ import math
 import pytest
 import torch
 from torch.distributions import (
+    AffineTransform,
+    ExpTransform,
     Gamma,
     HalfNormal,
     LogNormal,
     MultivariateNormal,
     Normal,
+    TransformedDistribution,
     Uniform,
 )
 
@@ -76,10 +79,29 @@ def test_parameters_are_normal_in_their_own_space():
     torch.testing.assert_close(MIXED.log_prob(theta), expected.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_no_number_leads_out_of_the_prior():
-    far = torch.tensor([[-1e9, -40.0, -9.0, 0.0], [1e9, 40.0, 9.0, 0.0]]).double()
-    theta = MIXED.from_normal(far)
-    assert bool(MIXED.inside(theta).all()) and bool(theta.isfinite().all())
+@pytest.mark.parametrize("ends", [(-5.7, 2.4), (10.0, 11.0), (0.0, 0.7), (1e-5, 0.1)])
+def test_no_number_leads_out_of_the_prior(ends):
+    """Uniform and log-uniform, whose ends single precision does not know; at the ends, too, the density is not zero."""
+    low, high = ends
+    either = [Uniform(low, high)]
+    if low > 0:
+        either.append(
+            TransformedDistribution(Uniform(math.log(low), math.log(high)), ExpTransform())
+        )
+    for p in either:
+        prior = ParameterPrior(a=p, b=LogNormal(0.0, 1.0))
+        u = torch.tensor([-1e9, -8.0, -5.3, -1.0, 5.3, 5.5, 8.0, 40.0]).double()[:, None]
+        theta = prior.from_normal(u.expand(8, 2))
+        assert bool(prior.inside(theta).all()) and bool(prior.log_prob(theta).isfinite().all())
+        back = prior.to_normal(theta)[2:6]
+        torch.testing.assert_close(back, u[2:6].expand(4, 2), rtol=1e-4, atol=0.0)
+        at = torch.tensor([[low, 1.0], [high, 1.0]])
+        if isinstance(p, Uniform):
+            assert bool(prior.log_prob(at).isfinite().all())
+            assert bool(prior.to_normal(at).isfinite().all())
+        out = torch.tensor([[low - 1e-3, 1.0], [high + 1e-3, 1.0], [low, -1.0]])
+        assert not bool(prior.inside(out).all(1).any())
+        assert bool((prior.log_prob(out) == -math.inf).all())
 
 
 @pytest.mark.parametrize(
@@ -94,7 +116,7 @@ def test_no_number_leads_out_of_the_prior():
         (lambda: MIXED.to_normal(torch.zeros(3, 2)), r"expected \(n, 4\): inclination, flux"),
         (
             lambda: MIXED.to_normal(torch.tensor([[10.0, 1.0, 1.0, 3.0], [91.0, 1.0, 1.0, 3.0]])),
-            r"inclination has 1 of 2 values that its prior does not allow \(first: 91\)",
+            r"inclination has 1 of 2 values that its prior does not allow \(first: 91\); expected 0 to 90",
         ),
     ],
 )
@@ -153,7 +175,8 @@ def test_weights_make_an_estimate_exact(fitted, pairs):
     S = A @ torch.diag(SPREAD**2) @ A.T + NOISE**2 * torch.eye(M).double()
     log_z = float(MultivariateNormal(A @ MEAN, S).log_prob(x))
     assert found.n_eff > 2000 and found.evidence.k_hat < 0.7
-    assert found.evidence.log_z == pytest.approx(log_z, abs=5 * (1 / found.n_eff) ** 0.5)
+    error = (1 / found.n_eff - 1 / 4000) ** 0.5
+    assert found.evidence.log_z == pytest.approx(log_z, abs=5 * error)
     mean, C = exact(x)
     w = torch.softmax(found.log_w, 0)
     error = (w @ found.theta - mean) / C.diagonal().sqrt()
@@ -166,7 +189,10 @@ def test_draws_that_the_likelihood_forbids_weigh_nothing(fitted, pairs):
     found = given.reweighted(half, 1000, seed=2)
     w = torch.softmax(found.log_w, 0)
     assert float(w[found.theta[:, 0] <= found.theta[:, 0].median()].sum()) == 0
-    with pytest.raises(ValueError, match="of all 100 draws is not finite"):
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"of 100 of 100 draws is {wrong}.*first: theta"):
+            given.reweighted(lambda theta, w=wrong: torch.full((len(theta),), w), 100, seed=2)
+    with pytest.raises(ValueError, match="of all 100 draws is -inf"):
         given.reweighted(lambda theta: torch.full((len(theta),), -math.inf), 100, seed=2)
 
 
@@ -199,12 +225,57 @@ def test_an_ensemble_is_a_mixture(pairs):
         each = torch.stack([m.log_prob(u, same).double().exp() for m in both.members])
     ratio = GAUSSIAN.log_prob(theta[:50]) + 0.5 * (u.square() + math.log(math.tau)).sum(1)
     expected = (both.weights[:, None] * each).sum(0).log() + ratio
-    torch.testing.assert_close(given.log_prob(theta[:50]), expected)
-    # and the draws are of it: the mean of log q is the same as that of members, drawn apart
-    draws = given.sample(2000, seed=1)
-    assert bool(torch.isfinite(given.log_prob(draws)).all())
-    again = NPE(GAUSSIAN, flow="maf", members=2).fit(theta[:1000], x[:1000], seed=0, plan=plan)
-    assert torch.equal(again.condition(x[0].float()).sample(9, seed=2), given.sample(9, seed=2))
+    torch.testing.assert_close(given.log_prob(theta[:50]), expected, rtol=1e-5, atol=1e-5)
+    # and the draws are of it: with members far apart in the first number, each has its share
+    for member, shift in zip(both.members, (-3.0, 3.0), strict=True):
+        member.flow = Shifted(member.flow, shift)
+    both.weights = torch.tensor([0.2, 0.8], dtype=torch.float64)
+    draws = GAUSSIAN.to_normal(given.sample(4000, seed=1))
+    share = float((draws[:, 0] > 0).double().mean())
+    assert share == pytest.approx(0.8, abs=0.04)
+    entropy = -float(given.log_prob(GAUSSIAN.from_normal(draws)).mean())
+    alone = [-float(given._ratio(draws[draws[:, 0].sign() == side]).mean()) for side in (-1, 1)]
+    assert math.isfinite(entropy) and alone[0] != alone[1]
+
+
+class Shifted(torch.nn.Module):
+    """A flow whose first number is moved."""
+
+    def __init__(self, flow, shift):
+        super().__init__()
+        self.flow, self.shift = flow, torch.tensor([shift, 0.0])
+
+    def forward(self, features):
+        moved = AffineTransform(self.shift, 1.0)
+        return TransformedDistribution(self.flow(features), [moved], validate_args=False)
+
+
+def test_everything_random_follows_the_seed(pairs):
+    """Dropout, too; the global state stays as it was, and draws of one seed are no copies of those of the next."""
+    theta, x = pairs
+    dropping = lambda: WithDropout(M)
+    plan = Fitting(epochs=2, batch=200)
+    before = torch.random.get_rng_state()
+    fits = [
+        NPE(GAUSSIAN, "maf", dropping, members=2).fit(theta[:500], x[:500], seed=s, plan=plan)
+        for s in (0, 0, 1)
+    ]
+    draws = [f.condition(x[0]).sample(50, seed=2) for f in fits]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    first = [p.flatten() for p in (fits[0].members[1].state_dict() | {}).values()]
+    other = [p.flatten() for p in (fits[2].members[0].state_dict() | {}).values()]
+    assert any(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    given = fits[0].condition(x[0])
+    one, two = (GAUSSIAN.to_normal(given.sample(50, seed=s)) for s in (3, 4))
+    joint = torch.cat([one, two], 0)
+    assert len(joint.unique(dim=0)) == 100
+    assert abs(float(torch.corrcoef(torch.stack([one[:, 0], two[:, 0]]))[0, 1])) < 0.6
+
+
+class WithDropout(MLP):
+    def forward(self, x):
+        return torch.nn.functional.dropout(super().forward(x), 0.2, self.training)
 
 
 def test_members_weigh_by_what_they_say_of_held_out_pairs():
@@ -245,16 +316,13 @@ def test_data_of_several_kinds_with_missing_numbers_and_fresh_noise():
     level = 0.5 + torch.rand(2000, 1, 1, generator=g)
 
     def noise(x, generator):
-        e = torch.randn(x["series"][:, :1].shape, generator=generator)
-        flux, missing = x["series"][:, :1], x["series"][:, 1:]
-        noisy = (flux + x["level"][:, :1, None] * e) * (1 - missing)
-        return {"series": torch.cat([noisy, missing], 1), "level": x["level"]}
+        e = torch.randn(x["series"].shape, generator=generator)
+        return {"series": x["series"] + x["level"][:, :, None] * e, "level": x["level"]}
 
     x = {"series": series.masked_fill(gaps, math.nan), "level": level[:, :, 0]}
     plan = Fitting(epochs=25, batch=100, rate=3e-3)
     estimator = NPE(prior, flow="mixture", invalid="mask")
     estimator.featurizer = lambda: Named(series=ResNet1D(2, 16, (8, 16)), level=MLP(2, 4, (8,)))
-    x["level"][0] = math.nan  # else the mask of the levels would say nothing
     estimator.fit(theta, x, seed=0, plan=plan, noise=noise)
     found = []
     for truth in (0.5, 2.0, 3.5):
@@ -265,14 +333,19 @@ def test_data_of_several_kinds_with_missing_numbers_and_fresh_noise():
         assert bool(((draws >= 0) & (draws <= 4)).all())
         found.append(float(draws.mean()))
         # 18 points of noise 0.5 know it to 0.17
-        assert found[-1] == pytest.approx(truth, abs=0.8) and float(draws.std()) < 0.6
+        assert found[-1] == pytest.approx(truth, abs=0.6) and 0.1 < float(draws.std()) < 0.35
     assert found == sorted(found)
 
 
-def test_data_unlike_any_simulation_are_strange(fitted, pairs):
-    like = [fitted.condition(x.float()).strangeness() for x in pairs[1][:20]]
-    assert 0.4 < sum(like) / 20 < 1.5
-    assert fitted.condition(torch.full((M,), 60.0)).strangeness() > 5
+@pytest.mark.parametrize("count", [200, 660, 1000])
+def test_data_unlike_any_simulation_are_strange(pairs, count):
+    """Of 200 fresh simulations few are beyond the reach, which 20 to 100 held-out ones set; data far away are."""
+    plan = Fitting(epochs=5, batch=50)
+    some = NPE(GAUSSIAN, "maf", members=2).fit(pairs[0][:count], pairs[1][:count], 0, plan)
+    fresh = simulated(GAUSSIAN.sample(200, seed=11), 12)
+    like = torch.tensor([some.condition(x).strangeness() for x in fresh])
+    assert float((like > 1).double().mean()) < 0.12 and float(like.max()) < 3
+    assert some.condition(torch.full((M,), 200.0)).strangeness() > 3
 
 
 def test_estimators_are_kept_and_found_again(fitted, pairs, tmp_path):
@@ -283,41 +356,73 @@ def test_estimators_are_kept_and_found_again(fitted, pairs, tmp_path):
         found.condition(x).sample(20, seed=1), fitted.condition(x).sample(20, seed=1)
     )
     assert found.condition(x).strangeness() == fitted.condition(x).strangeness()
-    for other in (
-        NPE(GAUSSIAN),
-        NPE(ParameterPrior(a=Normal(0.0, 1.0), c=Normal(1.0, 2.0)), "maf"),
-    ):
+    others = [
+        dict(a=Normal(0.0, 1.0), c=Normal(1.0, 2.0)),
+        dict(b=Normal(1.0, 2.0), a=Normal(0.0, 1.0)),
+        dict(a=Normal(0.0, 1.0), b=Normal(1.0, 2.5)),
+        dict(a=Normal(0.0, 1.0), b=LogNormal(1.0, 2.0)),
+    ]
+    for other in (NPE(GAUSSIAN), *(NPE(ParameterPrior(**p), "maf") for p in others)):
         with pytest.raises(ValueError, match="holds an estimator of (flow|parameters)"):
             other.load(tmp_path)
     card = json.loads((tmp_path / "npe.json").read_text())
     (tmp_path / "npe.json").write_text(json.dumps({**card, "format": 0}))
     with pytest.raises(ValueError, match="format 0, expected format 1"):
         NPE(GAUSSIAN, flow="maf").load(tmp_path)
-    with pytest.raises(ValueError, match="holds no estimator that can be read"):
-        NPE(GAUSSIAN).load(tmp_path / "nowhere")
+    (tmp_path / "npe.safetensors").write_bytes(b"broken")
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="holds no estimator that can be read"):
+            NPE(GAUSSIAN, flow="maf").load(folder)
+    with pytest.raises(ValueError, match="nothing to save"):
+        NPE(GAUSSIAN).save(tmp_path)
 
 
 def fit(theta, x, **options):
     return lambda: NPE(GAUSSIAN, **options).fit(theta, x, seed=0)
 
 
-THETA = GAUSSIAN.sample(40, seed=0)
+def test_a_hole_in_one_number_needs_no_hole_in_the_others(pairs):
+    """Masks that never change are no mistake; what a number misses in some data is not known of others less."""
+    theta, x = pairs[0][:1500], pairs[1][:1500].clone()
+    x[::3, 1] = math.nan
+    plan = Fitting(epochs=20, batch=100, rate=2e-3)
+    estimator = NPE(GAUSSIAN, "maf", invalid="mask").fit(theta, x, 0, plan)
+    whole, holed = pairs[1][1], pairs[1][1].clone()
+    holed[1] = math.nan
+    spread = [float(estimator.condition(v).sample(2000, 1).std(0)[1]) for v in (whole, holed)]
+    assert spread[1] > 1.1 * spread[0]  # 1.26 times, if both are exact
+    with pytest.raises(ValueError, match=r"x has shape \(3,\), unlike the simulations: \(4,\)"):
+        estimator.condition(holed[:3])
+
+
+def test_large_numbers_keep_their_digits():
+    """Times of a Julian date, which single precision knows to a quarter of a day."""
+    prior = ParameterPrior(a=Uniform(0.0, 1.0))
+    theta = prior.sample(400, 0)
+    x = torch.cat([2459000 + theta, theta], 1)
+    estimator = NPE(prior, "maf").fit(theta, x, 0, Fitting(epochs=1))
+    standard = estimator.members[0].units["x"](x)
+    assert len(standard[:, 0].unique()) > 390
+    torch.testing.assert_close(standard[:, 0], standard[:, 1], rtol=1e-3, atol=1e-3)
+
+
+THETA = GAUSSIAN.sample(60, seed=0)
 X = simulated(THETA, 1)
-HOLED = torch.where(torch.arange(40)[:, None] < 3, math.nan, X)
+HOLED = torch.where(torch.arange(60)[:, None] < 3, math.nan, X)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (fit(THETA, X[:30]), "40 parameters and 30 data"),
-        (fit(THETA[:10], X[:10]), "10 pairs, expected at least 20"),
+        (fit(THETA, X[:30]), "60 parameters and 30 data"),
+        (fit(THETA[:10], X[:10]), "10 pairs, expected at least 50"),
         (
-            fit(THETA, torch.cat([X, torch.ones(40, 1)], 1)),
+            fit(THETA, torch.cat([X, torch.ones(60, 1)], 1)),
             r"1 of 5 features of x are the same .*number 4",
         ),
-        (fit(THETA, {"a": X, "b": X[:3]}), "inputs have the lengths {'a': 40, 'b': 3}"),
-        (fit(THETA, HOLED), "3 of 40 simulations are not finite; pass invalid='drop'"),
-        (fit(THETA, X * math.nan, invalid="drop"), "none of 40 simulations is finite"),
+        (fit(THETA, {"a": X, "b": X[:3]}), "inputs have the lengths {'a': 60, 'b': 3}"),
+        (fit(THETA, HOLED), "3 of 60 simulations are not finite; pass invalid='drop'"),
+        (fit(THETA, X * math.nan, invalid="drop"), "none of 60 simulations is finite"),
         (
             fit(THETA, X, invalid="ignore"),
             "invalid is 'ignore', expected one of raise, drop, mask",
@@ -326,6 +431,15 @@ HOLED = torch.where(torch.arange(40)[:, None] < 3, math.nan, X)
         (lambda: new_flow("coupling", 1, 3), "a coupling needs two parameters"),
         (lambda: NPE(GAUSSIAN).condition(X[0]), "has not been fitted"),
         (lambda: NPE(GAUSSIAN, members=0), "members is 0"),
+        (fit(THETA[:, 0], X), r"theta has shape \(60,\), expected \(n, 2\)"),
+        (fit(THETA, X[:, 0]), r"x has shape \(60,\), expected \(n, numbers\)"),
+        (fit(THETA, X + 1j), "x is complex; give its real and imaginary parts"),
+        (fit(THETA, {"type": X}), "an input cannot be called 'type'"),
+        (fit(THETA, X, featurizer=MLP(4)), "featurizer is a module, expected a function"),
+        (
+            fit(THETA, X, featurizer=lambda: torch.nn.Linear(4, 3)),
+            "a Linear, does not say how many",
+        ),
         (lambda: Fitting(epochs=0), "epochs is 0"),
     ],
 )

@@ -2,7 +2,7 @@
 
 The problems are those of Lueckmann, Boelts, Greenberg, Goncalves & Macke, Benchmarking Simulation-Based Inference (2021,
 arXiv:2101.04653), with observations drawn afresh, and references that are computed here: exact draws of the first three, and
-of slcp importance draws of the prior. C2ST is the accuracy of a perceptron that tells estimate and reference apart, in five
+of slcp weighted ones. C2ST is the accuracy of a perceptron that tells estimate and reference apart, in five
 parts, as there.
 """
 
@@ -28,7 +28,7 @@ INF = math.inf
 PAIRS = 10_000
 DRAWS = 2000  # of estimate and reference, that are told apart
 WEIGHTED = 10_000  # draws of an estimate that are weighted by the likelihood
-CHUNK = 200_000
+SHAPES = 2_000_000  # of the noise of slcp, which its reference weighs
 
 
 @dataclass(frozen=True)
@@ -150,15 +150,28 @@ def _slcp() -> Task:
         return (-0.5 * square - (math.tau * s1 * s2 * left.sqrt()).log()).sum(1)
 
     def reference(x: Tensor, n: int, generator: torch.Generator) -> Tensor:
-        theta, log_l = [], []
-        for _ in range(50):  # 10 million draws of the prior, in parts, the best of each kept
-            some = 6 * torch.rand(CHUNK, 5, generator=generator, dtype=torch.float64) - 3
-            found = log_likelihood(x, some)
-            best = found.topk(CHUNK // 20).indices
-            theta.append(some[best])
-            log_l.append(found[best])
-        w = torch.softmax(torch.cat(log_l), 0)
-        return torch.cat(theta)[systematic(w, n, generator)]
+        # the noise has a covariance S of the inverse Wishart distribution with three degrees of freedom about the scatter of
+        # the four points, and their centre is a Gaussian about their mean, but for the weights, and for the box
+        points = x.reshape(4, 2)
+        left = points - points.mean(0)
+        z = normal((SHAPES, 10), generator)
+        T = torch.zeros(SHAPES, 2, 2, dtype=torch.float64)
+        T[:, 0, 0], T[:, 1, 0], T[:, 1, 1] = z[:, :3].norm(dim=1), z[:, 3], z[:, 4:6].norm(dim=1)
+        T = torch.linalg.cholesky(torch.linalg.inv(left.T @ left)) @ T
+        S = torch.linalg.inv(T @ T.mT)
+        s1, s2 = S[:, 0, 0].sqrt(), S[:, 1, 1].sqrt()
+        centre = points.mean(0) + 0.5 * (torch.linalg.cholesky(S) @ z[:, 6:8, None])[..., 0]
+        signs = z[:, 8:].sign()
+        shape = [signs[:, 0] * s1.sqrt(), signs[:, 1] * s2.sqrt(), (S[:, 0, 1] / s1 / s2).atanh()]
+        theta = torch.cat([centre, torch.stack(shape, 1)], 1)
+        w = torch.where((theta.abs() <= 3).all(1), (torch.det(S) / (s1 * s2)).sqrt(), 0.0)
+        w = w / w.sum()
+        effective = float(1 / w.square().sum())
+        if not effective > n:
+            raise FloatingPointError(
+                f"the reference of slcp has {effective:.0f} effective draws, expected {n} or more"
+            )
+        return theta[systematic(w, n, generator)]
 
     return Task(prior, simulate, reference, log_likelihood)
 

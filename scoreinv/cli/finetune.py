@@ -177,6 +177,7 @@ def finetune(config: FinetuneConfig) -> None:
         "observation": asdict(given.evidence(config.paths, config.seed)),
         "history": learned.history,
         "parameters": parameters,
+        "galaxy": asdict(galaxy) if config.latent else None,
     }
     (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     for name, file in (("draws", DRAWS), ("report", REPORT), ("figure", PICTURE)):

@@ -30,6 +30,7 @@ from scoreinv.posterior import SHORT
 from scoreinv.priors.unet import UNet, initialise, sinusoidal
 from scoreinv.streams import stream
 
+SLOPES = 2_000_000  # derivatives of pixels that are held at once
 LONGEST = 10.0  # of guidance, in units of a step's noise
 TIMES = 32  # features of the clock
 FEW = 128  # pixels up to which a perceptron serves better than a U-Net
@@ -275,11 +276,15 @@ def _guidance_around_each(chain: PriorChain, likelihood: Likelihood) -> Guide:
         [inverse(conditional(C, s)).apply(eye).reshape(d, d) for C, s in pairs]
     )
 
+    together = max(1, SLOPES // (d * math.prod(likelihood.operator.inner.shape)))
+
     def g(step: GaussianStep, k: Tensor, y: Tensor) -> Tensor:
-        D = step.denoised
-        e = likelihood.log_slope(y, D.double()).flatten(1)
-        shift = torch.linalg.solve(precisions[k] + likelihood.curvature(D), e)
-        return chain.followed(shift.reshape(D.shape).to(D.dtype), k)
+        D, shift = step.denoised, []
+        for rows in torch.arange(len(D)).split(together):
+            e = likelihood.log_slope(y[rows], D[rows].double()).flatten(1)
+            H = precisions[k[rows]] + likelihood.curvature(D[rows])
+            shift.append(torch.linalg.solve(H, e))
+        return chain.followed(torch.cat(shift).reshape(D.shape).to(D.dtype), k)
 
     return g
 

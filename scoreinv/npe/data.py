@@ -1,4 +1,4 @@
-"""Pairs (theta, x) as they come: named inputs, missing numbers, units of their own."""
+"""Pairs (theta, x) as they come: inputs by name, missing numbers, units of their own."""
 
 from __future__ import annotations
 
@@ -10,15 +10,26 @@ from torch import Tensor, nn
 from scoreinv.npe.featurizers import Data
 
 INVALID = ("raise", "drop", "mask")
-
-
+ROWS = 1000  # that are looked at together
 Inputs = dict[str, Tensor]
 ALONE = "x"  # name of the only input
 
 
 def named(x: Data) -> Inputs:
-    """Inputs by name."""
-    return dict(x) if isinstance(x, Mapping) else {ALONE: x}
+    """Inputs by name, as tensors.
+
+    Raises:
+        ValueError: Complex numbers, no axis of simulations and one of numbers, or a name that a module cannot have.
+    """
+    x = {k: torch.as_tensor(v) for k, v in (x if isinstance(x, Mapping) else {ALONE: x}).items()}
+    for name, v in x.items():
+        if v.is_complex():
+            raise ValueError(
+                f"{name} is complex; give its real and imaginary parts as channels, as torch.view_as_real makes them"
+            )
+        if hasattr(nn.ModuleDict, name) or "." in name:
+            raise ValueError(f"an input cannot be called {name!r}; choose another name")
+    return x
 
 
 def mapped(x: Inputs, f: Callable[[Tensor], Tensor]) -> Inputs:
@@ -30,20 +41,17 @@ def count(x: Inputs) -> int:
     """Of the pairs, which all inputs have in common.
 
     Raises:
-        ValueError: Inputs of different lengths.
+        ValueError: Inputs of different lengths, or without axes.
     """
+    for name, v in x.items():
+        if v.ndim < 2:
+            raise ValueError(
+                f"{name} has shape {tuple(v.shape)}, expected (n, numbers) or more axes: {name}[:, None]?"
+            )
     lengths = {name: len(v) for name, v in x.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"inputs have the lengths {lengths}, expected one for all")
     return next(iter(lengths.values()))
-
-
-def valid(theta: Tensor, x: Inputs) -> Tensor:
-    """Pairs of finite numbers, with shape (n,)."""
-    ok = theta.isfinite().all(1)
-    for part in x.values():
-        ok = ok & part.isfinite().flatten(1).all(1)
-    return ok
 
 
 def usable(theta: Tensor, x: Inputs, invalid: str) -> tuple[Tensor, Inputs, int]:
@@ -52,17 +60,15 @@ def usable(theta: Tensor, x: Inputs, invalid: str) -> tuple[Tensor, Inputs, int]
     Args:
         theta: With shape (n, d).
         x: Data of each.
-        invalid: raise; drop such pairs (which a posterior then knows nothing of: it is that of data that are finite); or
-            mask: set missing numbers of the data to zero, and tell the network where, by as many channels more.
+        invalid: raise; drop such pairs (a posterior is then that of data that are finite); or mask, which leaves missing
+            numbers of the data in their place, to be told to the network (`masked`).
 
     Raises:
-        ValueError: Another policy; numbers that are not finite, if it is raise; none that are left.
+        ValueError: Numbers that are not finite where they are not allowed; nothing that is left.
     """
-    if invalid not in INVALID:
-        raise ValueError(f"invalid is {invalid!r}, expected one of {', '.join(INVALID)}")
-    if invalid == "mask":
-        x = mapped(x, masked)
-    ok = valid(theta, x)
+    ok = theta.isfinite().all(1)
+    for v in () if invalid == "mask" else x.values():
+        ok = ok & torch.cat([part.isfinite().flatten(1).all(1) for part in v.split(ROWS)])
     lost = int((~ok).sum())
     if lost == len(ok):
         raise ValueError(f"none of {lost} simulations is finite; does the simulator work at all?")
@@ -71,7 +77,7 @@ def usable(theta: Tensor, x: Inputs, invalid: str) -> tuple[Tensor, Inputs, int]
             f"{lost} of {len(ok)} simulations are not finite; pass invalid='drop' to leave them out, or 'mask' if numbers "
             "of the data are missing"
         )
-    return theta[ok], mapped(x, lambda v: v[ok]), lost
+    return (theta[ok], mapped(x, lambda v: v[ok]), lost) if lost else (theta, x, 0)
 
 
 def masked(x: Tensor) -> Tensor:
@@ -85,28 +91,46 @@ class Standardise(nn.Module):
 
     Args:
         shape: Of one simulation.
+        masks: How many of the last channels are masks, which stay as they are.
     """
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    def __init__(self, shape: Sequence[int], masks: int = 0) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape, self.masks = tuple(shape), masks
         each = (1, shape[0], *[1] * (len(shape) - 1))
-        self.register_buffer("middle", torch.zeros(each))
-        self.register_buffer("unit", torch.ones(each))
+        self.register_buffer("middle", torch.zeros(each, dtype=torch.float64))
+        self.register_buffer("unit", torch.ones(each, dtype=torch.float64))
 
     def measure(self, x: Tensor, name: str) -> None:
-        """Take the units of data, with shape (n, *shape), called so in messages."""
+        """Take the units of data, with shape (n, *shape), called so in messages; masked numbers do not count."""
         over = [0, *range(2, x.ndim)]
-        middle = x.double().mean(over, keepdim=True)
-        unit = (x.double() - middle).square().mean(over, keepdim=True).sqrt()
-        still = ~(unit > 1e-12 * (1e-300 + middle.abs())).flatten()
+        kept = self.shape[0] - self.masks
+        sums = torch.zeros(2, 1, kept, *[1] * (x.ndim - 2), dtype=torch.float64)
+        number = torch.zeros_like(sums[0])
+        first = None
+        for part in x.split(ROWS):
+            values = part[:, :kept].double()
+            there = 1 - part[:, kept:].double() if self.masks else torch.ones_like(values)
+            if first is None:  # far from zero, squares of what is left lose nothing
+                first = (values * there).sum(over, keepdim=True)
+                first = first / there.sum(over, keepdim=True).clamp_min(1)
+            left = (values - first) * there
+            number += there.sum(over, keepdim=True)
+            sums[0] += left.sum(over, keepdim=True)
+            sums[1] += left.square().sum(over, keepdim=True)
+        mean = sums[0] / number.clamp_min(1)
+        unit = (sums[1] / number.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
+        still = ~(unit > 1e-12 * (1e-300 + (first + mean).abs())).flatten()
         if bool(still.any()):
             raise ValueError(
                 f"{int(still.sum())} of {len(still)} features of {name} are the same in all simulations (first: number "
                 f"{int(still.nonzero()[0])}); they say nothing: leave them out"
             )
-        self.middle.copy_(middle)
-        self.unit.copy_(unit)
+        self.middle[:, :kept], self.unit[:, :kept] = first + mean, unit
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.float() - self.middle) / self.unit
+        standard = ((x.double() - self.middle) / self.unit).float()
+        if not self.masks:
+            return standard
+        values, missing = standard.split([self.shape[0] - self.masks, self.masks], 1)
+        return torch.cat([values * (1 - missing), missing], 1)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scoreinv.npe.data import Inputs, mapped
-from scoreinv.streams import stream
+from scoreinv.npe.flows import seeded
+from scoreinv.streams import integer, stream
 
-Noise = Callable[[Inputs, torch.Generator], Inputs]
+Fresh = Callable[[Inputs, torch.Generator], Inputs]
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,21 @@ def fit(
     held_out: Tensor,
     plan: Fitting,
     seed: int,
-    noise: Noise | None = None,
+    fresh: Fresh,
+    device: str = "cpu",
     progress: bool = False,
 ) -> list[dict[str, float]]:
-    """Maximise the mean of `density.log_prob(u, x)`; the density ends in its best state on held-out pairs.
+    """Maximise the mean of `density.log_prob(u, x)`; the density ends on the CPU, in its best state on held-out pairs.
 
     Args:
         density: A module.
         u: Parameters, with shape (n, d).
-        x: Data of each, by name.
+        x: Stored data of each, by name, of which a batch at a time goes to the device.
         held_out: Which pairs are not trained on, with shape (n,).
         plan: How long and how fast.
-        seed: Of the order of the pairs, and of the noise.
-        noise: Makes data of stored ones, anew in every epoch, for a batch and a generator; held-out data get theirs once.
+        seed: Of the order of the pairs, and of what is fresh.
+        fresh: Makes data of stored ones, for a batch and a generator, anew in every epoch; held-out ones are made once.
+        device: Where the density is fitted.
         progress: Show a progress bar.
 
     Returns:
@@ -74,42 +77,38 @@ def fit(
         FloatingPointError: A loss that is not finite.
     """
     trained = (~held_out).nonzero().flatten()
-    u_held, x_held = u[held_out], mapped(x, lambda v: v[held_out])
-    if noise is not None:
-        x_held = noise(x_held, stream(seed, 2))
+    there = lambda v: v.to(device)
+    u_held = u[held_out]
+    x_held = fresh(mapped(x, lambda v: v[held_out]), stream(seed, 2))
+    density.to(device)
     optimiser = torch.optim.Adam(density.parameters(), lr=plan.rate)
     falling = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimiser, factor=0.5, patience=max(1, plan.patience // 2)
+        optimiser, factor=0.5, patience=max(1, plan.patience // 2), threshold_mode="abs"
     )
     history, best, kept, waited = [], math.inf, copy.deepcopy(density.state_dict()), 0
-    with tqdm(total=plan.epochs, disable=not progress, unit="epoch") as bar:
+    with (
+        seeded(integer(seed, 4)),  # for what draws in a network, such as dropout
+        tqdm(total=plan.epochs, disable=not progress, unit="epoch") as bar,
+    ):
         for epoch in range(plan.epochs):
-            generator = stream(seed, 1, epoch)
-            total = 0.0
+            generator, total = stream(seed, 1, epoch), 0.0
             density.train()
-            for rows in trained[torch.randperm(len(trained), generator=generator)].split(
-                plan.batch
-            ):
-                some = mapped(x, lambda v, rows=rows: v[rows])
-                some = some if noise is None else noise(some, generator)
-                loss = -density.log_prob(u[rows], some).mean()
+            order = trained[torch.randperm(len(trained), generator=generator)]
+            for rows in order.split(plan.batch):
+                some = fresh(mapped(x, lambda v, rows=rows: v[rows]), generator)
+                loss = -density.log_prob(there(u[rows]), mapped(some, there)).mean()
                 optimiser.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(density.parameters(), plan.clip)
                 optimiser.step()
                 total += float(loss.detach()) * len(rows)
-            now = _loss(density, u_held, x_held, plan.batch)
+            now = -float(log_prob(density, u_held, x_held, plan.batch, device).mean())
             if not math.isfinite(total + now):
                 raise FloatingPointError(
                     f"the loss of epoch {epoch} is not finite: are the data? Standardised, they should be a few units wide"
                 )
-            history.append(
-                {
-                    "loss": total / len(trained),
-                    "held out": now,
-                    "rate": optimiser.param_groups[0]["lr"],
-                }
-            )
+            rate = optimiser.param_groups[0]["lr"]
+            history.append({"loss": total / len(trained), "held out": now, "rate": rate})
             falling.step(now)
             waited += 1
             if now < best:
@@ -119,16 +118,18 @@ def fit(
             if waited >= plan.patience:
                 break
     density.load_state_dict(kept)
-    density.eval()
+    density.cpu().eval()
     return history
 
 
 @torch.no_grad()
-def _loss(density: nn.Module, u: Tensor, x: Inputs, batch: int) -> float:
+def log_prob(
+    density: nn.Module, u: Tensor, x: Inputs, batch: int = 1000, device: str = "cpu"
+) -> Tensor:
+    """log q of many pairs, a batch at a time, with shape (n,), in float64 on the CPU."""
     density.eval()
-    parts = torch.arange(len(u)).split(4 * batch)
-    total = [
-        float(density.log_prob(u[rows], mapped(x, lambda v, rows=rows: v[rows])).sum())
-        for rows in parts
-    ]
-    return -sum(total) / len(u)
+    found = []
+    for rows in torch.arange(len(u)).split(batch):
+        some = mapped(x, lambda v, rows=rows: v[rows].to(device))
+        found.append(density.log_prob(u[rows].to(device), some).double().cpu())
+    return torch.cat(found)

@@ -51,7 +51,10 @@ def new_flow(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Code that takes no generator, under this seed; the global one is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """Code that takes no generator, on the CPU under this seed; the global state is left as it was."""
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
         yield
+    finally:
+        torch.default_generator.set_state(before)
