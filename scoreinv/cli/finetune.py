@@ -81,6 +81,8 @@ class FinetuneConfig(Problem):
             raise ValueError(
                 "latent numbers have no network of a prior to adapt; leave adapted out"
             )
+        if self.latent and self.device != "cpu":
+            raise ValueError(f"device is {self.device}, expected cpu: latent numbers are few")
         if self.only and self.plan.simulated:
             raise ValueError(
                 f"plan.simulated is {self.plan.simulated}, but with only=true no simulated image made the data; "
