@@ -242,8 +242,8 @@ def problems() -> dict[str, Callable[[int], Problem]]:
 
 
 def pixels(name: str) -> int:
-    """Of the images of a problem of the suite."""
-    size = next(int(word) for word in name.split() if word.isdigit())
+    """Of the images of a problem of the suite; 0 where its name does not say."""
+    size = next((int(word) for word in name.split() if word.isdigit()), 0)
     return size**2 if name.startswith("field") else size
 
 
