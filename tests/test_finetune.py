@@ -561,7 +561,7 @@ def walked(learned, y, n, islands, resample):
     posterior = learned.condition(y).posterior
     sampler = Steered(learned, resample)
     found = [sampler.island(posterior, n, stream(30, i)) for i in range(islands)]
-    for _ in descend_together(posterior, found):
+    for _ in descend_together(posterior.prior, found):
         pass
     return found
 

@@ -85,26 +85,22 @@ class LocalConditioned:
         Args:
             m: Means, with shape (B, C, H, W).
             generator: Of the draws.
-            wider: Factor by which draws are wider than that Gaussian, about the same mean, but where the data doubt K.
+            wider: Factor by which draws are wider than that Gaussian, about the same mean.
         """
         m, K = self.tilted(m, generator)
-        x, n = self._drawn(m, K, generator)
-        more = torch.zeros_like(x)
-        if wider > 1:
-            error, response = self._simulated(K, generator)
-            more = math.sqrt(wider**2 - 1) * (error + response)
+        x, n = self._drawn(m, K, generator, wider)
         if self.noise is None:
-            return x + more
+            return x
         missed = self.conditioner.misfit(x, n)
         # what is missed has the noise of the data and that of the draw
-        doubted = (missed.abs() > DOUBT * math.sqrt(2) * self.noise) & (self.noise > 0)
+        scatter = math.sqrt(1 + wider**2) * self.noise
+        doubted = (missed.abs() > DOUBT * scatter) & (self.noise > 0)
         again = doubted.flatten(1).any(1)
         if bool(again.any()):
             near = F.max_pool2d(doubted[again].to(m.dtype), 2 * REACH + 1, 1, REACH)
             doubtful = Modulated(K.a[again], K.rho, self.s * near)
-            x[again], _ = self._drawn(m[again], doubtful, generator)
-            more[again] *= 1 - near
-        return x + more
+            x[again], _ = self._drawn(m[again], doubtful, generator, wider)
+        return x
 
     def tilted(self, m: Tensor, generator: torch.Generator) -> tuple[Tensor, Modulated]:
         """Means and covariances of the Gaussians that the data move as they would images of means m, skewed as they are."""
@@ -118,20 +114,21 @@ class LocalConditioned:
     def heard(self, generator: torch.Generator) -> Tensor:
         """E u^2 / d^2, the share of a pixel's variance that the data explain, with shape (1, C, H, W)."""
         K = self.K[torch.arange(min(PROBES, len(self.K.a)))]
-        _, u = self._simulated(K, generator)
+        x, n = K.draw(generator), self.conditioner.noise(len(K.a), generator)
+        e = self.conditioner.misfit(x, n) - self.conditioner.misfit(0 * x[:1])
+        u = respond(K, self.conditioner.inform, e, ROUGH * self.length)
         around = lambda v: F.avg_pool2d(v.mean(0, keepdim=True), 2 * NEAR + 1, 1, NEAR)
         return (around(u.square()) / around(K.deviation.square())).clamp(0, 1)
 
-    def _simulated(self, K: Modulated, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Errors of images, and by how much data simulated around them move them: together errors given the data."""
-        x, n = K.draw(generator), self.conditioner.noise(len(K.a), generator)
-        e = self.conditioner.misfit(x, n) - self.conditioner.misfit(0 * x[:1])
-        return x, respond(K, self.conditioner.inform, e, ROUGH * self.length)
+    def _drawn(
+        self, m: Tensor, K: Modulated, generator: torch.Generator, wider: float
+    ) -> tuple[Tensor, Tensor]:
+        """Draws by Matheron's rule, and the noise that the data were perturbed by for them.
 
-    def _drawn(self, m: Tensor, K: Modulated, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draws by Matheron's rule, and the noise that the data were perturbed by for them."""
-        x = m + K.draw(generator)
-        n = self.conditioner.noise(len(m), generator)
+        With both perturbations enlarged, what comes out is wider about the same mean.
+        """
+        x = m + wider * K.draw(generator)
+        n = wider * self.conditioner.noise(len(m), generator)
         u = respond(K, self.conditioner.inform, self.conditioner.misfit(x, n), self.length)
         return x + u, n
 

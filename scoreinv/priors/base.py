@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from scoreinv.gaussian import Fourier, Gaussian, Modulated
-from scoreinv.kernels import bridge, noise_levels
+from scoreinv.kernels import noise_levels
 from scoreinv.priors.turns import Turns
 from scoreinv.streams import stream
+
+END = 0.4  # level of the last step that follows the error, in standard deviations of a pixel
 
 
 class Prior(abc.ABC):
@@ -29,8 +31,8 @@ class Prior(abc.ABC):
         sigma_max: Above this level the denoiser is not used [model unit].
         moments: The Gaussian with the prior's mean and covariance.
         identity: What the provenance of a result calls this prior: name, hash of the weights.
-        excess_noise: Variance of more noise in reverse steps, where x_0 is not known, in units of the error of the denoised
-            image. Trained denoisers lose detail from step to step, and this keeps it; an exact one needs none.
+        excess_noise: Share by which the variance of x_0 in reverse steps is larger than the error of the denoised image.
+            Trained denoisers lose detail from step to step, and this keeps it; an exact one needs none.
         symmetric: Whether flipped and rotated images are as likely, which a network knows up to its errors.
     """
 
@@ -84,25 +86,14 @@ class Prior(abc.ABC):
         """Whether `denoise_with_error` has an answer."""
         return self.correlation(self.sigma_max) is not None
 
-    @torch.no_grad()
-    def continued(self, x: Tensor, levels: Sequence[float], generator: torch.Generator) -> Tensor:
-        """Draws of x_0 given noisy images at the first of the levels, with shape (B, C, H, W).
+    @property
+    def sigma_end(self) -> float:
+        """Level of the last reverse step that follows the error, straight to x_0 [model unit].
 
-        The reverse steps are those of `Guided`, without data: they follow the error that the prior must know.
-
-        Args:
-            x: Noisy images, with shape (B, C, H, W).
-            levels: Their level, and falling ones on the way to 0.
-            generator: Of the fresh noise.
+        Further down a trained network adds more errors than detail.
         """
-        for sigma, s in zip(levels, [*levels[1:], 0.0], strict=True):
-            turns = self.turns([generator] * len(x))
-            looked = self.denoise_with_error(turns.there(x), x.new_full((len(x),), sigma))
-            denoised, a = (turns.back(v) for v in looked)
-            error = self.error_covariance(a, sigma)
-            x0 = denoised + self.widening(sigma, s) * error.draw(generator)
-            x = bridge(x, x0, sigma, s, torch.randn(x.shape, generator=generator, dtype=x.dtype))
-        return x
+        pixel = self.moments.covariance.marginal_variance(self.shape) ** 0.5
+        return max(self.sigma_min, END * pixel)
 
     def turns(self, generators: Sequence[torch.Generator]) -> Turns:
         """How images are turned before the denoiser sees them, one for each generator."""
@@ -111,16 +102,15 @@ class Prior(abc.ABC):
         kinds = 8 if self.shape[-2] == self.shape[-1] else 4  # without rotations
         return Turns(torch.cat([torch.randint(kinds, (1,), generator=g) for g in generators]))
 
-    def widening(self, sigma: float, s: float) -> float:
-        """By how much x_0 is drawn wider than it is known in a reverse step from level sigma to s.
+    @property
+    def widening(self) -> float:
+        """By how much x_0 is drawn wider than it is known in a reverse step, but the last.
 
         A little more noise than an exact denoiser needs is how Karras et al. (2022, arXiv:2206.00364, section 4: S_noise)
-        keep the detail that trained ones lose. x_0 has it, for the step has it then where x_0 is not known: more noise on
-        blank sky would lower the flux, and noise where the data know x_0 would undo what they say. It adds what
-        `excess_noise` of the error's variance would to the white noise of the step.
+        keep the detail that trained ones lose. Here x_0 has it, and only where it is not known: more noise on blank sky
+        would lower the flux, and noise where the data know x_0 would undo what they say.
         """
-        a = (s / sigma) ** 2
-        return (1 + self.excess_noise * a / (1 - a)) ** 0.5
+        return (1 + self.excess_noise) ** 0.5
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
         """grad log p_sigma(x), with shape (B, C, H, W)."""

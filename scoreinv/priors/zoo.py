@@ -23,7 +23,7 @@ from scoreinv.priors.network import ErrorModel, ScorePrior
 from scoreinv.priors.score_models import ScoreModelsPrior, load_score_models
 from scoreinv.priors.unet import UNet, error_head
 
-FORMAT = 3
+FORMAT = 4
 SHIPPED = Path(__file__).parent / "weights"
 
 

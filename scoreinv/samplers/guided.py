@@ -11,11 +11,18 @@ this ODE: Karras et al. (2022, arXiv:2206.00364); D_y: Song et al., Pseudoinvers
 Problems (2023), with the prior's covariance for their white one.
 
 A prior may know the covariance C(x, sigma) of x_0 given a noisy image, by a second head of its network. Local steps follow
-it: x_0 drawn of N(D, C(x, sigma)) conditioned on the data, a little wider than an exact denoiser would need
-(`Prior.widening`), and fresh noise (`scoreinv.samplers.path`). Images are turned at random before the network sees them
-(`scoreinv.priors.turns`). x_0 is as skewed as the prior says, and where the data doubt that,
-as at a companion on a sky that the network is sure is blank, the noisy image alone is believed
-(`scoreinv.conditioning.local`).
+it: from level sigma to s,
+
+    x_0 ~ N(D(x, sigma), C(x, sigma)) conditioned on the data,    x' = x_0 + s z,
+
+so that nothing of the last noise is kept. If x_0 was drawn exactly, x' is a draw of p_s(x' given y), whatever the levels;
+where it was not, noise forgets it, and the data have their say about all of x_0 again. Zhang et al. (Improving Diffusion
+Inverse Problem Solving with Decoupled Noise Annealing, 2024, arXiv:2407.01521) step so, with one number for C and Langevin
+moves for the draw. x_0 is drawn a little wider than an exact denoiser would need (`Prior.widening`), and images are turned
+at random before the network sees them (`scoreinv.priors.turns`). x_0 is as skewed as the prior says, and where the data
+doubt that, as at a companion on a sky that the network is sure is blank, the noisy image alone is believed
+(`scoreinv.conditioning.local`). The last step is from `Prior.sigma_end`; the evidence needs a few evaluations more, of the
+draws with less noise than that.
 """
 
 from __future__ import annotations
@@ -28,11 +35,12 @@ import torch
 from torch import Tensor
 
 from scoreinv.gaussian import Covariance, Modulated
-from scoreinv.kernels import bridge, noise_levels
+from scoreinv.kernels import noise_levels
 from scoreinv.posterior import Posterior
 from scoreinv.samplers.path import Descent, Island, Request, Twisted, check_counts, not_linear
 
-SPARSE = 4  # levels from one that is counted in the path integral to the next
+SPARSE = 2  # levels of local steps from one that is counted in the path integral to the next
+TAIL = 3  # levels below the last step that are counted, too
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,11 @@ class Guided:
     """Guided steps, once.
 
     Args:
-        levels: Noise levels, twice as many with local steps; a draw costs two evaluations for each of them.
-        local: Follow the error around each particle if the prior knows it: sharper, at two thirds more time.
+        levels: Noise levels of local steps, at one evaluation each; others take twice as many levels, at two each.
+        local: Follow the error around each particle if the prior knows it: sharper, and faster.
     """
 
-    levels: int = 40
+    levels: int = 20
     local: bool = True
 
     particles: ClassVar[int] = 1
@@ -61,8 +69,10 @@ class Guided:
 
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels of a posterior's path, falling."""
-        count = 2 * self.levels if self._follows(posterior) else self.levels
-        return noise_levels(count, *posterior.sigma_range)
+        highest, lowest = posterior.sigma_range
+        if self._follows(posterior):
+            return noise_levels(self.levels, highest, posterior.prior.sigma_end)
+        return noise_levels(2 * self.levels, highest, lowest)
 
     def island(self, posterior: Posterior, n: int, generator: torch.Generator) -> Island:
         """n particles at the start, with their stream."""
@@ -80,13 +90,21 @@ class Following(Twisted):
     skewness: Tensor | None
 
     def _step(self, i: int) -> Generator[Request, Any, int]:
-        if i % (2 * SPARSE) == 0:
+        if i % SPARSE == 0:
             self._integrate()
         s = self.levels[i + 1]
-        x0 = self._informed(self.posterior.prior.widening(self.s, s))
-        self.x = bridge(self.x, x0, self.s, s, self._white())
+        self.x = self._informed(self.posterior.prior.widening) + s * self._white()
         yield from self._arrive(s)
         return i + 1
+
+    def _end(self) -> Descent:
+        draws, lowest = self._informed(), self.posterior.sigma_range[1]
+        for s in noise_levels(1 + TAIL, self.s, lowest)[1:] if self.s > lowest else ():
+            self._integrate()
+            self.x = draws + s * self._white()
+            yield from self._arrive(s)
+        self._settle()
+        self.x = draws
 
     def _arrive(self, s: float, prior: Covariance | None = None) -> Descent:
         self.s = s
@@ -110,7 +128,7 @@ class Pulled(Twisted):
     """Particles that follow the conditioned denoiser."""
 
     def _step(self, i: int) -> Generator[Request, Tensor, int]:
-        if i % SPARSE == 0:
+        if i % (2 * SPARSE) == 0:
             self._integrate()
         sigma, s, end = (
             self.levels[i],

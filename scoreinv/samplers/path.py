@@ -244,7 +244,7 @@ class Twisted(Island):
 
 
 @torch.no_grad()
-def descend_together(posterior: Posterior, islands: Sequence[Island]) -> Iterator[Island]:
+def descend_together(prior: Prior, islands: Sequence[Island]) -> Iterator[Island]:
     """Walk islands down side by side, their images in one call of the network; yields an island at each level it leaves.
 
     The islands stay independent: each has its own stream, weights and step sizes. One whose draws fail is left behind
@@ -266,9 +266,7 @@ def descend_together(posterior: Posterior, islands: Sequence[Island]) -> Iterato
             if island.passed > passed:
                 yield island
         if requests:
-            answers = dict(
-                zip(requests, _answered(posterior.prior, list(requests.values())), strict=True)
-            )
+            answers = dict(zip(requests, _answered(prior, list(requests.values())), strict=True))
 
 
 def _answered(prior: Prior, requests: Sequence[Request]) -> Sequence[Any]:

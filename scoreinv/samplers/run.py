@@ -118,7 +118,7 @@ def _scout(posterior: Posterior, sampler: SMC, seed: int) -> Trace:
     evaluations, collapsed_at = 0.0, []
     while len(collapsed_at) < SCOUTS and 0 not in collapsed_at:
         scout = sampler.scout(posterior, SCOUTING, stream(seed, -3, len(collapsed_at)))
-        for _ in descend_together(posterior, [scout]):
+        for _ in descend_together(posterior.prior, [scout]):
             pass
         if scout.error is not None:
             raise _failure("the scout", scout.error) from scout.error
@@ -133,7 +133,7 @@ def _run(
     """The islands of a group, each with its draws, trace and share of the seconds; then raise what went wrong."""
     began = time.monotonic()
     islands = {j: sampler.island(posterior, n, stream(seed, j)) for j in group}
-    for _ in descend_together(posterior, list(islands.values())):
+    for _ in descend_together(posterior.prior, list(islands.values())):
         bar.update()
     seconds = (time.monotonic() - began) / len(group)
     for j, particles in islands.items():

@@ -26,9 +26,9 @@ The errors' third moment says how skewed they are, in units of what Gamma variab
 
 here with a of all bands together: a least-squares fit in which the pixels that are known worst count most.
 
-Last comes the excess of the noise of reverse steps. Draws of x_0 given noisy held-out images vary less than their means are
-off: on its way down a trained network sees images of less detail than it learned from. The logarithm of their variance
-grows with the excess; a line between two that are tried tells the one that sets it right.
+Last comes the excess of what is drawn in reverse steps (`scoreinv.samplers.guided`). Posterior draws of noisy held-out
+images vary less than their means are off: on its way down a trained network sees images of less detail than it learned
+from. The logarithm of their variance grows with the excess; a line between two that are tried tells which sets it right.
 """
 
 from __future__ import annotations
@@ -42,9 +42,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from scoreinv.kernels import noise_levels
+from scoreinv.likelihood import Likelihood
+from scoreinv.noise import GaussianNoise
+from scoreinv.operators import Identity
+from scoreinv.posterior import Posterior
 from scoreinv.priors.network import ErrorModel, ScorePrior, gamma_skewness, preconditioning
 from scoreinv.priors.unet import ErrorHead, error_head, initialise
+from scoreinv.samplers import Guided
+from scoreinv.samplers.path import descend_together
 from scoreinv.streams import stream
 
 RATE, EMA, WARMUP = 2e-3, 0.995, 50
@@ -54,9 +59,9 @@ RARE = 20.0  # standard deviations that an error may be off
 SLICES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.97, 0.99, 0.997, 1.0)  # of pixels by their v, quantiles
 THINNEST = 100  # pixels of a slice
 FLOOR = 1e-3  # least power of the correlation; estimates of it can fall below zero
-STARTS = (2.0, 6.0)  # levels from which reverse steps are calibrated [sigma_data]
-CHAINS, CONTINUED, STEPS = 192, 4, 80  # images, draws of each, and levels of a whole path
-# excesses of noise that are tried until draws are wide enough; what more would do is not known
+NOISES = (2.0, 6.0)  # of data with which reverse steps are calibrated [sigma_data]
+OBSERVED, DRAWN, TOGETHER = 96, 4, 16  # images, draws of each, and images side by side
+# excesses that are tried until draws are wide enough; what more would do is not known
 TRIED = (0.1, 0.3, 0.9)
 Batch = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 
@@ -143,12 +148,12 @@ def measured_error(
     knows.error = replace(knows.error, power=measured(spectrum))
     knows.error = replace(knows.error, gamma=measured(skewness))
     return replace(
-        knows.error, excess_noise=excess_noise(knows, held_out[:CHAINS], seed, progress)
+        knows.error, excess_noise=excess_noise(knows, held_out[:OBSERVED], seed, progress)
     )
 
 
 def excess_noise(prior: ScorePrior, images: Tensor, seed: int, progress: bool = False) -> float:
-    """The excess with which draws of x_0 given noisy images vary as much as their means are off, or the largest of `TRIED`.
+    """The excess with which posterior draws of noisy images vary as much as their means are off, or the largest of `TRIED`.
 
     Args:
         prior: Knows its error.
@@ -157,12 +162,12 @@ def excess_noise(prior: ScorePrior, images: Tensor, seed: int, progress: bool = 
         progress: Show a progress bar.
     """
     known, short = prior.error, []
-    with tqdm(total=len(TRIED) * len(STARTS), disable=not progress, desc="excess noise") as bar:
+    with tqdm(total=len(TRIED) * len(NOISES), disable=not progress, desc="excess noise") as bar:
         for excess in TRIED:
             prior.error, found = replace(known, excess_noise=excess), []
-            for i, start in enumerate(STARTS):
-                s = min(start * prior.sigma_data, 0.5 * prior.sigma_max)
-                found.append(math.log(too_narrow(prior, images, s, stream(seed, 9, i))))
+            for i, noise in enumerate(NOISES):
+                ratio = too_narrow(prior, images, noise * prior.sigma_data, stream(seed, 9, i))
+                found.append(math.log(ratio))
                 bar.update()
             short.append(sum(found) / len(found))
             if len(short) > 1 and short[-1] < 0:
@@ -177,19 +182,24 @@ def excess_noise(prior: ScorePrior, images: Tensor, seed: int, progress: bool = 
     return max(low - at_low * (high - low) / (at_high - at_low), 0.0)
 
 
-@torch.no_grad()
-def too_narrow(prior: ScorePrior, images: Tensor, s: float, generator: torch.Generator) -> float:
-    """Squared error of the mean of x_0 given images with noise s, over the variance of draws of the reverse steps."""
-    below = [v for v in noise_levels(STEPS, prior.sigma_max, prior.sigma_min) if v < 0.97 * s]
+def too_narrow(
+    prior: ScorePrior, images: Tensor, noise: float, generator: torch.Generator
+) -> float:
+    """Squared error of the posterior mean of images with white noise, over the variance of draws."""
+    seen = Likelihood(Identity(prior.shape), GaussianNoise(std=noise))
     error = variance = 0.0
-    for x0 in images.split(16):
-        x = x0 + s * torch.randn(x0.shape, generator=generator)
-        x = x.repeat_interleave(CONTINUED, 0)
-        draws = prior.continued(x, [s, *below], generator).double()
-        draws = draws.unflatten(0, (len(x0), CONTINUED))
+    for x0 in images.double().split(TOGETHER):
+        y = x0 + noise * torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+        posteriors = [Posterior(prior, seen, v) for v in y]
+        islands = [Guided().island(p, DRAWN, generator) for p in posteriors]
+        for _ in descend_together(prior, islands):
+            pass
+        if failure := next((island.error for island in islands if island.error), None):
+            raise failure
+        draws = torch.stack([island.x for island in islands]).double()
         spread = float(draws.var(1).sum())
         # the mean of a few draws is itself uncertain
-        error += float((draws.mean(1) - x0).square().sum()) - spread / CONTINUED
+        error += float((draws.mean(1) - x0).square().sum()) - spread / DRAWN
         variance += spread
     return error / variance
 
