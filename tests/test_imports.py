@@ -194,15 +194,13 @@ def test_import_loads_nothing_heavy():
 
 
 def test_import_is_fast():
-    """Less than 0.3 s on top of `import torch`.
-
-    Seconds of processor time, not of the clock, so that a busy machine changes little; a slow one
-    (less than a third of a 2020s server core) may exceed the limit with nothing wrong.
-    """
+    """Less than a third of the processor time of `import torch`, which a slow or busy machine takes longer for, too."""
     code = """
-import time, torch
+import time
 start = time.process_time()
+import torch
+between = time.process_time()
 import scoreinv
-print(time.process_time() - start)
+print((time.process_time() - between) / (between - start))
 """
-    assert statistics.median(float(python(code)) for _ in range(3)) < 0.3
+    assert statistics.median(float(python(code)) for _ in range(3)) < 1 / 3
