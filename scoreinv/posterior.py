@@ -174,14 +174,9 @@ class Posterior:
             error: Covariance of x_0 about the denoised images, from `Prior.error_covariance`.
             skewness: Of x_0 about them, from `Prior.error_skewness`, with shape (B, C, H, W); None for Gaussians.
         """
-        if s > HIGH * self._deviation:
+        if s > HIGH * self.prior.deviation:
             return LocalConditioned(self.conditioner, error, s, LOOSE * SHORT * s, skewness)
         return LocalConditioned(self.conditioner, error, s, SHORT * s, skewness, self.noise_image)
-
-    @cached_property
-    def _deviation(self) -> float:
-        """Standard deviation of a pixel, averaged over the image."""
-        return self.moments.covariance.marginal_variance(self.shape) ** 0.5
 
     @cached_property
     def noise_image(self) -> Tensor:

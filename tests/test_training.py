@@ -348,8 +348,8 @@ def test_a_head_is_corrected_between_slices_and_levels():
 def test_draws_of_sources_beyond_the_training_stay_in_reach():
     """Four times the brightest peak that galaxy64 has seen, at noise 0.3 and without data: no draw runs away from it.
 
-    They are too faint all the same, about 3.4: a network knows no such source. Without the limit to what the head says most
-    lose it and the worst run to hundreds of it, which is the negative control.
+    They are too faint all the same, between 2 and 4: a network knows no such source. Without the limit to what the head says
+    some lose it and the worst run to hundreds of it, which is the negative control.
     """
     prior = si.load_prior("galaxy64")
     bright = prior.sample(1, seed=3)

@@ -15,14 +15,14 @@ d^2 and skewness g, shifted to the mean D. A force e of the data, the gradient o
 
 as it would that of a Gaussian of variance d^2 / (1 - t). The Gaussian's own shift is u = K e, with the forces on the pixels
 that go together: e is taken as u / d^2, and K is widened, or narrowed, by f = (1 - t)^-1 before the image is drawn, t
-within `TILTS`. Over all data that such an image may give that raises the mean of a pixel. With r = E u^2 / d^2, the share of
-its variance that the data explain, and z = u / d, a pixel by itself is moved by f z d / (1 - r + r f), and a change of its
-mean counts by (1 - r) / (1 - r + r f). So
+within `TILTS`. Over all data that such an image may give that raises its mean, for a force upwards counts more than one
+downwards. How much is found by simulation: an image of covariance K, skewed by a parabola
 
-    b  =  d E[f z / (1 - r + r f)] / E[(1 - r) / (1 - r + r f)]
+    k = (1 - 2 c^2)^1/2 z + c (z^2 / d - d),    z ~ N(0, K),  c = g / 6 within `BENT`,
 
-is taken off the mean first, with z a Gamma variable of the variance r and the third cumulant g r^3 that its sum with the
-noise has. r comes from how a few images respond to data simulated around them, averaged over near pixels.
+and data of it are answered with and without the tilt. The same with -z and the noise turned round: in the mean of the two
+all that is odd cancels, and what remains, averaged over near pixels, is to be taken off the draws. Taking it off the mean
+beforehand would do little: what the data know well, as the total flux, they would pull back.
 
 A network can be sure of blank sky where there is a source, whose like it has rarely seen beside such a galaxy: K is then too
 small for the data to pull the source in, and all draws lose it. So the data are asked once more. Where what they still miss,
@@ -34,9 +34,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -49,9 +47,8 @@ TILTS = (-0.5, 0.9)  # between which t is taken; at 1 a Gamma variable has no me
 ITERATIONS = 500  # of a solve, at most
 ROUGH = 5.0  # times the length that matters of a draw is enough for t
 REACH = 2  # pixels around such a place that are doubted, too
-PROBES = 2  # images that respond to simulated data
-STEEPEST = 5.0  # half the skewness, at most
-NEAR = 3  # pixels on each side over which their responses are averaged
+BENT = (-0.5, 0.5)  # between which the parabola is taken; beyond, the skewness hardly grows
+NEAR = 3  # pixels on each side over which what the tilt raises is averaged
 
 
 class LocalConditioned:
@@ -87,7 +84,7 @@ class LocalConditioned:
             generator: Of the draws.
             wider: Factor by which draws are wider than that Gaussian, about the same mean.
         """
-        m, K = self.tilted(m, generator)
+        K = self.tilted(m)
         x, n = self._drawn(m, K, generator, wider)
         if self.noise is None:
             return x
@@ -102,23 +99,33 @@ class LocalConditioned:
             x[again], _ = self._drawn(m[again], doubtful, generator, wider)
         return x
 
-    def tilted(self, m: Tensor, generator: torch.Generator) -> tuple[Tensor, Modulated]:
-        """Means and covariances of the Gaussians that the data move as they would images of means m, skewed as they are."""
+    def tilted(self, m: Tensor) -> Modulated:
+        """Covariances of the Gaussians that the data move as they would images of means m, skewed as they are."""
         if self.skewness is None:
-            return m, self.K
-        half, d = 0.5 * self.skewness, self.K.deviation
-        t = half * self.shift(m, ROUGH) / d
-        b = d * raised(half, self.heard(generator))
-        return m - b, self.K.widened((1 - t.clamp(*TILTS)).rsqrt())
+            return self.K
+        u = self.shift(m, ROUGH)
+        return self.K.widened(tilt(u, 0.5 * self.skewness, self.K.deviation))
 
-    def heard(self, generator: torch.Generator) -> Tensor:
-        """E u^2 / d^2, the share of a pixel's variance that the data explain, with shape (1, C, H, W)."""
-        K = self.K[torch.arange(min(PROBES, len(self.K.a)))]
-        x, n = K.draw(generator), self.conditioner.noise(len(K.a), generator)
-        e = self.conditioner.misfit(x, n) - self.conditioner.misfit(0 * x[:1])
-        u = respond(K, self.conditioner.inform, e, ROUGH * self.length)
-        around = lambda v: F.avg_pool2d(v.mean(0, keepdim=True), 2 * NEAR + 1, 1, NEAR)
-        return (around(u.square()) / around(K.deviation.square())).clamp(0, 1)
+    def raised(self, generator: torch.Generator) -> Tensor:
+        """By how much the tilt raises draws, averaged over the data that images may give, with shape (1, C, H, W)."""
+        if self.skewness is None:
+            return torch.zeros_like(self.K.deviation[:1])
+        K, half = self.K[:1], 0.5 * self.skewness[:1]
+        z, d = K.draw(generator), K.deviation
+        c = (half / 3).clamp(*BENT)
+        bend, straight = c * (z.square() / d - d), (1 - 2 * c.square()).sqrt() * z
+        k = torch.cat([bend + straight, bend - straight])
+        misfit, n = self.conditioner.misfit, self.conditioner.noise(1, generator)
+        noise = misfit(0 * z, n) - misfit(0 * z)
+        e = self.conditioner.inform(k) + torch.cat([noise, -noise])
+        answer = lambda K: respond(K, self.conditioner.inform, e, self.length)
+        twice = K[torch.zeros(2, dtype=torch.long)]
+        u = answer(twice)
+        more = (answer(twice.widened(tilt(u, half, d))) - u).mean(0, keepdim=True)
+        around = lambda v: F.avg_pool2d(v, 2 * NEAR + 1, 1, NEAR)
+        # most where errors are large and skewed
+        share = half.abs() * d
+        return share * around(more) / around(share).clamp_min(torch.finfo(d.dtype).tiny)
 
     def _drawn(
         self, m: Tensor, K: Modulated, generator: torch.Generator, wider: float
@@ -138,29 +145,15 @@ class LocalConditioned:
         return respond(self.K, self.conditioner.inform, e, slack * self.length)
 
 
-def raised(half: Tensor, heard: Tensor) -> Tensor:
-    """b / d of pixels of half the skewness, with shape (B, C, H, W), of whose variance the data explain a share."""
-    place = torch.stack([half / STEEPEST, 2 * heard.expand_as(half) - 1], -1).flatten(0, 2)[None]
-    table = _raised().to(half.dtype)[None, None]
-    found = F.grid_sample(table, place, padding_mode="border", align_corners=True)
-    return found.reshape(half.shape)
+def tilt(u: Tensor, half: Tensor, d: Tensor) -> Tensor:
+    """f^1/2, by which the standard deviations of pixels are widened, with shape (B, C, H, W).
 
-
-@cache
-def _raised() -> Tensor:
-    """b / d, with shape (shares, halves), from the quantiles of z."""
-    from scipy.special import gammaincinv
-
-    half = np.linspace(-STEEPEST, STEEPEST, 41)[None, :, None]
-    r = np.linspace(0, 1, 21).clip(1e-6, 1 - 1e-6)[:, None, None]
-    skewness = 2 * half * r**1.5
-    k = 4 / np.maximum(skewness**2, 1e-6)
-    z = np.where(skewness < 0, -1, 1) * gammaincinv(k, (np.arange(200) + 0.5) / 200)
-    z = z - z.mean(-1, keepdims=True)
-    z *= np.sqrt(r) / z.std(-1, keepdims=True)
-    f = 1 / (1 - (half * z).clip(*TILTS))
-    moved, counts = f * z / (1 - r + r * f), (1 - r) / (1 - r + r * f)
-    return torch.from_numpy(moved.mean(-1) / counts.mean(-1))
+    Args:
+        u: By how much the data move them.
+        half: Half their skewness.
+        d: Their standard deviation.
+    """
+    return (1 - (half * u / d).clamp(*TILTS)).rsqrt()
 
 
 def respond(K: Modulated, H: Callable[[Tensor], Tensor], e: Tensor, length: float) -> Tensor:

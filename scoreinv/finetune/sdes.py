@@ -44,7 +44,8 @@ Shift = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class SamplerControl(Control):
     """A control that learns nothing: it moves the means of the chain's steps as a sampler would.
 
-    What else the sampler does, such as the fresh noise and the skewed errors of local steps, is not part of it.
+    What else the sampler does, such as the noise that local steps add anew, their wider draws and skewed errors, is not part
+    of it: they are compared by their estimate m alone.
 
     Args:
         chain: That is moved.

@@ -92,8 +92,12 @@ class Prior(abc.ABC):
 
         Further down a trained network adds more errors than detail.
         """
-        pixel = self.moments.covariance.marginal_variance(self.shape) ** 0.5
-        return max(self.sigma_min, END * pixel)
+        return max(self.sigma_min, END * self.deviation)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of a pixel, averaged over the image [model unit]."""
+        return self.moments.covariance.marginal_variance(self.shape) ** 0.5
 
     def turns(self, generators: Sequence[torch.Generator]) -> Turns:
         """How images are turned before the denoiser sees them, one for each generator."""
@@ -104,7 +108,7 @@ class Prior(abc.ABC):
 
     @property
     def widening(self) -> float:
-        """By how much x_0 is drawn wider than it is known in a reverse step, but the last.
+        """By how much x_0 is drawn wider than it is known, in every reverse step but the last.
 
         A little more noise than an exact denoiser needs is how Karras et al. (2022, arXiv:2206.00364, section 4: S_noise)
         keep the detail that trained ones lose. Here x_0 has it, and only where it is not known: more noise on blank sky

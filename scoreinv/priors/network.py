@@ -45,7 +45,7 @@ class ErrorModel:
         corrections: Pairs of what the head says, rising, and what it is short of, with shape (L, bands, knots, 2).
         power: Spectra of rho at each, with shape (L, bands, 1, H, W).
         gamma: Skewness of the errors at each over that of a Gamma distribution of the same mean and width, with shape (L,).
-        excess_noise: `Prior.excess_noise`, with which draws of x_0 given x_sigma have their errors' width.
+        excess_noise: `Prior.excess_noise`, with which posterior draws of noisy images vary as much as their means are off.
     """
 
     head: ErrorHead

@@ -17,12 +17,12 @@ it: from level sigma to s,
 
 so that nothing of the last noise is kept. If x_0 was drawn exactly, x' is a draw of p_s(x' given y), whatever the levels;
 where it was not, noise forgets it, and the data have their say about all of x_0 again. Zhang et al. (Improving Diffusion
-Inverse Problem Solving with Decoupled Noise Annealing, 2024, arXiv:2407.01521) step so, with one number for C and Langevin
-moves for the draw. x_0 is drawn a little wider than an exact denoiser would need (`Prior.widening`), and images are turned
-at random before the network sees them (`scoreinv.priors.turns`). x_0 is as skewed as the prior says, and where the data
-doubt that, as at a companion on a sky that the network is sure is blank, the noisy image alone is believed
-(`scoreinv.conditioning.local`). The last step is from `Prior.sigma_end`; the evidence needs a few evaluations more, of the
-draws with less noise than that.
+Inverse Problem Solving with Decoupled Noise Annealing, 2024, arXiv:2407.01521) step so, with the end of the ODE for D, one
+number for C, and Langevin moves for the draw. x_0 is drawn a little wider than an exact denoiser would need
+(`Prior.widening`), and images are turned at random before the network sees them (`scoreinv.priors.turns`). x_0 is as skewed
+as the prior says, and where the data doubt that, as at a companion on a sky that the network is sure is blank, the noisy
+image alone is believed (`scoreinv.conditioning.local`). The last step is from `Prior.sigma_end`; the evidence needs a few
+evaluations more, of the draws with less noise than that.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from scoreinv.posterior import Posterior
 from scoreinv.samplers.path import Descent, Island, Request, Twisted, check_counts, not_linear
 
 SPARSE = 2  # levels of local steps from one that is counted in the path integral to the next
+LOW = 1.5  # standard deviations of a pixel: levels below keep the mean of skewed errors
 TAIL = 3  # levels below the last step that are counted, too
 
 
@@ -48,7 +49,8 @@ class Guided:
     """Guided steps, once.
 
     Args:
-        levels: Noise levels of local steps, at one evaluation each; others take twice as many levels, at two each.
+        levels: Noise levels of local steps, at one evaluation each and three for the evidence; other steps take twice as
+            many levels, at two each.
         local: Follow the error around each particle if the prior knows it: sharper, and faster.
     """
 
@@ -93,16 +95,17 @@ class Following(Twisted):
         if i % SPARSE == 0:
             self._integrate()
         s = self.levels[i + 1]
-        self.x = self._informed(self.posterior.prior.widening) + s * self._white()
+        self.x = self._drawn(self.posterior.prior.widening) + s * self._white()
         yield from self._arrive(s)
         return i + 1
 
     def _end(self) -> Descent:
-        draws, lowest = self._informed(), self.posterior.sigma_range[1]
-        for s in noise_levels(1 + TAIL, self.s, lowest)[1:] if self.s > lowest else ():
-            self._integrate()
-            self.x = draws + s * self._white()
-            yield from self._arrive(s)
+        draws, lowest = self._drawn(), self.posterior.sigma_range[1]
+        if self.posterior.prior.sigma_end > lowest:
+            for s in noise_levels(1 + TAIL, self.s, lowest)[1:]:
+                self._integrate()
+                self.x = draws + s * self._white()
+                yield from self._arrive(s)
         self._settle()
         self.x = draws
 
@@ -115,9 +118,13 @@ class Following(Twisted):
         self.covariance = knows.error_covariance(a, s)
         self.skewness = knows.error_skewness(self.denoised / self.covariance.deviation, s)
 
-    def _informed(self, wider: float = 1.0) -> Tensor:
+    def _drawn(self, wider: float = 1.0) -> Tensor:
+        """Draws of x_0."""
         around = self.posterior.around(self.s, self.covariance, self.skewness)
-        return around.draw(self.denoised, self.generator, wider)
+        x0 = around.draw(self.denoised, self.generator, wider)
+        # higher up the data have their say again
+        low = self.s < LOW * self.posterior.prior.deviation
+        return x0 - around.raised(self.generator) if low else x0
 
     def _integrate(self) -> None:
         self.level = self.posterior.level(self.s)

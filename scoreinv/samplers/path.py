@@ -1,7 +1,7 @@
 """Islands of particles on their way from noise to the posterior: the engine of all samplers.
 
-The data pull the denoised image D, known up to the error C_sigma that a Gaussian prior leaves. A draw x_0 of
-N(D, C_sigma) conditioned on y and fresh noise make the step from level sigma to s, with a = (s / sigma)^2:
+The data pull the denoised image D, known up to the error C_sigma that a Gaussian prior leaves. In `SMC` and `Anneal` a draw
+x_0 of N(D, C_sigma) conditioned on y and fresh noise make the step from level sigma to s, with a = (s / sigma)^2:
 
     x' = x_0 + a (x - x_0) + s (1 - a)^1/2 z
 
@@ -263,7 +263,7 @@ def descend_together(prior: Prior, islands: Sequence[Island]) -> Iterator[Island
             except FloatingPointError as error:
                 island.error = error
                 del walks[island]
-            if island.passed > passed:
+            for _ in range(island.passed - passed):
                 yield island
         if requests:
             answers = dict(zip(requests, _answered(prior, list(requests.values())), strict=True))

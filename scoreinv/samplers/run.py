@@ -110,7 +110,7 @@ def sample(
                 if store:
                     store.put(j, *finished)
     islands = [done[j] if j in done else store.get(j) for j in range(count)]
-    return _pool(posterior, sampler, islands, n, seed, grid, meta or {}, evidence, began)
+    return _pool(posterior, sampler, method, islands, n, seed, grid, meta or {}, evidence, began)
 
 
 def _scout(posterior: Posterior, sampler: SMC, seed: int) -> Trace:
@@ -154,6 +154,7 @@ def _failure(name: str, error: FloatingPointError) -> FloatingPointError:
 def _pool(
     posterior: Posterior,
     sampler: Sampler,
+    method: Sampler,
     islands: list[Finished],
     n: int,
     seed: int,
@@ -180,7 +181,7 @@ def _pool(
     if traces[0].log_weights is None and not posterior.likelihood.gaussian:
         label += f"; in the place of the {type(posterior.likelihood.noise).__name__} the Gaussian near the data"
     spread = float(evidence.std()) if len(evidence) > 1 else math.nan
-    levels = torch.tensor(sampler.noise_levels(posterior), dtype=torch.float64)
+    levels = torch.tensor(method.noise_levels(posterior), dtype=torch.float64)
     return Samples(
         x=x,
         log_evidence=log_z,
@@ -230,6 +231,7 @@ def fingerprint(posterior: Posterior, sampler: Sampler, seed: int, island: int) 
                 island,
                 posterior.tolerance,
                 *posterior.sigma_range,
+                *sampler.noise_levels(posterior),
             ],
             sort_keys=True,
             default=str,

@@ -63,7 +63,7 @@ class SMC:
 
     Args:
         levels: Noise levels; weighted particles take one to four steps from one to the next, at a cost of two to five
-            evaluations each. Where weights collapse, guided steps take as many (`Guided`).
+            evaluations each. Where weights collapse, they are those of `Guided`.
         particles: Weighted ones for each draw; weights cost about half of them.
         resample_below: Resample when ESS / n falls below this.
         drop_above: Weights have collapsed where the variance of d log w / d log sigma over the particles, mean over an

@@ -50,7 +50,7 @@ from scoreinv.priors.network import ErrorModel, ScorePrior, gamma_skewness, prec
 from scoreinv.priors.unet import ErrorHead, error_head, initialise
 from scoreinv.samplers import Guided
 from scoreinv.samplers.path import descend_together
-from scoreinv.streams import stream
+from scoreinv.streams import integer, stream
 
 RATE, EMA, WARMUP = 2e-3, 0.995, 50
 CUTS = (1 / 16, 3 / 16)  # between the bands of the error [cycles per pixel]
@@ -166,7 +166,7 @@ def excess_noise(prior: ScorePrior, images: Tensor, seed: int, progress: bool = 
         for excess in TRIED:
             prior.error, found = replace(known, excess_noise=excess), []
             for i, noise in enumerate(NOISES):
-                ratio = too_narrow(prior, images, noise * prior.sigma_data, stream(seed, 9, i))
+                ratio = too_narrow(prior, images, noise * prior.sigma_data, integer(seed, 9, i))
                 found.append(math.log(ratio))
                 bar.update()
             short.append(sum(found) / len(found))
@@ -182,25 +182,23 @@ def excess_noise(prior: ScorePrior, images: Tensor, seed: int, progress: bool = 
     return max(low - at_low * (high - low) / (at_high - at_low), 0.0)
 
 
-def too_narrow(
-    prior: ScorePrior, images: Tensor, noise: float, generator: torch.Generator
-) -> float:
+def too_narrow(prior: ScorePrior, images: Tensor, noise: float, seed: int) -> float:
     """Squared error of the posterior mean of images with white noise, over the variance of draws."""
     seen = Likelihood(Identity(prior.shape), GaussianNoise(std=noise))
-    error = variance = 0.0
-    for x0 in images.double().split(TOGETHER):
-        y = x0 + noise * torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
-        posteriors = [Posterior(prior, seen, v) for v in y]
-        islands = [Guided().island(p, DRAWN, generator) for p in posteriors]
-        for _ in descend_together(prior, islands):
+    images = images.double()
+    y = images + noise * torch.randn(images.shape, generator=stream(seed), dtype=images.dtype)
+    islands = [
+        Guided().island(Posterior(prior, seen, v), DRAWN, stream(seed, i)) for i, v in enumerate(y)
+    ]
+    for i in range(0, len(islands), TOGETHER):
+        for _ in descend_together(prior, islands[i : i + TOGETHER]):
             pass
-        if failure := next((island.error for island in islands if island.error), None):
-            raise failure
-        draws = torch.stack([island.x for island in islands]).double()
-        spread = float(draws.var(1).sum())
-        # the mean of a few draws is itself uncertain
-        error += float((draws.mean(1) - x0).square().sum()) - spread / DRAWN
-        variance += spread
+    if failure := next((island.error for island in islands if island.error), None):
+        raise failure
+    draws = torch.stack([island.x for island in islands]).double()
+    variance = float(draws.var(1).sum())
+    # the mean of a few draws is itself uncertain
+    error = float((draws.mean(1) - images).square().sum()) - variance / DRAWN
     return error / variance
 
 
