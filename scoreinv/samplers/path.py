@@ -8,7 +8,7 @@ x_0 of N(D, C_sigma) conditioned on y and fresh noise make the step from level s
 It is the covariance-aware kernel (`scoreinv.kernels`) times the likelihood that a Gaussian prior foresees at the end of the
 step, and the last step, to s = 0, meets the true likelihood. What corrects for the rest is the business of each sampler.
 
-Without weights the evidence is a path integral: for the targets of `scoreinv.posterior`, with u = u_s(x),
+Where particles follow the targets of `scoreinv.posterior` the evidence is a path integral too: with u = u_s(x),
 
     d log Z / d log s = -2 E[<D - m_s(x), u>] / s^2.
 """
@@ -84,7 +84,8 @@ class Trace:
             used.
         acceptance: Mean acceptance between each level and the next; nan where nothing moved.
         collapsed_at: Level at which the weights collapsed; 0 if they did not.
-        log_evidence: Over that of the moments' Gaussian [nat]; without weights from the path integral.
+        log_evidence: Over that of the moments' Gaussian, or absolute [nat]; without weights from a path integral.
+        absolute: Whether it is log p(y) itself.
         log_weights: Of the draws, whose mean weight is the evidence [nat]; None without weights.
         evaluations: Network evaluations per particle; the first island pays for the scouts.
         vjps: Vector-Jacobian products of the network per particle.
@@ -94,6 +95,7 @@ class Trace:
     acceptance: list[float] = field(default_factory=list)
     collapsed_at: float = 0.0
     log_evidence: float = 0.0
+    absolute: bool = False
     log_weights: list[float] | None = None
     evaluations: float = 0
     vjps: float = 0
@@ -291,11 +293,13 @@ def banded(power: Tensor, v: Tensor) -> Tensor:
 
 
 def path_integral(levels: list[float], slopes: list[float]) -> float:
-    """The integral of -d log Z / d log s over log s, by trapezoids; below the lowest level the slope falls as s^2."""
-    total = 0.5 * slopes[-1]
-    for i in range(len(levels) - 1):
-        total += 0.5 * (slopes[i] + slopes[i + 1]) * math.log(levels[i] / levels[i + 1])
-    return total
+    """The integral of a slope over -log s, between levels by monotone cubics; below the lowest it falls as s^2."""
+    from scipy.interpolate import PchipInterpolator
+
+    below, at = 0.5 * slopes[-1], [-math.log(s) for s in levels]
+    if len(at) == 1:
+        return below
+    return float(PchipInterpolator(at, slopes).integrate(at[0], at[-1])) + below
 
 
 def not_linear(posterior: Posterior) -> str:
