@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 
 import pytest
 import torch
@@ -23,10 +24,11 @@ from scoreinv.finetune.proposals import (
     LocalSearch,
     OnPolicy,
 )
-from scoreinv.finetune.reference import GaussianStep, PriorChain, TwistedChain
+from scoreinv.finetune.reference import GaussianStep, PriorChain, TwistedChain, measured_chain
 from scoreinv.finetune.sdes import SamplerControl, sampler_bounds
 from scoreinv.finetune.training import Plan, Recipe, train_control
 from scoreinv.gaussian import Dense, Diagonal, Fourier, Scalar
+from scoreinv.operators import gaussian_psf
 from scoreinv.samplers.baselines import DPS, PiGDM
 from scoreinv.samplers.path import descend_together
 from scoreinv.streams import stream
@@ -859,3 +861,28 @@ def test_the_twisted_chain_of_a_gaussian_prior_is_its_posterior(steps):
         assert bool(torch.isfinite(noised).all())
     assert spread["TwistedChain"] < 1e-6
     assert spread["PriorChain"] > 0.5
+
+
+@pytest.mark.slow
+def test_two_ways_to_the_evidence_of_images_agree():
+    """log p(y) of galaxies behind a PSF, by the local steps of `Guided` and by weighted paths of the prior's chain.
+
+    They share the network and nothing else. Six data: half of them within 3 nat, as log-weights of paths scatter by 2, and
+    all within 10.
+    """
+    prior = si.load_prior("galaxy32")
+    blur = si.PSFConvolution(gaussian_psf(3.8), prior.shape)
+    likelihood = si.Likelihood(blur, si.GaussianNoise(std=0.1))
+    chain = measured_chain(prior, 40, prior.sample(256, seed=3), seed=3)
+    control = SamplerControl(chain, likelihood, si.Guided())
+    engine = Engine(chain, control, lambda x, y: likelihood.log_prob(y, x))
+    g, apart = stream(3), []
+    for seed in range(6):
+        with torch.no_grad():
+            y = likelihood.simulate(engine.unsteered(1, g).x, seed)
+            _, log_w = engine.paths(64, y.expand(64, *y.shape[1:]), g)
+        by_paths = float(torch.logsumexp(log_w.double(), 0)) - math.log(64)
+        draws = si.sample(si.Posterior(prior, likelihood, y[0]), 32, si.Guided(), seed=2)
+        apart.append(draws.log_evidence - by_paths)
+    print(apart)
+    assert statistics.median(map(abs, apart)) < 3 and max(map(abs, apart)) < 10

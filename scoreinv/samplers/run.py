@@ -65,7 +65,7 @@ def sample(
         grid: Sky coordinates to hand on to the result.
         meta: More provenance to hand on to the result.
         evidence: Compute the Gaussian evidence that the islands refine (seconds at 64x64); without it log_evidence is
-            relative to that.
+            relative to that. Local steps of `Guided` need none.
 
     Returns:
         The draws, equally weighted. With weights the particles of all islands are resampled together, and heavy ones
