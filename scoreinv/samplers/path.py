@@ -296,6 +296,8 @@ def path_integral(levels: list[float], slopes: list[float]) -> float:
     """The integral of a slope over -log s, between levels by monotone cubics; below the lowest it falls as s^2."""
     from scipy.interpolate import PchipInterpolator
 
+    if not all(map(math.isfinite, slopes)):
+        raise FloatingPointError("the slope of the evidence is not finite")
     below, at = 0.5 * slopes[-1], [-math.log(s) for s in levels]
     if len(at) == 1:
         return below
