@@ -358,7 +358,7 @@ def test_draws_of_sources_beyond_the_training_stay_in_reach():
     for white in (known.white, torch.full((3,), torch.inf)):
         prior.error, generator = replace(known, white=white), stream(1)
         x0 = bright.expand(16, 1, 64, 64)
-        for s in noise_levels(12, 0.3, prior.sigma_end):
+        for s in noise_levels(12, 0.3, 0.02):
             x = x0 + s * torch.randn(x0.shape, generator=generator)
             denoised, a = prior.denoise_with_error(x, torch.full((16,), s))
             x0 = denoised + prior.widening * prior.error_covariance(a, s).draw(generator)

@@ -18,8 +18,6 @@ from scoreinv.kernels import noise_levels
 from scoreinv.priors.turns import Turns
 from scoreinv.streams import stream
 
-END = 0.4  # level of the last step that follows the error, in standard deviations of a pixel
-
 
 class Prior(abc.ABC):
     """What every sampler needs of a prior.
@@ -85,14 +83,6 @@ class Prior(abc.ABC):
     def knows_error(self) -> bool:
         """Whether `denoise_with_error` has an answer."""
         return self.correlation(self.sigma_max) is not None
-
-    @property
-    def sigma_end(self) -> float:
-        """Level of the last reverse step that follows the error, straight to x_0 [model unit].
-
-        Further down a trained network adds more errors than detail.
-        """
-        return max(self.sigma_min, END * self.deviation)
 
     @property
     def deviation(self) -> float:

@@ -21,7 +21,7 @@ Inverse Problem Solving with Decoupled Noise Annealing, 2024, arXiv:2407.01521) 
 number for C, and Langevin moves for the draw. x_0 is drawn a little wider than an exact denoiser would need
 (`Prior.widening`), and images are turned at random before the network sees them (`scoreinv.priors.turns`). x_0 is as skewed
 as the prior says, and where the data doubt that, as at a companion on a sky that the network is sure is blank, the noisy
-image alone is believed (`scoreinv.conditioning.local`). The last step is from `Prior.sigma_end`.
+image alone is believed (`scoreinv.conditioning.local`).
 
 The evidence is what the data say of the draws, less what was learned from them: with u = E[x_0 | x_s, y] - D(x_s, s), by
 which the data move the denoised image, the scores of p_s(x given y) and of p_s(x) differ by u / s^2, and
@@ -29,8 +29,7 @@ which the data move the denoised image, the scores of p_s(x given y) and of p_s(
     log p(y)  =  E log p(y given x_0)  -  int E |u|^2 / s^2  d log s,
 
 for the Kullback-Leibler divergence of two distributions falls with noise by half of the Fisher divergence (Lyu,
-Interpretation and Generalization of Score Matching, 2009, arXiv:1205.2629, theorem 1). Below the last step the draws
-themselves, with less noise, are asked.
+Interpretation and Generalization of Score Matching, 2009, arXiv:1205.2629, theorem 1).
 """
 
 from __future__ import annotations
@@ -56,9 +55,9 @@ from scoreinv.samplers.path import (
 )
 
 SPARSE = 2  # levels of local steps from one that is counted in the path integral to the next
+DETAIL = 0.4  # standard deviations of a pixel: levels above lose detail, and are widened
 LOW = 1.5  # standard deviations of a pixel: levels below keep the mean of skewed errors
 FINE = 0.1  # of the length that solves of draws leave out may be left out of what the data tell
-TAIL = 3  # levels below the last step that are counted, too
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ class Guided:
     """Guided steps, once.
 
     Args:
-        levels: Noise levels of local steps, at one evaluation each and three for the evidence; other steps take twice as
-            many levels, at two each.
+        levels: Noise levels of local steps, at one evaluation each; other steps take twice as many levels, at two each.
         local: Follow the error around each particle if the prior knows it: sharper, and faster.
     """
 
@@ -88,10 +86,8 @@ class Guided:
 
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels of a posterior's path, falling."""
-        highest, lowest = posterior.sigma_range
-        if self._follows(posterior):
-            return noise_levels(self.levels, highest, posterior.prior.sigma_end)
-        return noise_levels(2 * self.levels, highest, lowest)
+        count = self.levels if self._follows(posterior) else 2 * self.levels
+        return noise_levels(count, *posterior.sigma_range)
 
     def island(self, posterior: Posterior, n: int, generator: torch.Generator) -> Island:
         """n particles at the start, with their stream."""
@@ -112,24 +108,21 @@ class Following(Twisted):
         if i % SPARSE == 0:
             self._integrate()
         s = self.levels[i + 1]
-        self.x = self._drawn(self.posterior.prior.widening) + s * self._white()
+        known = self.posterior.prior
+        wider = known.widening if self.s > DETAIL * known.deviation else 1.0
+        self.x = self._drawn(wider) + s * self._white()
         yield from self._arrive(s)
         return i + 1
 
     def _end(self) -> Descent:
-        draws, lowest = self._drawn(), self.posterior.sigma_range[1]
-        if self.posterior.prior.sigma_end > lowest:
-            for s in noise_levels(1 + TAIL, self.s, lowest)[1:]:
-                self._integrate()
-                self.x = draws + s * self._white()
-                yield from self._arrive(s)
         self._integrate()
+        self.x = self._drawn()
         levels, told = list(self._slopes), list(self._slopes.values())
         # above the widest level it falls as s^-2
         gained = path_integral(levels, told) + 0.5 * told[0]
-        likely = self.posterior.nearby.log_prob(self.posterior.data, draws)
+        likely = self.posterior.nearby.log_prob(self.posterior.data, self.x)
         self.trace.log_evidence, self.trace.absolute = float(likely.mean()) - gained, True
-        self.x = draws
+        yield from ()
 
     def _arrive(self, s: float, prior: Covariance | None = None) -> Descent:
         self.s = s
