@@ -578,7 +578,15 @@ def test_excess_noise_makes_up_for_detail_that_a_prior_loses():
 
 @pytest.mark.parametrize(
     ("name", "levels", "row", "column", "peak"),
-    [("galaxy64", 15, 9, 52, 0.15), ("disc64", 20, 2, 58, 0.15)],
+    [
+        ("galaxy64", 15, 9, 52, 0.15),
+        pytest.param(
+            *("disc64", 40, 2, 58, 0.15),
+            marks=pytest.mark.xfail(
+                reason="disc64 erases a third of such a source on the way down: 3 of 24 draws keep less than half of it"
+            ),
+        ),
+    ],
 )
 def test_a_companion_that_the_prior_does_not_expect_is_found(
     name, levels, row, column, peak, monkeypatch
@@ -601,7 +609,7 @@ def test_a_companion_that_the_prior_does_not_expect_is_found(
         )
         seen[doubt] = draws.x[around].sum((1, 2)) / companion.sum()
     # the posterior's own scatter is about 0.2; what is lost is lost altogether
-    assert (seen[DOUBT] > 0.2).all() and seen[DOUBT].median() > 0.5
+    assert (seen[DOUBT] > 0.5).all()
     # without the data's doubt some draws lose it: the test can fail
     assert (seen[math.inf] < 0.1).any()
 

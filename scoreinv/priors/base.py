@@ -98,7 +98,7 @@ class Prior(abc.ABC):
 
     @property
     def widening(self) -> float:
-        """By how much x_0 is drawn wider than it is known, in every reverse step but the last.
+        """By how much x_0 is drawn wider than it is known, in reverse steps from levels where detail is lost.
 
         A little more noise than an exact denoiser needs is how Karras et al. (2022, arXiv:2206.00364, section 4: S_noise)
         keep the detail that trained ones lose. Here x_0 has it, and only where it is not known: more noise on blank sky

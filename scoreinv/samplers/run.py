@@ -165,8 +165,7 @@ def _pool(
 ) -> Samples:
     draws, traces = torch.cat([x for x, _, _ in islands]), [t for _, t, _ in islands]
     base = posterior.gaussian_log_evidence if with_evidence and not traces[0].absolute else 0.0
-    evidence = torch.tensor([t.log_evidence for t in traces], dtype=torch.float64)
-    evidence += 0.0 if traces[0].absolute else base
+    evidence = base + torch.tensor([t.log_evidence for t in traces], dtype=torch.float64)
     if traces[0].log_weights is not None:
         log_w = torch.tensor([w for t in traces for w in t.log_weights], dtype=torch.float64)
         order = in_order(draws, posterior.moments.covariance)
