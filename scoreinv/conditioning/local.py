@@ -27,7 +27,9 @@ beforehand would do little: what the data know well, as the total flux, they wou
 A network can be sure of blank sky where there is a source, whose like it has rarely seen beside such a galaxy: K is then too
 small for the data to pull the source in, and all draws lose it. So the data are asked once more. Where what they still miss,
 A^T S^-1 (y - A x), stands out of its own noise, nothing is believed there but the noisy image itself, x_0 ~ N(x_s, s^2): K
-is widened to that, and the image drawn again. High up, where a solve is left unfinished on purpose, they are not asked.
+is widened to that, and the image drawn again. At the next level the network takes the source off once more, until what is
+missed hides in the noise: where the data have doubted before, less is needed to doubt. High up, where a solve is left
+unfinished on purpose, they are not asked.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from scoreinv.conditioning.base import Conditioner
 from scoreinv.gaussian import Modulated
 
 DOUBT = 4.0  # standard deviations of their noise by which the data must miss an image
+AGAIN = 1.0  # of the same, where they did so at the level before
 TILTS = (-0.5, 0.9)  # between which t is taken; at 1 a Gamma variable has no mean
 ITERATIONS = 500  # of a solve, at most
 ROUGH = 5.0  # times the length that matters of a draw is enough for t
@@ -76,28 +79,36 @@ class LocalConditioned:
         self.conditioner, self.K, self.s = conditioner, K, s
         self.length, self.skewness, self.noise = length, skewness, noise
 
-    def draw(self, m: Tensor, generator: torch.Generator, wider: float = 1.0) -> Tensor:
-        """Draws with means m before the data are known, with shape (B, C, H, W); K is widened where the data doubt it.
+    def draw(
+        self,
+        m: Tensor,
+        generator: torch.Generator,
+        wider: float = 1.0,
+        suspected: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draws, and where the data doubted K and it was widened, both with shape (B, C, H, W).
 
         Args:
-            m: Means, with shape (B, C, H, W).
+            m: Means before the data are known, with shape (B, C, H, W).
             generator: Of the draws.
             wider: Factor by which draws are wider than that Gaussian, about the same mean.
+            suspected: Where the data doubted these images at the level before; nowhere if not given.
         """
         K = self.tilted(m)
         x, n = self._drawn(m, K, generator, wider)
         if self.noise is None:
-            return x
+            return x, torch.zeros_like(m, dtype=torch.bool)
         missed = self.conditioner.misfit(x, n)
         # what is missed has the noise of the data and that of the draw
         scatter = math.sqrt(1 + wider**2) * self.noise
-        doubted = (missed.abs() > DOUBT * scatter) & (self.noise > 0)
+        enough = DOUBT if suspected is None else torch.where(suspected, AGAIN, DOUBT)
+        doubted = (missed.abs() > enough * scatter) & (self.noise > 0)
         again = doubted.flatten(1).any(1)
         if bool(again.any()):
             near = F.max_pool2d(doubted[again].to(m.dtype), 2 * REACH + 1, 1, REACH)
             doubtful = Modulated(K.a[again], K.rho, self.s * near)
             x[again], _ = self._drawn(m[again], doubtful, generator, wider)
-        return x
+        return x, doubted
 
     def tilted(self, m: Tensor) -> Modulated:
         """Covariances of the Gaussians that the data move as they would images of means m, skewed as they are."""

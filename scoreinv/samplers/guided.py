@@ -103,6 +103,7 @@ class Following(Twisted):
 
     covariance: Modulated  # of x_0 about the denoised images
     skewness: Tensor | None
+    doubted: Tensor | None = None  # where the data doubted what is known, at the last draw
 
     def _step(self, i: int) -> Generator[Request, Any, int]:
         if i % SPARSE == 0:
@@ -136,7 +137,7 @@ class Following(Twisted):
     def _drawn(self, wider: float = 1.0) -> Tensor:
         """Draws of x_0."""
         around = self.posterior.around(self.s, self.covariance, self.skewness)
-        x0 = around.draw(self.denoised, self.generator, wider)
+        x0, self.doubted = around.draw(self.denoised, self.generator, wider, self.doubted)
         # higher up the data have their say again
         low = self.s < LOW * self.posterior.prior.deviation
         return x0 - around.raised(self.generator) if low else x0
