@@ -15,7 +15,7 @@ from scoreinv.finetune import (
 )
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise, PoissonNoise, RiceNoise, StudentNoise
-from scoreinv.npe import NPE, ParameterPrior
+from scoreinv.npe import NLE, NPE, NRE, ParameterPrior
 from scoreinv.operators import (
     NUFFT,
     Amplitude,
@@ -50,7 +50,9 @@ from scoreinv.samplers import (
 )
 
 __all__ = [
+    "NLE",
     "NPE",
+    "NRE",
     "NUFFT",
     "SMC",
     "Adapted",

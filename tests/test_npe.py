@@ -17,7 +17,18 @@ from torch.distributions import (
     Uniform,
 )
 
-from scoreinv.npe import MLP, NPE, DeepSet, Fitting, Named, ParameterPrior, ResNet1D, ResNet2D
+from scoreinv.npe import (
+    MLP,
+    NLE,
+    NPE,
+    NRE,
+    DeepSet,
+    Fitting,
+    Named,
+    ParameterPrior,
+    ResNet1D,
+    ResNet2D,
+)
 from scoreinv.npe.estimator import stacked
 from scoreinv.npe.flows import KINDS, new_flow, seeded
 
@@ -222,7 +233,7 @@ def test_an_ensemble_is_a_mixture(pairs):
     given, u = both.condition(x[0].float()), GAUSSIAN.to_normal(theta[:50])
     same = {"x": x[:1].float().expand(50, M)}
     with torch.no_grad():
-        each = torch.stack([m.log_prob(u, same).double().exp() for m in both.members])
+        each = torch.stack([m.scores(u, same).double().exp() for m in both.members])
     ratio = GAUSSIAN.log_prob(theta[:50]) + 0.5 * (u.square() + math.log(math.tau)).sum(1)
     expected = (both.weights[:, None] * each).sum(0).log() + ratio
     torch.testing.assert_close(given.log_prob(theta[:50]), expected, rtol=1e-5, atol=1e-5)
@@ -234,7 +245,7 @@ def test_an_ensemble_is_a_mixture(pairs):
     share = float((draws[:, 0] > 0).double().mean())
     assert share == pytest.approx(0.8, abs=0.04)
     entropy = -float(given.log_prob(GAUSSIAN.from_normal(draws)).mean())
-    alone = [-float(given._ratio(draws[draws[:, 0].sign() == side]).mean()) for side in (-1, 1)]
+    alone = [-float(given.log_ratio(draws[draws[:, 0].sign() == side]).mean()) for side in (-1, 1)]
     assert math.isfinite(entropy) and alone[0] != alone[1]
 
 
@@ -282,9 +293,202 @@ def test_members_weigh_by_what_they_say_of_held_out_pairs():
     """Of a good one, a bad one, and one that is right for every third pair."""
     good, bad = torch.zeros(600).double(), torch.full((600,), -3.0).double()
     third = torch.where(torch.arange(600) % 3 == 0, 2.0, -4.0).double()
-    w = stacked(torch.stack([good, bad, third]))
+    even = torch.ones(600).double()
+    w = stacked(torch.stack([good, bad, third]), torch.neg, even)
     assert float(w.sum()) == pytest.approx(1)
     assert float(w[1]) < 0.01 and 0.1 < float(w[2]) < 0.5 < float(w[0])
+    # where each third pair hardly counts, so does the third member
+    rare = torch.where(torch.arange(600) % 3 == 0, 0.01, 1.5).double()
+    assert float(stacked(torch.stack([good, bad, third]), torch.neg, rare)[2]) < 0.05
+
+
+# --- likelihoods and ratios ----------------------------------------------------------------------
+
+
+OTHERS = {
+    "likelihood": lambda: NLE(GAUSSIAN),
+    "ratio": lambda: NRE(GAUSSIAN),
+    "contrasts": lambda: NRE(GAUSSIAN, contrasts=4, gamma=2.0),
+    "balanced": lambda: NRE(GAUSSIAN, balance=100.0),
+    "marginals": lambda: NRE(GAUSSIAN, marginals=True),
+    "ensemble": lambda: NRE(GAUSSIAN, members=2),
+    "matching": lambda: NPE(GAUSSIAN, "matching"),
+    "score": lambda: NPE(GAUSSIAN, "score"),
+}
+
+
+@pytest.fixture(scope="module")
+def others(pairs):
+    """Each of them fitted, once it is asked for."""
+    kept = {}
+
+    def fitted(kind):
+        if kind not in kept:
+            kept[kind] = OTHERS[kind]().fit(*pairs, seed=0, plan=QUICK)
+        return kept[kind]
+
+    return fitted
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_estimator_finds_a_conjugate_posterior(kind, others, pairs):
+    """Over 20 data: means within half a standard deviation, widths within a third, and weights that make both exact.
+
+    One that is balanced may be wider.
+    """
+    estimator, off, width = others(kind), [], []
+    for x in simulated(GAUSSIAN.sample(20, seed=7), 8):
+        mean, C = exact(x)
+        draws = estimator.condition(x).sample(1000, seed=1)
+        off.append((draws.mean(0) - mean) / C.diagonal().sqrt())
+        width.append(draws.std(0) / C.diagonal().sqrt())
+    assert float(torch.stack(off).square().mean()) < 0.25
+    wide = 1.6 if kind == "balanced" else 1.33
+    assert 0.75 < float(torch.stack(width).mean()) < wide
+    x = pairs[1][3]
+    mean, C = exact(x)
+    weighted = estimator.condition(x).reweighted(log_likelihood(x), 4000, seed=2)
+    w = torch.softmax(weighted.log_w, 0)[:, None]
+    assert weighted.n_eff > 400
+    middle = (w * weighted.theta).sum(0)
+    spread = (w * (weighted.theta - middle).square()).sum(0).sqrt()
+    # five standard errors of the mean of 400 draws
+    assert float(((middle - mean) / C.diagonal().sqrt()).abs().max()) < 0.25
+    torch.testing.assert_close(spread, C.diagonal().sqrt(), rtol=0.2, atol=0)
+    assert weighted.evidence.log_z == pytest.approx(log_evidence(x), abs=0.2)
+
+
+def log_evidence(x):
+    C = A @ torch.diag(SPREAD**2) @ A.T + NOISE**2 * torch.eye(M).double()
+    return float(MultivariateNormal(A @ MEAN, C).log_prob(x))
+
+
+def test_a_likelihood_knows_the_evidence_in_the_units_of_the_data(others, pairs):
+    """As it should be to half a nat, on average over ten data; and of data in other units, that much less."""
+    estimator, x = others("likelihood"), pairs[1][:10]
+    found = torch.tensor([estimator.condition(v).log_evidence() for v in x])
+    exactly = torch.tensor([log_evidence(v) for v in x])
+    assert float((found - exactly).mean()) == pytest.approx(0, abs=0.5)
+    theta, x = pairs[0][:500], pairs[1][:500]
+    few = Fitting(epochs=2, batch=200)
+    one, ten = (NLE(GAUSSIAN).fit(theta, c * x, seed=0, plan=few) for c in (1.0, 10.0))
+    less = [e.condition(c * x[0]).log_evidence() for e, c in ((one, 1.0), (ten, 10.0))]
+    assert less[0] - less[1] == pytest.approx(M * math.log(10), abs=0.01)
+
+
+def test_marginals_are_those_of_the_joint_posterior(others):
+    """Over 20 data: means within half a standard deviation and widths within a third."""
+    estimator, off, width = others("marginals"), [], []
+    for x in simulated(GAUSSIAN.sample(20, seed=9), 10):
+        mean, C = exact(x)
+        draws = estimator.marginal(x, ["b"]).sample(500, seed=1)
+        assert draws.shape == (500, 1)
+        off.append((draws.mean(0) - mean[1:]) / C[1, 1].sqrt())
+        width.append(draws.std(0) / C[1, 1].sqrt())
+    assert float(torch.stack(off).square().mean()) < 0.25
+    assert 0.75 < float(torch.stack(width).mean()) < 1.33
+    # the density of one number, up to a constant, which the draws know
+    b = torch.linspace(-9, 11, 2000).double()[:, None]
+    given = estimator.marginal(x, ["b"])
+    total = float(given.log_prob(b).exp().sum()) * 0.01
+    assert math.log(total) == pytest.approx(given.log_evidence(), abs=0.1)
+    with pytest.raises(ValueError, match=r"of is \['c'\], expected different ones of a, b"):
+        estimator.marginal(x, ["c"])
+    with pytest.raises(ValueError, match="make it with marginals=True"):
+        others("ratio").marginal(x, ["b"])
+
+
+def test_the_contrastive_loss_is_that_of_a_classifier_for_one_contrast():
+    """And for more of them it is least at the true ratio, up to the noise of 4,000 pairs, for any g."""
+    theta, x = GAUSSIAN.sample(4000, seed=0), None
+    x = simulated(theta, 1)
+    u = GAUSSIAN.to_normal(theta)
+    for contrasts, gamma in ((1, 1.0), (3, 0.5), (3, 4.0)):
+        member = NRE(GAUSSIAN, contrasts=contrasts, gamma=gamma)
+        member.alone, member.shapes = True, {"x": [M]}
+        member = member._new(0)
+        pairs = [GAUSSIAN.from_normal(u.roll(-k, 0)) for k in range(contrasts + 1)]
+        f = torch.stack([true_log_ratio(t, x) for t in pairs], 1)
+        loss = float(member.criterion(f).mean())
+        if contrasts == 1:
+            label = torch.nn.functional.logsigmoid
+            expected = -0.5 * float((label(f[:, 0]) + label(-f[:, 1])).mean())
+            assert loss == pytest.approx(expected, rel=1e-6)
+        for wrong in (0.8 * f, 1.2 * f, f + 0.3, f - 0.3):
+            assert float(member.criterion(wrong).mean()) > loss
+
+
+def true_log_ratio(theta, x):
+    noise = (-0.5 * ((x - theta @ A.T) / NOISE).square()).sum(1) - M * math.log(
+        NOISE * math.tau**0.5
+    )
+    C = A @ torch.diag(SPREAD**2) @ A.T + NOISE**2 * torch.eye(M).double()
+    return noise - MultivariateNormal(A @ MEAN, C).log_prob(x)
+
+
+def test_pairs_of_another_distribution_count_by_their_weights(pairs):
+    """Parameters of N(1, 1) in place of N(0, 1) for the first: unweighted, posteriors of wide data move with them."""
+    wide = lambda theta, seed: (
+        theta[:, :1]
+        + 1.5
+        * torch.randn(
+            len(theta), 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+    )
+    theta = GAUSSIAN.sample(4000, seed=3)
+    theta[:, 0] += 1
+    x, x_seen = wide(theta, 4), torch.tensor([0.5, 0.5]).double()
+    log_w = -0.5 * (theta[:, 0].square() - (theta[:, 0] - 1).square())
+    found = {}
+    for name, w in (("weighted", log_w.exp()), ("not", None)):
+        estimator = NPE(GAUSSIAN, "maf").fit(theta, x, seed=0, plan=QUICK, pair_weights=w)
+        found[name] = float(estimator.condition(x_seen).sample(2000, 1)[:, 0].mean())
+    precision = 1 + 2 / 1.5**2
+    assert found["weighted"] == pytest.approx((1.0 / 1.5**2) / precision, abs=0.15)
+    assert found["not"] == pytest.approx((1 + 1.0 / 1.5**2) / precision, abs=0.15)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_fit_goes_on_where_it_was_interrupted(pairs, tmp_path):
+    """To the same bits; and not with other pairs."""
+    theta, x = pairs[0][:600], pairs[1][:600]
+    plan, epochs = Fitting(epochs=6, batch=100), 0
+
+    def noise(batch, generator):
+        nonlocal epochs
+        epochs += 1
+        if epochs == 25:
+            raise Stopped
+        return batch + 0.1 * torch.randn(batch.shape, generator=generator, dtype=batch.dtype)
+
+    make = lambda: NPE(GAUSSIAN, "maf", lambda: WithDropout(M))
+    go = lambda **options: make().fit(theta, x, seed=0, plan=plan, noise=noise, **options)
+    with pytest.raises(Stopped):
+        go(checkpoint=tmp_path)
+    resumed, epochs = go(checkpoint=tmp_path), 100
+    whole = go()
+    assert resumed.history == whole.history and len(whole.history[0]) == 6
+    for a, b in zip(resumed.members.parameters(), whole.members.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="is of the fit .*'pairs': 600.* remove it to begin anew"):
+        make().fit(theta[:500], x[:500], seed=0, plan=plan, checkpoint=tmp_path)
+    (tmp_path / "member-0.pt").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="cannot be read"):
+        go(checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["likelihood", "marginals", "matching"])
+def test_others_are_kept_and_found_again(kind, others, pairs, tmp_path):
+    others(kind).save(tmp_path)
+    again = OTHERS[kind]().load(tmp_path)
+    x = pairs[1][0]
+    draws = [e.condition(x).sample(100, seed=3) for e in (others(kind), again)]
+    assert torch.equal(*draws)
+    with pytest.raises(ValueError, match="holds an estimator of"):
+        NPE(GAUSSIAN).load(tmp_path)
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -365,11 +569,11 @@ def test_estimators_are_kept_and_found_again(fitted, pairs, tmp_path):
     for other in (NPE(GAUSSIAN), *(NPE(ParameterPrior(**p), "maf") for p in others)):
         with pytest.raises(ValueError, match="holds an estimator of (flow|parameters)"):
             other.load(tmp_path)
-    card = json.loads((tmp_path / "npe.json").read_text())
-    (tmp_path / "npe.json").write_text(json.dumps({**card, "format": 0}))
-    with pytest.raises(ValueError, match="format 0, expected format 1"):
+    card = json.loads((tmp_path / "estimator.json").read_text())
+    (tmp_path / "estimator.json").write_text(json.dumps({**card, "format": 0}))
+    with pytest.raises(ValueError, match="format 0, expected format 2"):
         NPE(GAUSSIAN, flow="maf").load(tmp_path)
-    (tmp_path / "npe.safetensors").write_bytes(b"broken")
+    (tmp_path / "estimator.safetensors").write_bytes(b"broken")
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="holds no estimator that can be read"):
             NPE(GAUSSIAN, flow="maf").load(folder)

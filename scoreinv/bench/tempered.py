@@ -1,15 +1,13 @@
 """Inverse problems that are not linear and Gaussian, whose posterior is known by tempering.
 
 The posterior is a mixture q of Gaussians in closed form times a factor f(x): for counts and for noise with outliers q is the
-posterior under the Gaussian noise near the data, for amplitudes it is the prior. Many chains go from q to q f by way of
-q f^beta: beta rises as far as half of the chains stay effective, chains are resampled, and then move. A move takes a
-component k of q in proportion to its share at x, and proposes
+posterior under the Gaussian noise near the data, for amplitudes it is the prior. Chains go from q to q f
+(`scoreinv.samplers.tempering`). A move takes a component k of q in proportion to its share at x, and proposes
 
     x' = mu_k + (1 - h^2)^1/2 (x - mu_k) + h C_k^1/2 z
 
 which leaves q alone at any h (preconditioned Crank-Nicolson: Cotter, Roberts, Stuart & White, MCMC Methods for Functions,
-2013), and is accepted by f^beta alone. The weights on the way give the evidence. Del Moral, Doucet & Jasra, Sequential Monte
-Carlo Samplers (2006).
+2013), and is accepted by f^beta alone.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from scoreinv.noise import GaussianNoise, PoissonNoise, StudentNoise
 from scoreinv.operators import Amplitude, DenseOperator
 from scoreinv.posterior import Posterior
 from scoreinv.priors import MixturePrior
-from scoreinv.samplers.smc import systematic
+from scoreinv.samplers.tempering import temper
 from scoreinv.streams import stream
 
 MOVES = 20  # at each temperature; four times as many at the last
@@ -57,21 +55,13 @@ class TemperedProblem(Problem):
     def run(self, n: int, seed: int) -> tuple[Tensor, float]:
         """n chains, with shape (n, d), and log Z over that of q [nat]."""
         generator, chains = stream(seed, -5), max(n, CHAINS)
-        x = self.start.draws(chains, seed)
-        log_f, beta, log_z, h = self._factor(x), 0.0, 0.0, 0.5
-        while beta < 1:
-            step = _rise(log_f, 1 - beta)
-            beta, log_w = beta + step, step * log_f
-            log_z += float(torch.logsumexp(log_w, 0)) - math.log(chains)
-            keep = systematic(torch.softmax(log_w, 0), chains, generator)
-            x, log_f = x[keep], log_f[keep]
-            for _ in range(MOVES if beta < 1 else 4 * MOVES):
-                new = self._proposal(x, h, generator)
-                log_f_new = self._factor(new)
-                chance = torch.rand(chains, generator=generator, dtype=torch.float64).log()
-                ok = chance < beta * (log_f_new - log_f)
-                x, log_f = torch.where(ok[:, None], new, x), torch.where(ok, log_f_new, log_f)
-                h = min(1.0, max(0.01, h * math.exp(0.5 * (float(ok.double().mean()) - 0.4))))
+        x, log_z = temper(
+            self.start.draws(chains, seed),
+            self._factor,
+            lambda _: self._proposal,
+            MOVES,
+            generator,
+        )
         order = torch.randperm(chains, generator=generator)
         return x[order[:n]], log_z
 
@@ -83,7 +73,8 @@ class TemperedProblem(Problem):
         """log f, with shape (B,)."""
         return self.posterior.correction(x.reshape(-1, *self.posterior.shape))
 
-    def _proposal(self, x: Tensor, h: float, generator: torch.Generator) -> Tensor:
+    def _proposal(self, x: Tensor, h: float, generator: torch.Generator) -> tuple[Tensor, float]:
+        """Which leaves q as it is."""
         share = torch.softmax(self.start.radius(x)[1], dim=1)
         k = torch.multinomial(share, 1, generator=generator)[:, 0]
         z = torch.randn(x.shape, generator=generator, dtype=torch.float64)
@@ -92,7 +83,7 @@ class TemperedProblem(Problem):
             here, part = k == i, self.start.components[i]
             away = math.sqrt(1 - h**2) * (x[here] - part.mean)
             new[here] = part.mean + away + h * part.colour(z[here])
-        return new
+        return new, 0.0
 
 
 def counts(d: int, m: int, seed: int) -> TemperedProblem:
@@ -150,15 +141,3 @@ def _tempered(
     problem = TemperedProblem(name, posterior, truth.flatten(), math.nan, start)
     evidence = start.log_evidence + problem.run(CHAINS, three)[1]
     return replace(problem, log_evidence=evidence)
-
-
-def _rise(log_f: Tensor, most: float) -> float:
-    """How far beta may rise with half of the chains effective."""
-    share = lambda step: 1 / (torch.softmax(step * log_f, 0).square().sum() * len(log_f))
-    if share(most) >= 0.5:
-        return most
-    low, high = 0.0, most
-    for _ in range(40):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if share(middle) >= 0.5 else (low, middle)
-    return max(low, 1e-6)

@@ -1,15 +1,22 @@
-"""Neural posterior estimation of scalar parameters from simulated data."""
+"""Neural estimation of scalar parameters from simulated data: of posteriors, likelihoods and ratios."""
 
-from scoreinv.npe.estimator import NPE, Estimated, Weighted
+from scoreinv.npe.conditioned import Estimated, Weighted
+from scoreinv.npe.estimator import Estimator
 from scoreinv.npe.featurizers import MLP, DeepSet, Named, ResNet1D, ResNet2D
 from scoreinv.npe.fitting import Fitting
+from scoreinv.npe.nle import NLE
+from scoreinv.npe.nre import NRE
 from scoreinv.npe.parameters import ParameterPrior
+from scoreinv.npe.posterior import NPE
 
 __all__ = [
     "MLP",
+    "NLE",
     "NPE",
+    "NRE",
     "DeepSet",
     "Estimated",
+    "Estimator",
     "Fitting",
     "Named",
     "ParameterPrior",

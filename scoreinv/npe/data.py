@@ -54,8 +54,8 @@ def count(x: Inputs) -> int:
     return next(iter(lengths.values()))
 
 
-def usable(theta: Tensor, x: Inputs, invalid: str) -> tuple[Tensor, Inputs, int]:
-    """Pairs under a policy for numbers that are not finite, and how many were dropped.
+def usable(theta: Tensor, x: Inputs, invalid: str) -> tuple[Tensor, Inputs, Tensor]:
+    """Pairs under a policy for numbers that are not finite, and which were kept, with shape (n,).
 
     Args:
         theta: With shape (n, d).
@@ -77,7 +77,7 @@ def usable(theta: Tensor, x: Inputs, invalid: str) -> tuple[Tensor, Inputs, int]
             f"{lost} of {len(ok)} simulations are not finite; pass invalid='drop' to leave them out, or 'mask' if numbers "
             "of the data are missing"
         )
-    return (theta[ok], mapped(x, lambda v: v[ok]), lost) if lost else (theta, x, 0)
+    return (theta[ok], mapped(x, lambda v: v[ok]), ok) if lost else (theta, x, ok)
 
 
 def masked(x: Tensor) -> Tensor:

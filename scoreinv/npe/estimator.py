@@ -1,36 +1,30 @@
-"""Neural posterior estimation of scalar parameters: p(theta | x), learned from simulated pairs.
+"""What estimators of scalar parameters have in common: pairs are fitted by an ensemble, one observation gives a posterior.
 
-    estimator = si.NPE(prior)
-    estimator.fit(theta, x, seed=0)
+    estimator = si.NPE(prior).fit(theta, x, seed=0)
     draws = estimator.condition(x_observed).sample(1000, seed=1)
 
-Densities are learned in the space of `scoreinv.npe.parameters`, so that no draw leaves the prior's support. Several members
-make a mixture, log sum_m w_m q_m, whose weights maximise the likelihood of the held-out pairs: stacking, by expectation
-maximisation. Where the likelihood is known, draws are weighted to the exact posterior, and the weights say how good the
-estimate was.
-
-Papamakarios & Murray, Fast epsilon-free Inference of Simulation Models with Bayesian Conditional Density Estimation (2016,
-arXiv:1605.06376); stacking: Yao, Vehtari, Simpson & Gelman (2018, arXiv:1704.02030).
+Several members make a mixture, log sum_m w_m exp(score_m), whose weights make the loss of held-out pairs least: stacking.
+Yao, Vehtari, Simpson & Gelman, Using Stacking to Average Bayesian Predictive Distributions (2018, arXiv:1704.02030).
 """
 
 from __future__ import annotations
 
 import json
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from scoreinv.finetune.evidence import Evidence, evidence
+from scoreinv.npe.conditioned import Estimated
 from scoreinv.npe.data import (
     ALONE,
     INVALID,
-    ROWS,
     Inputs,
     Standardise,
     count,
@@ -40,108 +34,68 @@ from scoreinv.npe.data import (
     usable,
 )
 from scoreinv.npe.featurizers import Data, Named, featurizer_for
-from scoreinv.npe.fitting import Fitting, fit, log_prob
-from scoreinv.npe.flows import KINDS, new_flow, seeded
+from scoreinv.npe.fitting import Fitting, Pairs, fit, scores
+from scoreinv.npe.flows import seeded
+from scoreinv.npe.members import Member
 from scoreinv.npe.parameters import ParameterPrior
 from scoreinv.streams import integer, stream
 
-FORMAT = 1  # of the files of an estimator
+FORMAT = 2  # of the files of an estimator
 FEWEST = 50  # pairs that are worth a fit
 HELD_OUT = 10  # pairs, at least
 MEASURED = 10_000  # pairs that set units and usual features
-STEPS = 200  # of expectation maximisation
-NOTHING = 700.0  # below the largest log-weight [nat]
-LOG_TWO_PI = math.log(2 * math.pi)
+ITERATIONS = 100  # of the search for the weights
 
 
-class Density(nn.Module):
-    """q(u | x): units, features, flow.
-
-    Args:
-        units: Of each input, by name.
-        featurizer: Makes features of standardised data; of one input alone, or of several by name.
-        flow: A distribution of u for features, see `scoreinv.npe.flows`.
-        alone: Whether there is one input, which the featurizer takes without its name.
-    """
-
-    def __init__(
-        self,
-        units: dict[str, Standardise],
-        featurizer: nn.Module,
-        flow: nn.Module,
-        alone: bool,
-    ) -> None:
-        super().__init__()
-        self.units = nn.ModuleDict(units)
-        self.featurizer, self.flow, self.alone = featurizer, flow, alone
-
-    def features(self, x: Inputs) -> Tensor:
-        """With shape (B, features)."""
-        standard = {name: self.units[name](v) for name, v in x.items()}
-        return self.featurizer(standard[ALONE] if self.alone else standard)
-
-    @torch.no_grad()
-    def many_features(self, x: Inputs) -> Tensor:
-        """Of many data, some at a time, with shape (n, features), in float64."""
-        parts = torch.arange(count(x)).split(ROWS)
-        some = (mapped(x, lambda v, rows=rows: v[rows]) for rows in parts)
-        return torch.cat([self.features(part).double() for part in some])
-
-    def log_prob(self, u: Tensor, x: Inputs) -> Tensor:
-        """log q(u | x), with shape (B,), of pairs."""
-        return self.flow(self.features(x)).log_prob(u.float())
-
-    @torch.no_grad()
-    def sample(self, n: int, x: Inputs, seed: int) -> Tensor:
-        """n draws for each x, with shape (n, B, d)."""
-        with seeded(seed):
-            return self.flow(self.features(x)).sample((n,)).double()
-
-
-class NPE:
-    """An estimator of p(theta | x).
+class Estimator(ABC):
+    """An ensemble that is fitted to pairs of parameters and data.
 
     Args:
         prior: Of the parameters.
-        flow: maf, nsf, coupling or mixture, or a function of the numbers of parameters and of features that makes any module
-            whose call on features gives a distribution.
-        featurizer: A function of no argument that makes one, called once for each member; one that suits the data's shape if
-            not given (`scoreinv.npe.featurizers`).
+        featurizer: A function of no argument that makes one; one that suits the data's shape if not given.
         members: Of the ensemble.
-        invalid: What to do with numbers that are not finite: raise; drop such simulations; or mask, which sets missing ones
-            of the data to the mean and tells the featurizer where, by as many channels more.
+        invalid: What to do with numbers that are not finite, see `NPE`.
 
     Attributes:
-        members: Densities, after `fit`.
+        members: Networks, after `fit`.
         weights: Of the members, with shape (M,).
         history: Of each member's fit.
         dropped: Pairs that were left out.
     """
 
+    name: ClassVar[str]
+    given: ClassVar[type[Estimated]]  # what `condition` makes
+
     def __init__(
         self,
         prior: ParameterPrior,
-        flow: str | Callable[[int, int], nn.Module] = "nsf",
-        featurizer: Callable[[], nn.Module] | None = None,
-        members: int = 1,
-        invalid: str = "raise",
+        featurizer: Callable[[], nn.Module] | None,
+        members: int,
+        invalid: str,
     ) -> None:
         if members < 1:
             raise ValueError(f"members is {members}, expected at least 1")
-        if isinstance(flow, str) and flow not in KINDS:
-            raise ValueError(f"flow is {flow!r}, expected one of {', '.join(KINDS)}")
         if invalid not in INVALID:
             raise ValueError(f"invalid is {invalid!r}, expected one of {', '.join(INVALID)}")
         if isinstance(featurizer, nn.Module):
             raise ValueError(
                 "featurizer is a module, expected a function that makes one, for each member its own: lambda: ..."
             )
-        self.prior, self.flow, self.featurizer, self.invalid = prior, flow, featurizer, invalid
+        self.prior, self.featurizer, self.invalid = prior, featurizer, invalid
         self.size, self.members, self.dropped = members, nn.ModuleList(), 0
         self.weights = torch.full((members,), 1 / members, dtype=torch.float64)
         self.shapes: dict[str, list[int]] = {}
         self.history: list[list[dict[str, float]]] = []
         self.usual: list[Usual] = []
+
+    @property
+    @abstractmethod
+    def options(self) -> dict:
+        """What it is made with, beside the prior, the size and the featurizer; values of JSON."""
+
+    @abstractmethod
+    def new(self, units: dict[str, Standardise]) -> Member:
+        """A member that has not been fitted."""
 
     def fit(
         self,
@@ -151,20 +105,24 @@ class NPE:
         plan: Fitting | None = None,
         validation: float = 0.1,
         noise: Callable[[Data, torch.Generator], Data] | None = None,
+        pair_weights: Tensor | None = None,
         device: str = "cpu",
         progress: bool = False,
-    ) -> NPE:
+        checkpoint: str | Path | None = None,
+    ) -> Self:
         """Learn from pairs; returns itself.
 
         Args:
-            theta: With shape (n, d), drawn from the prior.
+            theta: With shape (n, d), drawn from the prior, but for `pair_weights`, or a likelihood that is learned.
             x: Data of each, with shape (n, ...), or several by name.
             seed: Decides everything random.
             plan: How long and how fast.
             validation: Share of the pairs that are held out, which stop the fit and weigh the members.
             noise: Makes data of stored ones, anew in every epoch: of a batch like x, and a generator, one like it.
+            pair_weights: Prior over what theta was drawn from, up to a factor, with shape (n,).
             device: Where the networks are fitted; data stay where they are, but for a batch.
             progress: Show a progress bar.
+            checkpoint: Folder in which the state of the fit is kept, from which the same call goes on.
 
         Raises:
             ValueError: Lengths that differ, too few pairs, parameters outside of the prior, features that never change.
@@ -178,10 +136,19 @@ class NPE:
             raise ValueError(f"{len(theta)} parameters and {count(inputs)} data, expected as many")
         if not 0 < validation < 1:
             raise ValueError(f"validation is {validation:g}, expected between 0 and 1")
-        theta, inputs, self.dropped = usable(theta, inputs, self.invalid)
+        if pair_weights is not None and tuple(pair_weights.shape) != (len(theta),):
+            raise ValueError(
+                f"pair_weights has shape {tuple(pair_weights.shape)}, expected ({len(theta)},)"
+            )
+        w = torch.ones(len(theta)) if pair_weights is None else pair_weights
+        theta, inputs, kept = usable(theta, inputs, self.invalid)
+        self.dropped = int((~kept).sum())
         if len(theta) < FEWEST:
             raise ValueError(f"{len(theta)} pairs, expected at least {FEWEST}, better thousands")
-        u = self.prior.to_normal(theta)
+        u, w = self.prior.to_normal(theta), w[kept].double()
+        if not bool((w >= 0).all() & (w.sum() > 0) & w.isfinite().all()):
+            raise ValueError("pair_weights are negative or not finite, or all are 0")
+        w = (w / w.mean()).float()
         held_out = torch.zeros(len(u), dtype=torch.bool)
         some = max(HELD_OUT, round(validation * len(u)))
         held_out[torch.randperm(len(u), generator=stream(seed))[:some]] = True
@@ -199,14 +166,17 @@ class NPE:
         for name, v in seen.items():
             members[0].units[name].measure(v, name)
         history = []
-        for i, density in enumerate(members):
-            density.units.load_state_dict(members[0].units.state_dict())
+        for i, member in enumerate(members):
+            member.units.load_state_dict(members[0].units.state_dict())
+            state = None if checkpoint is None else Path(checkpoint) / f"member-{i}.pt"
             own = integer(seed, 6, i)
-            history.append(
-                fit(density, u, inputs, held_out, plan or Fitting(), own, fresh, device, progress)
-            )
+            pairs = Pairs(u, inputs, w, held_out, fresh)
+            history.append(fit(member, pairs, plan or Fitting(), own, device, progress, state))
         x_held = fresh(mapped(inputs, lambda v: v[held_out]), stream(seed, 7))
-        self.weights = stacked(torch.stack([log_prob(m, u[held_out], x_held) for m in members]))
+        if self.size > 1:
+            own = integer(seed, 8)
+            each = torch.stack([scores(m, u[held_out], x_held, own) for m in members])
+            self.weights = stacked(each, members[0].criterion, w[held_out].double())
         self.usual = [Usual.of(m.many_features(seen), m.many_features(x_held)) for m in members]
         self.members, self.history = members, history
         return self
@@ -234,7 +204,7 @@ class NPE:
                     f"{name} has {int((~v.isfinite()).sum())} numbers that are not finite; fit with invalid='mask' for data "
                     "with missing ones"
                 )
-        return Estimated(self, mapped(one, masked) if self.invalid == "mask" else one)
+        return self.given(self, mapped(one, masked) if self.invalid == "mask" else one)
 
     def save(self, folder: str | Path) -> None:
         """Keep what was fitted; `load` reads it into an estimator that is made as this one was."""
@@ -246,12 +216,12 @@ class NPE:
         tensors["weights"] = self.weights
         for i, usual in enumerate(self.usual):
             tensors |= {f"usual.{i}.{k}": v.contiguous() for k, v in asdict(usual).items()}
-        save_file(tensors, folder / "npe.safetensors")
+        save_file(tensors, folder / "estimator.safetensors")
         learned = {"shapes": self.shapes, "history": self.history, "dropped": self.dropped}
         card = {**self._card, **learned, "alone": self.alone}
-        (folder / "npe.json").write_text(json.dumps(card, indent=1) + "\n")
+        (folder / "estimator.json").write_text(json.dumps(card, indent=1) + "\n")
 
-    def load(self, folder: str | Path) -> NPE:
+    def load(self, folder: str | Path) -> Self:
         """Take up what an estimator like this one has kept in a folder; returns itself.
 
         Raises:
@@ -259,8 +229,8 @@ class NPE:
         """
         folder = Path(folder)
         try:
-            card = json.loads((folder / "npe.json").read_text())
-            tensors = load_file(folder / "npe.safetensors")
+            card = json.loads((folder / "estimator.json").read_text())
+            tensors = load_file(folder / "estimator.safetensors")
         except (OSError, json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(f"{folder} holds no estimator that can be read: {error}") from error
         other = [k for k, v in self._card.items() if card.get(k) != v]
@@ -287,8 +257,9 @@ class NPE:
     def _card(self) -> dict:
         return {
             "format": FORMAT,
+            "kind": self.name,
             "parameters": self.prior.card,
-            "flow": self.flow if isinstance(self.flow, str) else "own",
+            **self.options,
             "members": self.size,
             "invalid": self.invalid,
         }
@@ -297,18 +268,29 @@ class NPE:
         """How many channels of data of this shape are masks."""
         return shape[0] // 2 if self.invalid == "mask" else 0
 
-    def _new(self, seed: int) -> Density:
-        make = self.flow if callable(self.flow) else lambda d, c: new_flow(self.flow, d, c)
+    def mixed(self, log_ratios: Sequence[Tensor]) -> Tensor:
+        """log r of the ensemble, with shape (B,), in float64, for that of each member."""
+        each = torch.stack(list(log_ratios)).double()
+        return torch.logsumexp(each + self.weights.log()[:, None], 0)
+
+    def new_featurizer(self) -> nn.Module:
+        """One that was asked for, or suits the data.
+
+        Raises:
+            ValueError: One that does not say how many features it makes.
+        """
+        featurizer = self.featurizer() if self.featurizer else self._suited()
+        if not isinstance(getattr(featurizer, "features", None), int):
+            raise ValueError(
+                f"the featurizer, a {type(featurizer).__name__}, does not say how many features it makes; give it an "
+                "attribute `features`"
+            )
+        return featurizer
+
+    def _new(self, seed: int) -> Member:
         with seeded(seed):
-            featurizer = self.featurizer() if self.featurizer else self._suited()
-            if not isinstance(getattr(featurizer, "features", None), int):
-                raise ValueError(
-                    f"the featurizer, a {type(featurizer).__name__}, does not say how many features it makes; give it an "
-                    "attribute `features`"
-                )
             units = {k: Standardise(shape, self._masks(shape)) for k, shape in self.shapes.items()}
-            flow = make(len(self.prior), featurizer.features)
-            return Density(units, featurizer, flow, self.alone)
+            return self.new(units)
 
     def _suited(self) -> nn.Module:
         if self.alone:
@@ -346,113 +328,25 @@ class Usual:
         return ((left @ self.precision) * left).sum(1).clamp_min(0).sqrt() / self.reach
 
 
-@dataclass(frozen=True)
-class Weighted:
-    """Draws of an estimate, weighted to the exact posterior.
+def stacked(scores: Tensor, criterion: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
+    """Weights under which a mixture has the least loss of pairs, with shape (M,).
 
-    Attributes:
-        theta: With shape (n, d).
-        log_w: Log-weights, with shape (n,); the mean of the weights is the evidence.
-        evidence: What they prove: log Z, effective size, Pareto's k-hat (above 0.7 they are not to be trusted).
+    Args:
+        scores: Of the members, with shape (M, n, ...).
+        criterion: Loss of each pair, with shape (n,), for scores with shape (n, ...).
+        w: Weights of the pairs, with shape (n,).
     """
+    logits = torch.zeros(len(scores), dtype=torch.float64, requires_grad=True)
+    search = torch.optim.LBFGS([logits], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+    shaped = lambda v: v.reshape(-1, *[1] * (scores.ndim - 1))
 
-    theta: Tensor
-    log_w: Tensor
-    evidence: Evidence
-
-    @property
-    def n_eff(self) -> float:
-        """1 / sum w^2 - 1 of the normalised weights."""
-        return float(1 / torch.softmax(self.log_w, 0).square().sum()) - 1
-
-
-@dataclass(frozen=True)
-class Estimated:
-    """The posterior of one observation.
-
-    Attributes:
-        estimator: Fitted.
-        x: The observation, in a batch of one.
-    """
-
-    estimator: NPE
-    x: Inputs
-
-    def sample(self, n: int, seed: int) -> Tensor:
-        """n draws of theta, with shape (n, d), in float64; all of them in the prior's support."""
-        return self.estimator.prior.from_normal(self._draw(n, seed))
-
-    @torch.no_grad()
-    def log_prob(self, theta: Tensor) -> Tensor:
-        """log q(theta | x), with shape (B,), in float64; -inf outside of the prior's support."""
-        prior = self.estimator.prior
-        log_p = prior.log_prob(theta)
-        found, inside = torch.full_like(log_p, -math.inf), log_p > -math.inf
-        u = prior.to_normal(theta[inside])
-        found[inside] = self._ratio(u) + log_p[inside]
+    def loss() -> Tensor:
+        search.zero_grad()
+        mixed = torch.logsumexp(scores + shaped(torch.log_softmax(logits, 0)), 0)
+        found = (w * criterion(mixed)).mean()
+        found.backward()
         return found
 
-    def reweighted(
-        self, log_likelihood: Callable[[Tensor], Tensor], n: int, seed: int
-    ) -> Weighted:
-        """n draws, weighted by log p(x | theta), which takes theta with shape (n, d) and answers with shape (n,) [nat]."""
-        u = self._draw(n, seed)
-        theta = self.estimator.prior.from_normal(u)
-        log_l = log_likelihood(theta).double()
-        if tuple(log_l.shape) != (n,):
-            raise ValueError(f"the log-likelihood has shape {tuple(log_l.shape)}, expected ({n},)")
-        wrong = log_l.isnan() | (log_l == math.inf)
-        if bool(wrong.any()):
-            raise ValueError(
-                f"the log-likelihood of {int(wrong.sum())} of {n} draws is {float(log_l[wrong][0]):g} (first: theta = "
-                f"{theta[wrong][0].tolist()}); expected a number, or -inf where data cannot be"
-            )
-        log_w = log_l - self._ratio(u)
-        if not bool((log_w > -math.inf).any()):
-            raise ValueError(f"the log-likelihood of all {n} draws is -inf")
-        # draws that the likelihood forbids count as almost nothing
-        return Weighted(theta, log_w, evidence(log_w.clamp_min(float(log_w.max()) - NOTHING)))
-
-    def strangeness(self) -> float:
-        """Distance of the data's features from those of simulations, over that within which 99 of 100 of these lie.
-
-        Above 1 the data are stranger than all but one in a hundred simulations; far above, the estimate means nothing. Of
-        several members the median.
-        """
-        e = self.estimator
-        each = [
-            u.distance(m.many_features(self.x)) for u, m in zip(e.usual, e.members, strict=True)
-        ]
-        return float(torch.cat(each).median())
-
-    @torch.no_grad()
-    def _draw(self, n: int, seed: int) -> Tensor:
-        e = self.estimator
-        which = torch.multinomial(e.weights, n, replacement=True, generator=stream(seed))
-        counts = which.bincount(minlength=e.size).tolist()
-        parts = [
-            m.sample(k, self.x, integer(seed, 2, i))[:, 0]
-            for i, (m, k) in enumerate(zip(e.members, counts, strict=True))
-            if k
-        ]
-        return torch.cat(parts)[torch.randperm(n, generator=stream(seed, 1))]
-
-    @torch.no_grad()
-    def _ratio(self, u: Tensor) -> Tensor:
-        """log q(u | x) - log N(u; 0, 1), with shape (B,)."""
-        e, each = self.estimator, []
-        for m in e.members:
-            f = m.features(self.x)
-            parts = u.float().split(10 * ROWS)
-            each.append(torch.cat([m.flow(f.expand(len(v), -1)).log_prob(v) for v in parts]))
-        log_q = torch.stack(each).double() + e.weights.log()[:, None]
-        return torch.logsumexp(log_q, 0) + 0.5 * (u.square() + LOG_TWO_PI).sum(1)
-
-
-def stacked(log_q: Tensor) -> Tensor:
-    """Weights under which a mixture makes pairs likeliest, with shape (M,), for log q of its members, with shape (M, n)."""
-    w = log_q.new_full((len(log_q),), 1 / len(log_q))
-    for _ in range(STEPS):
-        w = torch.softmax(log_q + w.log()[:, None], 0).mean(1).clamp_min(1e-12)
-        w = w / w.sum()
-    return w
+    with torch.enable_grad():
+        search.step(loss)
+    return torch.softmax(logits.detach(), 0)

@@ -1,11 +1,13 @@
-"""Fits densities to pairs of parameters and data: early stopping, the best state kept, no global seed touched."""
+"""Fits members to pairs of parameters and data: early stopping, the best state kept, no global seed touched."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 from scoreinv.npe.data import Inputs, mapped
 from scoreinv.npe.flows import seeded
+from scoreinv.npe.members import Member
 from scoreinv.streams import integer, stream
 
 Fresh = Callable[[Inputs, torch.Generator], Inputs]
@@ -46,90 +49,192 @@ class Fitting:
             )
 
 
-def fit(
-    density: nn.Module,
-    u: Tensor,
-    x: Inputs,
-    held_out: Tensor,
-    plan: Fitting,
-    seed: int,
-    fresh: Fresh,
-    device: str = "cpu",
-    progress: bool = False,
-) -> list[dict[str, float]]:
-    """Maximise the mean of `density.log_prob(u, x)`; the density ends on the CPU, in its best state on held-out pairs.
+@dataclass(frozen=True)
+class Pairs:
+    """What is fitted to.
 
-    Args:
-        density: A module.
+    Attributes:
         u: Parameters, with shape (n, d).
         x: Stored data of each, by name, of which a batch at a time goes to the device.
+        w: Weights, of mean 1, with shape (n,).
         held_out: Which pairs are not trained on, with shape (n,).
+        fresh: Makes data of stored ones, for a batch and a generator, anew in every epoch; held-out ones are made once.
+    """
+
+    u: Tensor
+    x: Inputs
+    w: Tensor
+    held_out: Tensor
+    fresh: Fresh
+
+
+def fit(
+    member: Member,
+    pairs: Pairs,
+    plan: Fitting,
+    seed: int,
+    device: str = "cpu",
+    progress: bool = False,
+    checkpoint: Path | None = None,
+) -> list[dict[str, float]]:
+    """Minimise the mean of `member.loss`; the member ends on the CPU, in its best state on held-out pairs.
+
+    Args:
+        member: A module.
+        pairs: What it is fitted to.
         plan: How long and how fast.
         seed: Of the order of the pairs, and of what is fresh.
-        fresh: Makes data of stored ones, for a batch and a generator, anew in every epoch; held-out ones are made once.
-        device: Where the density is fitted.
+        device: Where it is fitted.
         progress: Show a progress bar.
+        checkpoint: File in which the state is kept after each epoch, and from which the fit goes on.
 
     Returns:
         For each epoch the losses of both sets and the learning rate.
 
     Raises:
         FloatingPointError: A loss that is not finite.
+        ValueError: A checkpoint of another fit, or a broken one.
     """
+    held_out = pairs.held_out
     trained = (~held_out).nonzero().flatten()
     there = lambda v: v.to(device)
-    u_held = u[held_out]
-    x_held = fresh(mapped(x, lambda v: v[held_out]), stream(seed, 2))
-    density.to(device)
-    optimiser = torch.optim.Adam(density.parameters(), lr=plan.rate)
+    x_held = pairs.fresh(mapped(pairs.x, lambda v: v[held_out]), stream(seed, 2))
+    u_held, w_held = pairs.u[held_out], pairs.w[held_out]
+    member.to(device)
+    optimiser = torch.optim.Adam(member.parameters(), lr=plan.rate)
     falling = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimiser, factor=0.5, patience=max(1, plan.patience // 2), threshold_mode="abs"
     )
-    history, best, kept, waited = [], math.inf, copy.deepcopy(density.state_dict()), 0
-    with (
-        seeded(integer(seed, 4)),  # for what draws in a network, such as dropout
-        tqdm(total=plan.epochs, disable=not progress, unit="epoch") as bar,
-    ):
-        for epoch in range(plan.epochs):
+    progressed = Progress(member.state_dict())
+    keeper = Keeper(checkpoint, {"seed": seed, "pairs": len(pairs.u), **asdict(plan)})
+    keeper.restore(member, optimiser, falling, progressed)
+    with tqdm(total=plan.epochs, disable=not progress, unit="epoch") as bar:
+        bar.update(len(progressed.history))
+        for epoch in range(len(progressed.history), plan.epochs):
+            if progressed.waited >= plan.patience:
+                break
             generator, total = stream(seed, 1, epoch), 0.0
-            density.train()
+            member.train()
             order = trained[torch.randperm(len(trained), generator=generator)]
-            for rows in order.split(plan.batch):
-                some = fresh(mapped(x, lambda v, rows=rows: v[rows]), generator)
-                loss = -density.log_prob(there(u[rows]), mapped(some, there)).mean()
-                optimiser.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(density.parameters(), plan.clip)
-                optimiser.step()
-                total += float(loss.detach()) * len(rows)
-            now = -float(log_prob(density, u_held, x_held, plan.batch, device).mean())
+            with seeded(integer(seed, 4, epoch)):  # for what draws in a network, such as dropout
+                for rows in _batches(order, plan.batch):
+                    some = mapped(pairs.x, lambda v, rows=rows: v[rows])
+                    some = mapped(pairs.fresh(some, generator), there)
+                    loss = member.loss(there(pairs.u[rows]), some, there(pairs.w[rows]))
+                    optimiser.zero_grad()
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(member.parameters(), plan.clip)
+                    optimiser.step()
+                    total += float(loss.detach()) * len(rows)
+            now = _held_out_loss(member, u_held, x_held, w_held, plan.batch, device, seed)
             if not math.isfinite(total + now):
                 raise FloatingPointError(
                     f"the loss of epoch {epoch} is not finite: are the data? Standardised, they should be a few units wide"
                 )
             rate = optimiser.param_groups[0]["lr"]
-            history.append({"loss": total / len(trained), "held out": now, "rate": rate})
             falling.step(now)
-            waited += 1
-            if now < best:
-                best, kept, waited = now, copy.deepcopy(density.state_dict()), 0
-            bar.set_postfix(held_out=f"{now:.3f}", best=f"{best:.3f}")
+            progressed.add({"loss": total / len(trained), "held out": now, "rate": rate}, member)
+            keeper.keep(member, optimiser, falling, progressed)
+            bar.set_postfix(held_out=f"{now:.3f}", best=f"{progressed.best:.3f}")
             bar.update()
-            if waited >= plan.patience:
-                break
-    density.load_state_dict(kept)
-    density.cpu().eval()
-    return history
+    member.load_state_dict(progressed.kept)
+    member.cpu().eval()
+    return progressed.history
+
+
+class Progress:
+    """How far a fit has come, and the best state so far."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self.history: list[dict[str, float]] = []
+        self.best, self.waited, self.kept = math.inf, 0, copy.deepcopy(state)
+
+    def add(self, epoch: dict[str, float], member: nn.Module) -> None:
+        """One epoch more."""
+        self.history.append(epoch)
+        self.waited += 1
+        if epoch["held out"] < self.best:
+            self.best, self.waited = epoch["held out"], 0
+            self.kept = copy.deepcopy(member.state_dict())
+
+
+class Keeper:
+    """Keeps the state of a fit in a file.
+
+    Args:
+        file: Where; None to keep nothing.
+        card: What tells this fit from others.
+    """
+
+    def __init__(self, file: Path | None, card: dict) -> None:
+        self.file, self.card = file, card
+
+    def keep(self, member: nn.Module, *others: Any) -> None:
+        """After an epoch, so that what is there is always whole."""
+        if self.file is None:
+            return
+        optimiser, falling, progressed = others
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "card": self.card,
+            "member": member.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "falling": falling.state_dict(),
+            "progress": vars(progressed),
+        }
+        half = self.file.with_suffix(".part")
+        torch.save(state, half)
+        half.replace(self.file)
+
+    def restore(self, member: nn.Module, *others: Any) -> None:
+        """Take up the state where there is one."""
+        if self.file is None or not self.file.exists():
+            return
+        optimiser, falling, progressed = others
+        try:
+            state = torch.load(self.file, weights_only=True)
+            card = state["card"]
+        except Exception as error:
+            raise ValueError(
+                f"{self.file} cannot be read ({error}); remove it to begin anew"
+            ) from error
+        if card != self.card:
+            raise ValueError(
+                f"{self.file} is of the fit {card}, expected {self.card}; remove it to begin anew"
+            )
+        member.load_state_dict(state["member"])
+        optimiser.load_state_dict(state["optimiser"])
+        falling.load_state_dict(state["falling"])
+        vars(progressed).update(state["progress"])
+
+
+def _batches(rows: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Rows in parts of about this size, none much smaller than the others."""
+    return rows.tensor_split(max(1, math.ceil(len(rows) / size)))
 
 
 @torch.no_grad()
-def log_prob(
-    density: nn.Module, u: Tensor, x: Inputs, batch: int = 1000, device: str = "cpu"
-) -> Tensor:
-    """log q of many pairs, a batch at a time, with shape (n,), in float64 on the CPU."""
-    density.eval()
-    found = []
-    for rows in torch.arange(len(u)).split(batch):
-        some = mapped(x, lambda v, rows=rows: v[rows].to(device))
-        found.append(density.log_prob(u[rows].to(device), some).double().cpu())
-    return torch.cat(found)
+def _held_out_loss(
+    member: Member, u: Tensor, x: Inputs, w: Tensor, batch: int, device: str, seed: int
+) -> float:
+    """Mean loss, of the same random numbers in every epoch."""
+    member.eval()
+    total = 0.0
+    with seeded(integer(seed, 9)):
+        for rows in _batches(torch.arange(len(u)), batch):
+            some = mapped(x, lambda v, rows=rows: v[rows].to(device))
+            loss = member.loss(u[rows].to(device), some, w[rows].to(device))
+            total += float(loss) * len(rows)
+    return total / len(u)
+
+
+@torch.no_grad()
+def scores(member: Member, u: Tensor, x: Inputs, seed: int, batch: int = 1000) -> Tensor:
+    """`Member.scores` of many pairs, with shape (n, ...), in float64."""
+    member.eval()
+    with seeded(seed):
+        parts = [
+            member.scores(u[rows], mapped(x, lambda v, rows=rows: v[rows])).double()
+            for rows in _batches(torch.arange(len(u)), batch)
+        ]
+    return torch.cat(parts)

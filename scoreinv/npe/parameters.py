@@ -12,6 +12,7 @@ and is N(0, 1) a priori there. No u leaves the support of the prior on its way b
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -71,6 +72,10 @@ class ParameterPrior:
         at = torch.tensor(KNOWN_BY, dtype=torch.float64)
         quantiles = [[float(f"{v:.6g}") for v in p.icdf(at).flatten()] for p in self._each]
         return {"names": list(self.names), "quantiles": quantiles}
+
+    def only(self, names: Sequence[str]) -> ParameterPrior:
+        """The prior of some of the parameters, in this order."""
+        return ParameterPrior(**{name: self._each[self.names.index(name)] for name in names})
 
     def sample(self, n: int, seed: int) -> Tensor:
         """n draws, with shape (n, d), in float64."""
