@@ -20,6 +20,7 @@ from scoreinv.cli.coverage import coverage
 from scoreinv.cli.finetune import finetune
 from scoreinv.cli.inspect import inspect
 from scoreinv.cli.keys import summary
+from scoreinv.cli.npe import npe
 from scoreinv.cli.parse import help_text, parse
 from scoreinv.cli.priors import priors
 from scoreinv.cli.sample import sample
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[[typing.Any], int | None]] = {
     "coverage": coverage,
     "finetune": finetune,
     "train": train,
+    "npe": npe,
     "bench": bench,
     "priors": priors,
     "inspect": inspect,

@@ -8,12 +8,14 @@ from scoreinv.npe.nle import NLE
 from scoreinv.npe.nre import NRE
 from scoreinv.npe.parameters import ParameterPrior
 from scoreinv.npe.posterior import NPE
+from scoreinv.npe.rounds import Clipped, Sequential, Truncated, sequential
 
 __all__ = [
     "MLP",
     "NLE",
     "NPE",
     "NRE",
+    "Clipped",
     "DeepSet",
     "Estimated",
     "Estimator",
@@ -22,5 +24,8 @@ __all__ = [
     "ParameterPrior",
     "ResNet1D",
     "ResNet2D",
+    "Sequential",
+    "Truncated",
     "Weighted",
+    "sequential",
 ]

@@ -37,6 +37,11 @@ def mapped(x: Inputs, f: Callable[[Tensor], Tensor]) -> Inputs:
     return {name: f(v) for name, v in x.items()}
 
 
+def joined(x: Inputs, more: Inputs) -> Inputs:
+    """Those of one after those of the other; the first may be empty."""
+    return {name: torch.cat([x[name], v]) if x else v for name, v in more.items()}
+
+
 def count(x: Inputs) -> int:
     """Of the pairs, which all inputs have in common.
 

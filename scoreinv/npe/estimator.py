@@ -150,8 +150,8 @@ class Estimator(ABC):
             raise ValueError("pair_weights are negative or not finite, or all are 0")
         w = (w / w.mean()).float()
         held_out = torch.zeros(len(u), dtype=torch.bool)
-        some = max(HELD_OUT, round(validation * len(u)))
-        held_out[torch.randperm(len(u), generator=stream(seed))[:some]] = True
+        share = max(HELD_OUT, round(validation * len(u)))
+        held_out[torch.randperm(len(u), generator=stream(seed))[:share]] = True
         self.alone = not isinstance(x, Mapping)
 
         def fresh(some: Inputs, generator: torch.Generator) -> Inputs:
@@ -160,7 +160,8 @@ class Estimator(ABC):
             return mapped(some, masked) if self.invalid == "mask" else some
 
         # what units and usual features are of
-        seen = fresh(mapped(inputs, lambda v: v[~held_out][:MEASURED]), stream(seed, 3))
+        some = (~held_out).nonzero().flatten()[:MEASURED]
+        seen = fresh(mapped(inputs, lambda v: v[some]), stream(seed, 3))
         self.shapes = {name: list(v.shape[1:]) for name, v in seen.items()}
         members = nn.ModuleList([self._new(integer(seed, 5, i)) for i in range(self.size)])
         for name, v in seen.items():

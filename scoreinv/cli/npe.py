@@ -1,0 +1,176 @@
+"""`scoreinv npe data|train|validate|observe|run`: posteriors of scalar parameters, from a simulator to an observation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from scoreinv.cli.bench import table
+from scoreinv.cli.problem import say
+from scoreinv.npe.stages import (
+    Training,
+    best,
+    digest,
+    observe,
+    read_observation,
+    train,
+    validate,
+)
+from scoreinv.npe.store import Store, load_simulator, simulated
+from scoreinv.samplers.run import installed
+
+STAGES = ("data", "train", "validate", "observe", "run")
+SHOWN = ("name", "log q [nat]", "+-", "held-out loss", "epochs", "seconds", "dropped")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPEConfig:
+    """A simulator, what is learned from it, and an observation.
+
+    Args:
+        what: The stage: data, train, validate or observe; or run, all of them, those that are done already left out.
+        simulator: One of cluster, power, chirp, dust, disc; or FILE.py:NAME, a `scoreinv.npe.Simulator` in a file of yours.
+        output: Folder of all stages.
+        n: Simulations.
+        batch: Simulations that are made together.
+        training: What is fitted to them.
+        sims: Fresh simulations whose truths should be covered.
+        draws: Of the posterior of each.
+        swaps: Draws of the null distribution; no p-value is below one in so many.
+        observation: Numbers in .npy, or inputs by name in .npz; a simulation, whose truth is known, if left out.
+        samples: Draws of its posterior.
+        workers: Processes that simulate and fit, one thread each.
+        device: Where networks are fitted.
+        seed: Decides everything random.
+        overwrite: Do the stage again, and lose what it made.
+    """
+
+    what: str
+    simulator: str
+    output: str
+    n: int = 10_000
+    batch: int = 1000
+    training: Training = field(default_factory=Training)
+    sims: int = 300
+    draws: int = 100
+    swaps: int = 1999
+    observation: str | None = None
+    samples: int = 10_000
+    workers: int = 1
+    device: str = "cpu"
+    seed: int = 0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.what not in STAGES:
+            raise ValueError(f"what is {self.what!r}, expected one of {', '.join(STAGES)}")
+        for name, least in {"n": 100, "sims": 20, "draws": 20, "samples": 100}.items():
+            if (given := getattr(self, name)) < least:
+                raise ValueError(f"{name} is {given}, expected at least {least}")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output)
+
+    @property
+    def store(self) -> Store:
+        return Store(self.folder / "data")
+
+    @property
+    def fits(self) -> Path:
+        return self.folder / "train"
+
+
+def npe(config: NPEConfig) -> None:
+    """Learn scalar parameters from simulations, test the posteriors, and draw that of an observation."""
+    stages = {"data": _data, "train": _train, "validate": _validate, "observe": _observe}
+    try:
+        for name in stages if config.what == "run" else [config.what]:
+            stages[name](config)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"what is finished stays in {config.folder}; the same command goes on from there"
+        ) from None
+
+
+def _data(config: NPEConfig) -> None:
+    if config.overwrite:
+        shutil.rmtree(config.store.folder, ignore_errors=True)
+    progress = sys.stderr.isatty()
+    folder, workers = config.store.folder, config.workers
+    store = simulated(
+        config.simulator, config.n, folder, config.seed, workers, config.batch, progress
+    )
+    shapes = ", ".join(f"{k} {tuple(v)}" for k, v in store.card["shapes"].items())
+    say("simulations", f"{config.n} of {config.simulator}: {shapes}, in {folder}")
+
+
+def _train(config: NPEConfig) -> None:
+    if config.overwrite:
+        shutil.rmtree(config.fits, ignore_errors=True)
+    found = train(
+        config.store,
+        config.training,
+        config.fits,
+        config.seed,
+        config.workers,
+        config.device,
+        sys.stderr.isatty(),
+    )
+    print(table([{k: row[k] for k in SHOWN} for row in found["rows"]]))
+    say("best", f"{found['rows'][0]['name']}, in {config.fits}")
+
+
+def _validate(config: NPEConfig) -> None:
+    name, estimator = best(config.store, config.training, config.fits)
+    report, sizes = config.folder / "validation.json", (config.sims, config.draws, config.swaps)
+    row = json.loads((config.fits / name / "row.json").read_text())
+    of = digest(row["of"], name, sizes, config.seed)
+    if report.exists() and not config.overwrite:
+        if json.loads(report.read_text())["of"] == of:
+            say("validation", f"{report}, found")
+            return
+        raise FileExistsError(f"{report} is of another fit or other sizes; pass --overwrite")
+    simulator = load_simulator(config.simulator)
+    progress = sys.stderr.isatty()
+    found = validate(estimator, simulator, *sizes[:2], config.seed, config.swaps, progress)
+    say("validation", f"{name}, {config.sims} simulations of {config.draws} draws")
+    say("coordinates", ", ".join(f"{i + 1} {k}" for i, k in enumerate(simulator.prior.names)))
+    print(found)
+    meta = {"of": of, "scoreinv": installed("scoreinv"), "config": asdict(config)}
+    found.write(report, meta)
+    picture = report.with_suffix(".png")
+    found.plot().savefig(picture, dpi=120)
+    say("report", report)
+    say("figure", picture)
+
+
+def _observe(config: NPEConfig) -> None:
+    name, estimator = best(config.store, config.training, config.fits)
+    simulator, truth = load_simulator(config.simulator), None
+    if config.observation is None:
+        truth = simulator.prior.sample(1, config.seed)
+        x = simulator.data(truth, config.seed)
+        x = {k: v[0] for k, v in x.items()} if isinstance(x, dict) else x[0]
+    else:
+        x = read_observation(config.observation)
+    folder = config.folder / "posterior"
+    found = observe(estimator, simulator, x, config.samples, folder, config.seed, truth)
+    say("posterior", f"{name}, {config.samples} draws, in {folder}")
+    rows = []
+    for i, parameter in enumerate(simulator.prior.names):
+        v = found.theta[:, i]
+        low, middle, high = v.quantile(v.new_tensor([0.16, 0.5, 0.84])).tolist()
+        row = {"parameter": parameter, "median": middle, "16 %": low, "84 %": high}
+        rows.append(row | ({} if truth is None else {"truth": float(truth[0, i])}))
+    print(table(rows))
+    strange = "like those simulated" if found.strangeness <= 1 else "STRANGER than 99 % of those"
+    say("data", f"{found.strangeness:.2f} of the distance within which 99 % lie: {strange}")
+    if found.weighted is not None:
+        w = found.weighted
+        share, k_hat = w.n_eff / config.samples, w.evidence.k_hat
+        say("likelihood", f"{share:.1%} of the draws are effective, k-hat {k_hat:.2f}")
+        say("evidence", f"log Z = {w.evidence.log_z:.2f} nat")

@@ -1,0 +1,225 @@
+"""Rounds of simulations for one observation, each where the posterior may be as the round before knows it.
+
+Simulations from all of the prior are mostly unlike the observation. With r(u) = q(u | x) / N(u; 0, 1) of an estimate and the
+level t above which all but a small share e of its draws lie, those of the next round come from the prior, but for regions
+that the data exclude:
+
+    Truncated:  p'(u) = N(u; 0, 1) [r(u) > t],        Clipped:  p'(u) = N(u; 0, 1) min(1, r(u) / t).
+
+Where r > t, p' is the prior up to a factor, so what is learned is the posterior itself there, without a correction of its
+density. Of all regions that hold as much of the posterior, that one holds least of the prior. Draws of the first come by
+rejection, of the estimate or of the prior, whichever is refused less; all pairs of earlier rounds that lie inside are used
+again. The second takes draws of the estimate as they come, and pairs of all rounds have weights
+
+    w  =  min(1, r / t) / sum_i f_i r_i,        f_i the share of the pairs that round i made, r_0 = 1,
+
+below N / (n t). Truncation: Deistler, Goncalves & Macke (2022, arXiv:2210.04815); estimates as proposals whose importance
+weights tell when to stop: Zhang et al., nbi (2023, arXiv:2312.03824); the mixture in the denominator: Veach & Guibas (1995).
+
+Where the likelihood is known, draws of each round's estimate are weighted by it. Once fewer of them are effective than
+before, the rounds end, and the best estimate is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from scoreinv.npe.conditioned import Estimated, Weighted
+from scoreinv.npe.data import ALONE, joined, mapped, named
+from scoreinv.npe.estimator import Estimator
+from scoreinv.npe.featurizers import Data
+from scoreinv.npe.fitting import Fitting
+from scoreinv.streams import integer, stream
+
+SHARE = 1e-3  # of an estimate's draws that a round may leave out
+LEVEL = 10_000  # draws that tell t
+REFUSED = 1000  # draws for each that is kept, at most
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where an estimate expects the parameters.
+
+    Attributes:
+        given: The estimate.
+        log_t: log of the level.
+    """
+
+    given: Estimated
+    log_t: float
+
+    @classmethod
+    def of(cls, given: Estimated, share: float, seed: int) -> Region:
+        """That holds all but a share of the draws."""
+        u = given.prior.to_normal(given.sample(LEVEL, seed))
+        return cls(given, float(given.log_ratio(u).quantile(share)))
+
+    def log_r(self, u: Tensor) -> Tensor:
+        """Over the level, with shape (B,)."""
+        return self.given.log_ratio(u) - self.log_t
+
+
+class Proposal(ABC):
+    """How a round's parameters are drawn."""
+
+    @abstractmethod
+    def draw(self, region: Region, n: int, seed: int) -> Tensor:
+        """n parameters u, with shape (n, d)."""
+
+    @abstractmethod
+    def weights(self, u: Tensor, regions: list[Region], made: list[int]) -> Tensor:
+        """Of all pairs, with shape (N,), under the prior of the last region; 0 for those outside.
+
+        Args:
+            u: With shape (N, d).
+            regions: Of all rounds but the first, which is of the prior.
+            made: Pairs that each round made.
+        """
+
+
+@dataclass(frozen=True)
+class Truncated(Proposal):
+    """Draws of the prior inside of the region."""
+
+    def draw(self, region: Region, n: int, seed: int) -> Tensor:
+        found, tried, generator = [], 0, stream(seed)
+        while sum(map(len, found)) < n:
+            if tried > REFUSED * n:
+                raise ValueError(
+                    f"{sum(map(len, found))} of {tried} draws lie where the estimate expects them; the posterior is too "
+                    "narrow beside the prior to be truncated so: take Clipped"
+                )
+            size, d = 2 * n, len(region.given.prior)
+            if region.log_t > 0:
+                u = region.given.prior.to_normal(region.given.sample(size, integer(seed, tried)))
+                log_r = region.log_r(u)
+                lucky = torch.rand(size, generator=generator, dtype=u.dtype).log() < -log_r
+                inside = (log_r > 0) & lucky
+            else:
+                u = torch.randn(size, d, generator=generator, dtype=torch.float64)
+                inside = region.log_r(u) > 0
+            found.append(u[inside])
+            tried += size
+        return torch.cat(found)[:n]
+
+    def weights(self, u: Tensor, regions: list[Region], made: list[int]) -> Tensor:
+        return (regions[-1].log_r(u) > 0).double()
+
+
+@dataclass(frozen=True)
+class Clipped(Proposal):
+    """Draws of the estimate, with weights."""
+
+    def draw(self, region: Region, n: int, seed: int) -> Tensor:
+        return region.given.prior.to_normal(region.given.sample(n, seed))
+
+    def weights(self, u: Tensor, regions: list[Region], made: list[int]) -> Tensor:
+        log_f = torch.tensor(made, dtype=torch.float64).log() - math.log(sum(made))
+        each = [torch.zeros(len(u), dtype=torch.float64), *(v.given.log_ratio(u) for v in regions)]
+        mixed = torch.logsumexp(torch.stack(each) + log_f[:, None], 0)
+        return (regions[-1].log_r(u).clamp_max(0) - mixed).exp()
+
+
+@dataclass
+class Sequential:
+    """What came of the rounds.
+
+    Attributes:
+        given: The posterior of the observation, as the best estimate knows it.
+        estimators: Of each round.
+        pairs: That each round was fitted to, those without weight left out.
+        weighted: Draws of each estimate by the likelihood, where that is known.
+        best: Number of the round whose estimate was taken.
+    """
+
+    given: Estimated
+    estimators: list[Estimator] = field(default_factory=list)
+    pairs: list[int] = field(default_factory=list)
+    weighted: list[Weighted] = field(default_factory=list)
+    best: int = 0
+
+
+def sequential(
+    new: Callable[[], Estimator],
+    simulate: Callable[[Tensor, torch.Generator], Data],
+    x: Data,
+    *,
+    rounds: int,
+    n: int,
+    seed: int,
+    proposal: Proposal | None = None,
+    log_likelihood: Callable[[Tensor], Tensor] | None = None,
+    noise: Callable[[Data, torch.Generator], Data] | None = None,
+    plan: Fitting | None = None,
+    share: float = SHARE,
+    progress: bool = False,
+) -> Sequential:
+    """Fit an estimate for one observation in rounds.
+
+    Args:
+        new: Makes an estimator that is not fitted.
+        simulate: Data of theta, with shape (n, d), for a generator.
+        x: The observation.
+        rounds: At most, the first of which draws from the prior.
+        n: Simulations of each.
+        seed: Decides everything random.
+        proposal: `Truncated` if not given.
+        log_likelihood: log p(x | theta) of the observation, with shape (n,), for theta with shape (n, d) [nat].
+        noise: Makes data of simulated ones, anew in every epoch, as that of `Estimator.fit`.
+        plan: Of the fits.
+        share: Of the draws of an estimate that the next round may leave out.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: No round, a share that is none, a posterior that `Truncated` cannot reach.
+    """
+    if rounds < 1 or not 0 < share < 1:
+        raise ValueError(
+            f"rounds is {rounds} and share {share:g}, expected at least 1, and between 0 and 1"
+        )
+    proposal, result = proposal or Truncated(), None
+    regions: list[Region] = []
+    u, seen = torch.empty(0, len(new().prior), dtype=torch.float64), {}
+    for i in tqdm(range(rounds), disable=not progress, unit="round"):
+        estimator = new()
+        prior, own = estimator.prior, integer(seed, 0, i)
+        more = (
+            proposal.draw(regions[-1], n, own)
+            if regions
+            else prior.to_normal(prior.sample(n, own))
+        )
+        simulated = simulate(prior.from_normal(more), stream(seed, 1, i))
+        u, seen = torch.cat([u, more]), joined(seen, named(simulated))
+        w = proposal.weights(u, regions, [n] * (i + 1)) if regions else torch.ones(n).double()
+        used = w > 0
+        some = mapped(seen, lambda v, used=used: v[used])
+        estimator.fit(
+            prior.from_normal(u[used]),
+            some if isinstance(simulated, Mapping) else some[ALONE],
+            integer(seed, 2, i),
+            plan,
+            noise=noise,
+            pair_weights=w[used],
+        )
+        given = estimator.condition(x)
+        result = result or Sequential(given)
+        result.estimators.append(estimator)
+        result.pairs.append(int(used.sum()))
+        if log_likelihood is None:
+            result.given, result.best = given, i
+        else:
+            result.weighted.append(given.reweighted(log_likelihood, n, integer(seed, 3, i)))
+            sizes = [weighted.n_eff for weighted in result.weighted]
+            if sizes[-1] < max(sizes):
+                break
+            result.given, result.best = given, i
+        if i + 1 < rounds:
+            regions.append(Region.of(given, share, integer(seed, 4, i)))
+    return result
