@@ -7,22 +7,21 @@ With K = sum_b a_b rho_b a_b, stationary parts that are modulated in each image 
 comes from conjugate gradients with K itself as the preconditioner, which never meets K^-1. The few directions that the data
 see well come first, and that is what they need: the circulant nearest to H, with one number for a, takes more iterations.
 
-What is not known of an image is skewed: a faint place is blank, or holds a source. A Gaussian lets the data pull every such
-source in a little, and a few of them fully; the draws then miss them. So each pixel is taken as a Gamma variable of variance
-d^2 and skewness g, shifted to the mean D. A force e of the data, the gradient of their log-likelihood, moves its mean by
+What is not known of an image is skewed: a faint place is blank, or holds a source. A Gaussian would put a little of a source
+everywhere, which the network takes off again as noise, and draws would end with less light than there is. So what is drawn
+of K is bent in each pixel to a lognormal variable of the same mean, variance d^2 and skewness g,
+
+    k = d (exp(t z / d - t^2 / 2) - 1) / (w - 1)^1/2,    w = exp t^2,    (w + 2) (w - 1)^1/2 = g,    z ~ N(0, K),
+
+which is rarely large and mostly near its least. The data, too, would pull every such source in a little, and a few of them
+fully. For a Gamma variable of variance d^2 and skewness g a force e of the data, the gradient of their log-likelihood, moves
+the mean by
 
     d^2 e / (1 - t),    t = 1/2 g d e,
 
 as it would that of a Gaussian of variance d^2 / (1 - t). The Gaussian's own shift is u = K e, with the forces on the pixels
 that go together: e is taken as u / d^2, and K is widened, or narrowed, by f = (1 - t)^-1 before the image is drawn, t
-within `TILTS`. Over all data that such an image may give that raises its mean, for a force upwards counts more than one
-downwards. How much is found by simulation: an image of covariance K, skewed by a parabola
-
-    k = (1 - 2 c^2)^1/2 z + c (z^2 / d - d),    z ~ N(0, K),  c = g / 6 within `BENT`,
-
-and data of it are answered with and without the tilt. The same with -z and the noise turned round: in the mean of the two
-all that is odd cancels, and what remains, averaged over near pixels, is to be taken off the draws. Taking it off the mean
-beforehand would do little: what the data know well, as the total flux, they would pull back.
+within `TILTS`.
 
 A network can be sure of blank sky where there is a source, whose like it has rarely seen beside such a galaxy: K is then too
 small for the data to pull the source in, and all draws lose it. So the data are asked once more. Where what they still miss,
@@ -50,8 +49,8 @@ TILTS = (-0.5, 0.9)  # between which t is taken; at 1 a Gamma variable has no me
 ITERATIONS = 500  # of a solve, at most
 ROUGH = 5.0  # times the length that matters of a draw is enough for t
 REACH = 2  # pixels around such a place that are doubted, too
-BENT = (-0.5, 0.5)  # between which the parabola is taken; beyond, the skewness hardly grows
-NEAR = 3  # pixels on each side over which what the tilt raises is averaged
+MOST = 6.0  # skewness that draws are given
+LEAST = 0.1  # skewness below which they stay as they are
 
 
 class LocalConditioned:
@@ -95,7 +94,8 @@ class LocalConditioned:
             suspected: Where the data doubted these images at the level before; nowhere if not given.
         """
         K = self.tilted(m)
-        x, n = self._drawn(m, K, generator, wider)
+        g = torch.zeros_like(m) if self.skewness is None else self.skewness
+        x, n = self._drawn(m, K, g, generator, wider)
         if self.noise is None:
             return x, torch.zeros_like(m, dtype=torch.bool)
         missed = self.conditioner.misfit(x, n)
@@ -107,7 +107,8 @@ class LocalConditioned:
         if bool(again.any()):
             near = F.max_pool2d(doubted[again].to(m.dtype), 2 * REACH + 1, 1, REACH)
             doubtful = Modulated(K.a[again], K.rho, self.s * near)
-            x[again], _ = self._drawn(m[again], doubtful, generator, wider)
+            # noise is not skewed
+            x[again], _ = self._drawn(m[again], doubtful, g[again] * (1 - near), generator, wider)
         return x, doubted
 
     def tilted(self, m: Tensor) -> Modulated:
@@ -117,35 +118,14 @@ class LocalConditioned:
         u = self.shift(m, ROUGH)
         return self.K.widened(tilt(u, 0.5 * self.skewness, self.K.deviation))
 
-    def raised(self, generator: torch.Generator) -> Tensor:
-        """By how much the tilt raises draws, averaged over the data that images may give, with shape (1, C, H, W)."""
-        if self.skewness is None:
-            return torch.zeros_like(self.K.deviation[:1])
-        K, half = self.K[:1], 0.5 * self.skewness[:1]
-        z, d = K.draw(generator), K.deviation
-        c = (half / 3).clamp(*BENT)
-        bend, straight = c * (z.square() / d - d), (1 - 2 * c.square()).sqrt() * z
-        k = torch.cat([bend + straight, bend - straight])
-        misfit, n = self.conditioner.misfit, self.conditioner.noise(1, generator)
-        noise = misfit(0 * z, n) - misfit(0 * z)
-        e = self.conditioner.inform(k) + torch.cat([noise, -noise])
-        answer = lambda K: respond(K, self.conditioner.inform, e, self.length)
-        twice = K[torch.zeros(2, dtype=torch.long)]
-        u = answer(twice)
-        more = (answer(twice.widened(tilt(u, half, d))) - u).mean(0, keepdim=True)
-        around = lambda v: F.avg_pool2d(v, 2 * NEAR + 1, 1, NEAR)
-        # most where errors are large and skewed
-        share = half.abs() * d
-        return share * around(more) / around(share).clamp_min(torch.finfo(d.dtype).tiny)
-
     def _drawn(
-        self, m: Tensor, K: Modulated, generator: torch.Generator, wider: float
+        self, m: Tensor, K: Modulated, g: Tensor, generator: torch.Generator, wider: float
     ) -> tuple[Tensor, Tensor]:
         """Draws by Matheron's rule, and the noise that the data were perturbed by for them.
 
         With both perturbations enlarged, what comes out is wider about the same mean.
         """
-        x = m + wider * K.draw(generator)
+        x = m + wider * bent(K.draw(generator), K.deviation, g)
         n = wider * self.conditioner.noise(len(m), generator)
         u = respond(K, self.conditioner.inform, self.conditioner.misfit(x, n), self.length)
         return x + u, n
@@ -165,6 +145,16 @@ def tilt(u: Tensor, half: Tensor, d: Tensor) -> Tensor:
         d: Their standard deviation.
     """
     return (1 - (half * u / d).clamp(*TILTS)).rsqrt()
+
+
+def bent(z: Tensor, d: Tensor, g: Tensor) -> Tensor:
+    """Normal variables z of standard deviation d as lognormal ones of the same mean and variance, and of skewness g."""
+    size = g.abs().clamp(LEAST, MOST)
+    root = (1 + size.square() / 2 + size * (1 + size.square() / 4).sqrt()).pow(1 / 3)
+    w = root + 1 / root - 1
+    t = w.log().sqrt()
+    k = d / (w - 1).sqrt() * torch.expm1(t * g.sign() * z / d - t.square() / 2)
+    return torch.where(g.abs() > LEAST, g.sign() * k, z)
 
 
 def respond(K: Modulated, H: Callable[[Tensor], Tensor], e: Tensor, length: float) -> Tensor:

@@ -79,7 +79,9 @@ class Training:
     def __post_init__(self) -> None:
         wrong = [m for m in self.methods if m not in METHODS]
         if wrong or not self.methods:
-            raise ValueError(f"methods are {list(self.methods)}, expected some of {', '.join(METHODS)}")
+            raise ValueError(
+                f"methods are {list(self.methods)}, expected some of {', '.join(METHODS)}"
+            )
         if self.fits < 1:
             raise ValueError(f"fits is {self.fits}, expected at least 1")
 

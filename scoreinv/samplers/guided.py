@@ -56,7 +56,6 @@ from scoreinv.samplers.path import (
 
 SPARSE = 2  # levels of local steps from one that is counted in the path integral to the next
 DETAIL = 0.4  # standard deviations of a pixel: levels above lose detail, and are widened
-LOW = 1.5  # standard deviations of a pixel: levels below keep the mean of skewed errors
 FINE = 0.1  # of the length that solves of draws leave out may be left out of what the data tell
 
 
@@ -138,9 +137,7 @@ class Following(Twisted):
         """Draws of x_0."""
         around = self.posterior.around(self.s, self.covariance, self.skewness)
         x0, self.doubted = around.draw(self.denoised, self.generator, wider, self.doubted)
-        # higher up the data have their say again
-        low = self.s < LOW * self.posterior.prior.deviation
-        return x0 - around.raised(self.generator) if low else x0
+        return x0
 
     def _integrate(self) -> None:
         """How much the data tell of x_0 beyond the noisy image at this level, for the evidence."""
