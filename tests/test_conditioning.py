@@ -472,7 +472,7 @@ def test_bent_variables_have_the_skewness_asked_for(g):
 
 @pytest.mark.parametrize(("skewness", "std"), [(3.0, 20.0), (1.0, 20.0)])
 def test_draws_of_skewed_errors_are_as_skewed(skewness, std):
-    """Of 16,384 Gamma pixels, of which data say little: as many bright ones as among truths, within a fifth and 4 sd of counts.
+    """Of 16,384 Gamma pixels that data say little of: as many bright ones as truths have, within a fifth and 4 sd of counts.
 
     The Gaussian, as the negative control, has a third of them or fewer; draws vary as much as they are off within a tenth.
     """

@@ -109,11 +109,11 @@ def train(
     Returns:
         The table: a row for each fit, the best first, and what all are of.
     """
+    of = digest(store.hash, asdict(training) | {"methods": None, "fits": None}, seed)
     if missing := len(store.missing()):
         raise ValueError(
             f"{missing} batches of {store.folder} are not simulated yet; the data stage goes on with them"
         )
-    of = digest(store.hash, asdict(training) | {"methods": None, "fits": None}, seed)
     jobs = [
         (store.folder, training, folder / f"{m}-{i}", of, integer(seed, i), device)
         for m in training.methods

@@ -1,0 +1,324 @@
+"""Simulators, kept simulations, rounds for one observation, and the stages that lead to its posterior."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, Uniform
+
+from scoreinv.cli import main
+from scoreinv.npe import NPE, Clipped, Fitting, ParameterPrior, Truncated, sequential
+from scoreinv.npe.examples import EXAMPLES, disc, power
+from scoreinv.npe.examples.cluster import counted, expected
+from scoreinv.npe.examples.dust import black_body
+from scoreinv.npe.figure import corner, predictive
+from scoreinv.npe.rounds import Region
+from scoreinv.npe.store import Store, load_simulator, simulated
+
+MINE = """
+import torch
+from torch.distributions import Normal, Uniform
+from scoreinv.npe import ParameterPrior
+from scoreinv.npe.simulator import Simulator
+
+A = torch.tensor([[1.0, 0.5], [0.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+prior = ParameterPrior(a=Normal(0.0, 1.0), b=Uniform(-2.0, 2.0))
+
+def simulate(theta, generator):
+    return theta @ A.T
+
+def noise(x, generator):
+    return x + 0.3 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+def log_likelihood(x, theta):
+    return -0.5 * ((x - theta @ A.T) / 0.3).square().sum(1)
+
+simulator = Simulator(prior, simulate, noise, log_likelihood)
+nothing = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    return f"{tmp_path}/mine.py:simulator"
+
+
+# --- the examples --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_has_the_likelihood_of_its_data(name):
+    """The expectation of p(x | theta') / p(x | theta) over data of theta is 1 for any theta': 2,000 data, 5 of its errors.
+
+    Data twice as noisy, as the negative control, do not have that mean.
+    """
+    simulator, n = EXAMPLES[name](), 2000
+    at = torch.full((1, len(simulator.prior)), 0.1)
+    away = lambda step: simulator.prior.from_normal(at + step)
+    # so far that log ratios scatter by a half
+    step = (
+        1e-4
+        * 0.5
+        / float(
+            _ratios(simulator, simulator.data(away(0).expand(n, -1), 3), away(1e-4), away(0)).std()
+        )
+    )
+    clean = simulator.simulate(away(0).expand(n, -1), torch.Generator().manual_seed(0))
+    x = simulator.noise(clean, torch.Generator().manual_seed(1))
+    middle = x.double().mean(0)
+    for data, right in ((x, True), (middle + 2 * (x - middle), False)):
+        ratio = _ratios(simulator, data, away(step), away(0)).exp()
+        error = float(ratio.std()) / n**0.5
+        assert (abs(float(ratio.mean()) - 1) < 5 * error) == right
+
+
+def _ratios(simulator, x, near, middle):
+    both = torch.cat([near, middle])
+    each = [simulator.log_likelihood(v, both) for v in x]
+    return torch.stack([a[0] - a[1] for a in each])
+
+
+def test_examples_have_the_units_that_they_say():
+    """A black body's flux is 1; a cluster twice as massive at the same redshift is brighter by 2^(4/3); sigma_8 is met."""
+    wavelength = torch.logspace(-2, 3, 4000).double()
+    for temperature in (4500.0, 15_000.0):
+        total = torch.trapezoid(black_body(wavelength, temperature), wavelength)
+        assert float(total) == pytest.approx(1, abs=1e-3)
+    theta = torch.tensor([[14.5, 0.2, -2.0, 0.0], [14.5, 0.2, -2.0, 2.0]]).double()
+    rate = expected(theta) - 20
+    # the scatter of the luminosity alone
+    assert float((rate[1] / rate[0]).log().mean()) == pytest.approx(0.8, abs=1e-6)
+    assert torch.equal(
+        counted(torch.zeros(3).double(), torch.Generator()), torch.zeros(3).double()
+    )
+    simulator = power()
+    high, low = (torch.tensor([[0.3, s, 1.0]]).double() for s in (0.9, 0.6))
+    shot = 1 / 3e-4
+    both = [simulator.simulate(t, None) - shot for t in (high, low)]
+    torch.testing.assert_close(both[0] / both[1], torch.full_like(both[0], 2.25))
+    simulator = disc()
+    face_on = torch.tensor([[0.2, 0.3, 1.0, 0.4, 0.0, 0.0], [0.2, 0.3, 1.0, 2.0, 0.0, 0.0]])
+    V = simulator.simulate(face_on, None)
+    torch.testing.assert_close(V[0], V[1])  # the position angle of a face-on disc says nothing
+    assert float(V.max()) < 0.2
+
+
+# --- rounds --------------------------------------------------------------------------------------
+
+NARROW = ParameterPrior(a=Normal(0.0, 1.0), b=Uniform(-2.0, 2.0))
+SPREAD = 0.05
+QUICK = Fitting(epochs=40, batch=100, rate=2e-3, patience=10)
+
+
+def bent(theta):
+    a, b = theta.unbind(1)
+    return torch.stack([a + b**2, b + (3 * a).sin()], 1)
+
+
+def shown(theta, generator):
+    return bent(theta) + SPREAD * torch.randn(theta.shape, generator=generator, dtype=theta.dtype)
+
+
+def on_a_grid(known):
+    """Mean and standard deviations of the posterior."""
+    side = [torch.linspace(-3, 3, 2000).double(), torch.linspace(-2, 2, 1500).double()]
+    theta = torch.cartesian_prod(*side)
+    w = torch.softmax(known(theta) + NARROW.log_prob(theta), 0)[:, None]
+    mean = (w * theta).sum(0)
+    return mean, (w * (theta - mean).square()).sum(0).sqrt()
+
+
+@pytest.mark.parametrize("proposal", [Truncated(), Clipped()])
+def test_rounds_find_a_narrow_posterior(proposal):
+    """A posterior twenty times narrower than the prior, from rounds of 500: more draws count, and width and mean are right.
+
+    Means within half a standard deviation, widths within a fourth of that on a grid.
+    """
+    x = bent(torch.tensor([[0.4, -1.1]]).double())[0]
+    known = lambda theta: -0.5 * ((x - bent(theta)) / SPREAD).square().sum(1)
+    mean, spread = on_a_grid(known)
+    result = sequential(
+        lambda: NPE(NARROW, "maf"),
+        shown,
+        x,
+        rounds=3,
+        n=500,
+        seed=0,
+        proposal=proposal,
+        log_likelihood=known,
+        plan=QUICK,
+    )
+    sizes = [w.n_eff for w in result.weighted]
+    assert result.best > 0 and sizes[result.best] == max(sizes)
+    assert sizes[result.best] > 2 * sizes[0] and sizes[result.best] > 200
+    draws = result.given.sample(4000, seed=1)
+    assert bool(((draws.mean(0) - mean).abs() < 0.5 * spread).all())
+    torch.testing.assert_close(draws.std(0), spread, rtol=0.25, atol=0)
+
+
+def test_a_region_holds_the_posterior_and_its_draws_are_of_the_prior():
+    """Of 10,000 draws of an estimate one in a hundred lies outside; inside, both ways of drawing agree with the prior."""
+    theta = NARROW.sample(2000, seed=0)
+    x = theta + 0.5 * torch.randn(2000, 2, generator=torch.Generator().manual_seed(1)).double()
+    given = NPE(NARROW, "maf").fit(theta, x, 0, QUICK).condition(torch.zeros(2).double())
+    region = Region.of(given, 0.01, 2)
+    u = NARROW.to_normal(given.sample(10_000, 3))
+    # one in a hundred, and three of its errors, of both samples
+    assert float((region.log_r(u) < 0).double().mean()) == pytest.approx(0.01, abs=0.005)
+    kept = Truncated().draw(region, 4000, 4)
+    assert bool((region.log_r(kept) > 0).all())
+    prior = torch.randn(200_000, 2, generator=torch.Generator().manual_seed(5)).double()
+    inside = prior[region.log_r(prior) > 0]
+    assert len(inside) > 3000
+    for moment in (1, 2):
+        a, b = kept**moment, inside**moment
+        error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
+        assert bool(((a.mean(0) - b.mean(0)).abs() < 4.5 * error).all())
+    # where the level is high, draws come of the estimate, and are the same
+    higher = Region(given, max(region.log_t, 0.2))
+    kept = Truncated().draw(higher, 4000, 6)
+    inside = prior[higher.log_r(prior) > 0]
+    error = (kept.var(0) / len(kept) + inside.var(0) / len(inside)).sqrt()
+    assert bool(((kept.mean(0) - inside.mean(0)).abs() < 4.5 * error).all())
+    # weights of draws of a mixture give back the clipped prior
+    both = torch.cat([prior[:20_000], Clipped().draw(region, 20_000, 7)])
+    w = Clipped().weights(both, [region], [20_000, 20_000])
+    clipped = region.log_r(prior).clamp_max(0).exp()[:, None]
+    expected_mean = (clipped * prior).sum(0) / clipped.sum()
+    found = (w[:, None] * both).sum(0) / w.sum()
+    torch.testing.assert_close(found, expected_mean, atol=0.03, rtol=0)
+
+
+def test_mistakes_in_rounds():
+    go = lambda **options: sequential(
+        lambda: NPE(NARROW, "maf"), shown, torch.zeros(2), n=100, seed=0, **options
+    )
+    with pytest.raises(ValueError, match="rounds is 0"):
+        go(rounds=0)
+    with pytest.raises(ValueError, match="share 1, expected .* between 0 and 1"):
+        go(rounds=2, share=1.0)
+
+
+# --- what is kept --------------------------------------------------------------------------------
+
+
+def test_simulations_are_the_same_for_any_number_of_processes(mine, tmp_path):
+    """And after an interruption; other simulations are refused."""
+    one = simulated(mine, 250, tmp_path / "one", seed=3, batch=100)
+    two = simulated(mine, 250, tmp_path / "two", seed=3, batch=100, workers=2)
+    assert torch.equal(one.theta, two.theta) and torch.equal(one.x, two.x)
+    assert one.hash == two.hash and one.missing() == []
+    theta, first = one.theta.clone(), one.x.clone()
+    # a batch that was not finished
+    array = np.load(one.folder / "x-x.npy", mmap_mode="r+")
+    array[100:200] = math.nan
+    np.save(one.folder / "done.npy", np.array([1, 0, 1], dtype="uint8"))
+    assert one.missing() == [1]
+    again = simulated(mine, 250, tmp_path / "one", seed=3, batch=100)
+    assert torch.equal(again.theta, theta) and torch.equal(again.x, first)
+    with pytest.raises(ValueError, match=r"holds simulations of n 250, expected n 300"):
+        simulated(mine, 300, tmp_path / "one", seed=3, batch=100)
+    with pytest.raises(ValueError, match="holds no simulations that can be read"):
+        Store(tmp_path).card  # noqa: B018
+    # what is changed in memory stays there
+    again.x[:] = 0
+    assert not bool((Store(one.folder).x == 0).all())
+
+
+def test_a_simulator_is_found_by_name_or_in_a_file(mine, tmp_path):
+    assert load_simulator("dust").prior.names[0] == "attenuation"
+    assert load_simulator(mine).prior.names == ("a", "b")
+    with pytest.raises(ValueError, match="expected one of cluster, .*, or FILE.py:NAME"):
+        load_simulator("clusters")
+    with pytest.raises(ValueError, match="no Simulator called 'nothing', but int"):
+        load_simulator(mine.replace(":simulator", ":nothing"))
+
+
+# --- stages --------------------------------------------------------------------------------------
+
+
+def npe(*words):
+    return main(["npe", *words])
+
+
+def test_stages_lead_from_a_simulator_to_a_posterior(mine, tmp_path, capsys):
+    """Alone or all in one; a stage that is done is found, one of other simulations is refused."""
+    config = tmp_path / "npe.yaml"
+    out = tmp_path / "out"
+    config.write_text(
+        f"simulator: {mine}\noutput: {out}\nn: 1000\nsims: 30\ndraws: 40\nsamples: 1000\nswaps: 199\n"
+        "training:\n  methods: [maf, nre]\n  plan:\n    epochs: 15\n    batch: 100\n    rate: 2.0e-3\n"
+    )
+    given = ("--config", str(config))
+    assert npe("train", *given) == 2
+    assert "holds no simulations" in capsys.readouterr().err
+    assert npe("data", *given) == 0
+    assert npe("validate", *given) == 2
+    assert "run the train stage" in capsys.readouterr().err
+    assert npe("train", *given) == 0
+    first = capsys.readouterr().out
+    assert "maf-0" in first and "nre-0" in first
+    kept = {f: f.stat().st_mtime_ns for f in out.rglob("*.safetensors")}
+    assert npe("run", *given) == 0
+    text = capsys.readouterr().out
+    assert {f: f.stat().st_mtime_ns for f in out.rglob("*.safetensors")} == kept
+    for line in ("verdict", "of the draws are effective", "like those simulated", "median"):
+        assert line in text
+    table = json.loads((out / "train/train.json").read_text())
+    assert [row["method"] for row in table["rows"]].count("nre") == 1
+    assert table["rows"][0]["log q [nat]"] >= table["rows"][1]["log q [nat]"]
+    for name in ("corner.png", "predictive.png"):
+        assert (out / "posterior" / name).stat().st_size > 10_000
+    saved = np.load(out / "posterior/posterior.npz")
+    assert saved["theta"].shape == (1000, 2) and list(saved["names"]) == ["a", "b"]
+    w = np.exp(saved["log_w"] - saved["log_w"].max())
+    mean = (w[:, None] * saved["weighted"]).sum(0) / w.sum()
+    assert np.abs(mean - saved["theta"].mean(0)).max() < 0.3
+    # an observation of one's own
+    np.save(tmp_path / "seen.npy", np.array([50.0, 50.0, 50.0]))
+    assert npe("observe", *given, "--observation", str(tmp_path / "seen.npy")) in (0, 2)
+    said = capsys.readouterr()
+    assert "STRANGER" in said.out or "-inf" in said.err
+    # other sizes, or another plan, are not what was kept
+    assert npe("data", *given, "--n", "2000") == 2
+    assert npe("train", *given, "--training.plan.epochs", "20") == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert npe("validate", *given, "--sims", "40") == 2
+    assert npe("validate", *given, "--sims", "30") == 0
+    assert "found" in capsys.readouterr().out
+
+
+def test_mistakes_in_stages(mine, tmp_path, capsys):
+    given = ("--simulator", mine, "--output", str(tmp_path / "out"))
+    for words, said in (
+        (("dates", *given), "what is 'dates', expected one of data"),
+        (("data", *given, "--n", "3"), "n is 3, expected at least 100"),
+        (("data", *given, "--training.methods", "mof"), "expected some of maf"),
+        (("data", "--simulator", "x.py:y", "--output", str(tmp_path)), "or FILE.py:NAME"),
+    ):
+        assert npe(*words) == 2
+        assert said in capsys.readouterr().err
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def test_pictures_show_what_they_are_given(tmp_path):
+    """Contours at 68 and 95 %, of which every label has its own; numbers, series and images have their pictures."""
+    draws = {k: torch.randn(2000, 3) + i for i, k in enumerate(("one", "two"))}
+    figure = corner(draws, ["a", "b_c", "d"], torch.zeros(3))
+    labels = [ax.get_xlabel() for ax in figure.axes]
+    assert {"a", "b c", "d"} <= set(labels)
+    assert len(figure.axes[3].collections) == 2
+    with pytest.raises(ValueError, match=r"one has shape \(2000, 3\), expected \(n, 2\)"):
+        corner(draws, ["a", "b"])
+    for shape in ((7,), (1, 30), (1, 8, 8)):
+        predictive(torch.zeros(shape), torch.randn(50, *shape)).savefig(tmp_path / "p.png")
+        assert (tmp_path / "p.png").stat().st_size > 5000
+    with pytest.raises(
+        ValueError, match=r"predicted data have shape \(50, 6\), expected \(n, 7\)"
+    ):
+        predictive(torch.zeros(7), torch.randn(50, 6))
