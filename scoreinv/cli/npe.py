@@ -130,7 +130,7 @@ def _validate(config: NPEConfig) -> None:
     row = json.loads((config.fits / name / "row.json").read_text())
     of = digest(row["of"], name, sizes, config.seed)
     if report.exists() and not config.overwrite:
-        if json.loads(report.read_text())["of"] == of:
+        if json.loads(report.read_text())["meta"]["of"] == of:
             say("validation", f"{report}, found")
             return
         raise FileExistsError(f"{report} is of another fit or other sizes; pass --overwrite")
