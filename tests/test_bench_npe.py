@@ -73,6 +73,14 @@ def test_the_table_says_how_good_an_estimate_is(monkeypatch):
     assert 0 < row["n_eff / n"] < 1 and row["epochs"] == 3
 
 
+def test_rounds_have_a_row_and_targets(monkeypatch):
+    """Rounds of 300 and three epochs are far from the targets, and say so."""
+    monkeypatch.setattr(npe, "A_ROUND", 300)
+    monkeypatch.setattr(npe, "WEIGHTED", 500)
+    (row,) = npe.npe(0, ["sine"], plan=Fitting(epochs=3))
+    assert row["missed"].startswith("n_eff of a round") and 1 <= row["rounds"] <= 3
+
+
 def test_a_perceptron_tells_what_differs():
     z = torch.randn(600, 2, generator=stream(0), dtype=torch.float64)
     assert npe.told_apart(z[:300], z[300:], 0) < 0.58

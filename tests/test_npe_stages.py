@@ -133,7 +133,7 @@ def on_a_grid(known):
 
 @pytest.mark.parametrize("proposal", [Truncated(), Clipped()])
 def test_rounds_find_a_narrow_posterior(proposal):
-    """A posterior a hundred times narrower than the prior, from rounds of 500: more draws count than of the prior's estimate.
+    """A posterior a hundred times narrower than the prior, from rounds of 500: more draws count than at first.
 
     More than 200 of 500, whose weighted mean and width are those on a grid, within five and three of their errors.
     """

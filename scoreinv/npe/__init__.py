@@ -9,6 +9,7 @@ from scoreinv.npe.nre import NRE
 from scoreinv.npe.parameters import ParameterPrior
 from scoreinv.npe.posterior import NPE
 from scoreinv.npe.rounds import Clipped, Sequential, Truncated, sequential
+from scoreinv.npe.simulator import Simulator
 
 __all__ = [
     "MLP",
@@ -25,6 +26,7 @@ __all__ = [
     "ResNet1D",
     "ResNet2D",
     "Sequential",
+    "Simulator",
     "Truncated",
     "Weighted",
     "sequential",
