@@ -9,13 +9,17 @@ import torch
 from torch.distributions import Normal, Uniform
 
 from scoreinv.cli import main
+from scoreinv.likelihood import Likelihood
+from scoreinv.noise import GaussianNoise
 from scoreinv.npe import NPE, Clipped, Fitting, ParameterPrior, Truncated, sequential
 from scoreinv.npe.examples import EXAMPLES, disc, power
 from scoreinv.npe.examples.cluster import counted, expected
 from scoreinv.npe.examples.dust import black_body
 from scoreinv.npe.figure import corner, predictive
+from scoreinv.npe.images import geometry, geometry_prior, image_pairs
 from scoreinv.npe.rounds import Region
 from scoreinv.npe.store import Store, load_simulator, simulated
+from scoreinv.operators import Identity
 
 MINE = """
 import torch
@@ -304,6 +308,30 @@ def test_mistakes_in_stages(mine, tmp_path, capsys):
     ):
         assert npe(*words) == 2
         assert said in capsys.readouterr().err
+
+
+# --- numbers of images ---------------------------------------------------------------------------
+
+
+def test_geometry_is_that_of_an_inclined_disc():
+    """A Gaussian disc of scale 5 pixels at 60 degrees, its major axis at 30 degrees from the x axis; and pairs fit."""
+    y, x = torch.meshgrid(*[torch.arange(64).double() - 31.5] * 2, indexing="ij")
+    p, cos_i = math.radians(30), 0.5
+    along, across = x * math.cos(p) + y * math.sin(p), -x * math.sin(p) + y * math.cos(p)
+    disc = (-0.5 * (along**2 + (across / cos_i) ** 2) / 25).exp()[None, None]
+    flux, radius, e1, e2 = geometry(3 * disc)[0].tolist()
+    assert flux == pytest.approx(3 * math.tau * 25 * cos_i, rel=1e-3)
+    assert radius == pytest.approx(5 * ((1 + cos_i**2) / 2) ** 0.5, rel=1e-3)
+    length = (1 - cos_i**2) / (1 + cos_i**2)
+    assert math.hypot(e1, e2) == pytest.approx(length, rel=1e-3)
+    assert 0.5 * math.atan2(e2, e1) == pytest.approx(p, abs=1e-3)
+    sky = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    likelihood = Likelihood(Identity((1, 8, 8)), GaussianNoise(std=0.1))
+    theta, data = image_pairs(sky, likelihood, 1)
+    prior = geometry_prior(sky)
+    assert data.shape == sky.shape and bool(prior.inside(theta).all())
+    # A^T S^-1 y of the identity is y / variance
+    assert float((0.01 * data - sky).std()) == pytest.approx(0.1, rel=0.05)
 
 
 # --- pictures ------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class BenchConfig:
             raise ValueError(
                 f"methods are {', '.join(unknown)}, expected some of {', '.join(exact.METHODS)}"
             )
-        suites = {"rtb": rtb.CASES, "npe": [*npe.TASKS, npe.SINE]}
+        suites = {"rtb": rtb.CASES, "npe": [*npe.TASKS, npe.SINE, npe.GEOMETRY]}
         suite = suites[self.what] if self.what in suites else exact.problems()
         if unknown := set(self.problems or ()) - set(suite):
             raise ValueError(
