@@ -448,6 +448,23 @@ def test_pairs_of_another_distribution_count_by_their_weights(pairs):
     assert found["not"] == pytest.approx((1 + 1.0 / 1.5**2) / precision, abs=0.15)
 
 
+def test_what_learns_no_prior_takes_no_weights_and_loses_no_simulations(pairs):
+    """A likelihood of the finite simulations alone would not know how often they are finite."""
+    theta, x = pairs[0][:200], pairs[1][:200].clone()
+    with pytest.raises(ValueError, match="pair_weights are for NPE, not for NRE"):
+        NRE(GAUSSIAN).fit(theta, x, seed=0, pair_weights=torch.ones(200))
+    x[0, 0] = math.nan
+    with pytest.raises(
+        ValueError, match="1 simulations are not finite; without them NLE would not"
+    ):
+        NLE(GAUSSIAN, invalid="drop").fit(theta, x, seed=0)
+    with pytest.raises(ValueError, match="pairs beside 300 contrasts"):
+        NRE(GAUSSIAN, contrasts=300).fit(theta[1:], x[1:], seed=0, plan=QUICK)
+    outside = torch.full((2, 2), math.inf).double()
+    few = NPE(GAUSSIAN, "maf").fit(theta[1:], x[1:], seed=0, plan=Fitting(epochs=1))
+    assert bool((few.condition(pairs[1][5]).log_prob(outside) == -math.inf).all())
+
+
 class Stopped(Exception):
     pass
 

@@ -11,9 +11,9 @@ from torch.distributions import Normal, Uniform
 from scoreinv.cli import main
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise
-from scoreinv.npe import NPE, Clipped, Fitting, ParameterPrior, Truncated, sequential
+from scoreinv.npe import NPE, NRE, Clipped, Fitting, ParameterPrior, Truncated, sequential
 from scoreinv.npe.examples import EXAMPLES, disc, power
-from scoreinv.npe.examples.cluster import counted, expected
+from scoreinv.npe.examples.cluster import KEV, counted, energy_flux, expected, photons
 from scoreinv.npe.examples.dust import black_body
 from scoreinv.npe.figure import corner, predictive
 from scoreinv.npe.images import geometry, geometry_prior, image_pairs
@@ -98,6 +98,12 @@ def test_examples_have_the_units_that_they_say():
     assert torch.equal(
         counted(torch.zeros(3).double(), torch.Generator()), torch.zeros(3).double()
     )
+    # all photons times their energies are the flux, L / 4 pi D_L^2
+    near, far = (torch.tensor([[14.7, z, 0.0, 0.0]]).double() for z in (0.1, 0.5))
+    for theta in (near, far):
+        E = torch.linspace(1e-3, 200.0, 200_001).double()
+        found = float(torch.trapezoid(E * photons(theta, E), E)) * KEV
+        assert found == pytest.approx(float(energy_flux(theta)), rel=1e-2)
     simulator = power()
     high, low = (torch.tensor([[0.3, s, 1.0]]).double() for s in (0.9, 0.6))
     shot = 1 / 3e-4
@@ -175,7 +181,7 @@ def test_a_region_holds_the_posterior_and_its_draws_are_of_the_prior():
     u = NARROW.to_normal(given.sample(10_000, 3))
     # one in a hundred, and three of its errors, of both samples
     assert float((region.log_r(u) < 0).double().mean()) == pytest.approx(0.01, abs=0.005)
-    kept = Truncated().draw(region, 4000, 4)
+    kept = Truncated().draw([region], 4000, 4)
     assert bool((region.log_r(kept) > 0).all())
     prior = torch.randn(200_000, 2, generator=torch.Generator().manual_seed(5)).double()
     inside = prior[region.log_r(prior) > 0]
@@ -186,12 +192,12 @@ def test_a_region_holds_the_posterior_and_its_draws_are_of_the_prior():
         assert bool(((a.mean(0) - b.mean(0)).abs() < 4.5 * error).all())
     # where the level is high, draws come of the estimate, and are the same
     higher = Region(given, max(region.log_t, 0.2))
-    kept = Truncated().draw(higher, 4000, 6)
+    kept = Truncated().draw([higher], 4000, 6)
     inside = prior[higher.log_r(prior) > 0]
     error = (kept.var(0) / len(kept) + inside.var(0) / len(inside)).sqrt()
     assert bool(((kept.mean(0) - inside.mean(0)).abs() < 4.5 * error).all())
     # weights of draws of a mixture give back the clipped prior
-    both = torch.cat([prior[:20_000], Clipped().draw(region, 20_000, 7)])
+    both = torch.cat([prior[:20_000], Clipped().draw([region], 20_000, 7)])
     w = Clipped().weights(both, [region], [20_000, 20_000])
     clipped = region.log_r(prior).clamp_max(0).exp()[:, None]
     expected_mean = (clipped * prior).sum(0) / clipped.sum()
@@ -207,6 +213,8 @@ def test_mistakes_in_rounds():
         go(rounds=0)
     with pytest.raises(ValueError, match="share 1, expected .* between 0 and 1"):
         go(rounds=2, share=1.0)
+    with pytest.raises(ValueError, match="rounds are for NPE, and NRE learns no posterior"):
+        sequential(lambda: NRE(NARROW), shown, torch.zeros(2), rounds=2, n=100, seed=0)
 
 
 # --- what is kept --------------------------------------------------------------------------------
@@ -242,6 +250,9 @@ def test_a_simulator_is_found_by_name_or_in_a_file(mine, tmp_path):
         load_simulator("clusters")
     with pytest.raises(ValueError, match="no Simulator called 'nothing', but int"):
         load_simulator(mine.replace(":simulator", ":nothing"))
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name")
+    with pytest.raises(ValueError, match="cannot be run: ModuleNotFoundError"):
+        load_simulator(f"{tmp_path}/broken.py:simulator")
 
 
 # --- stages --------------------------------------------------------------------------------------
@@ -286,9 +297,15 @@ def test_stages_lead_from_a_simulator_to_a_posterior(mine, tmp_path, capsys):
     assert np.abs(mean - saved["theta"].mean(0)).max() < 0.3
     # an observation of one's own
     np.save(tmp_path / "seen.npy", np.array([50.0, 50.0, 50.0]))
-    assert npe("observe", *given, "--observation", str(tmp_path / "seen.npy")) in (0, 2)
+    seen = ("--observation", str(tmp_path / "seen.npy"))
+    assert npe("observe", *given, *seen) == 2
+    assert "is of another observation" in capsys.readouterr().err
+    assert npe("observe", *given, *seen, "--overwrite") in (0, 2)
     said = capsys.readouterr()
     assert "STRANGER" in said.out or "-inf" in said.err
+    (tmp_path / "broken.npz").write_bytes(b"PK broken")
+    assert npe("observe", *given, "--observation", str(tmp_path / "broken.npz")) == 2
+    assert "cannot be read" in capsys.readouterr().err
     # other sizes, or another plan, are not what was kept
     assert npe("data", *given, "--n", "2000") == 2
     assert npe("train", *given, "--training.plan.epochs", "20") == 2
@@ -296,6 +313,18 @@ def test_stages_lead_from_a_simulator_to_a_posterior(mine, tmp_path, capsys):
     assert npe("validate", *given, "--sims", "40") == 2
     assert npe("validate", *given, "--sims", "30") == 0
     assert "found" in capsys.readouterr().out
+    # nor is a simulator that was changed since
+    path = tmp_path / "mine.py"
+    path.write_text(path.read_text().replace("0.3 * torch", "0.6 * torch"))
+    assert npe("train", *given) == 2
+    assert "the simulator or the configuration has changed" in capsys.readouterr().err
+    assert npe("data", *given, "--overwrite") == 0
+    assert npe("train", *given) == 2
+    assert "was fitted to other simulations" in capsys.readouterr().err
+    # what is not of these stages stays
+    (out / "train/notes-of-mine").mkdir()
+    assert npe("train", *given, "--overwrite") == 0
+    assert (out / "train/notes-of-mine").exists()
 
 
 def test_mistakes_in_stages(mine, tmp_path, capsys):

@@ -5,8 +5,8 @@ arXiv:2101.04653), with observations drawn afresh, and references that are compu
 of slcp weighted ones. C2ST is the accuracy of a perceptron that tells estimate and reference apart, in five parts, as there.
 
 A sine in noise is met in rounds, as in the example of Zhang et al. (nbi, 2023, arXiv:2312.03824): amplitude, phase and
-frequency of 50 points, 2,560 simulations a round. Flux, radius and shape of galaxies behind a PSF are estimated beside draws of the
-posteriors of their images.
+frequency of 50 points, 2,560 simulations a round. Flux, radius and shape of galaxies behind a PSF are estimated beside draws
+of the posteriors of their images.
 """
 
 from __future__ import annotations

@@ -8,9 +8,12 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from scoreinv.cli.bench import table
 from scoreinv.cli.problem import say
 from scoreinv.npe.stages import (
+    POSTERIOR,
     Training,
     best,
     digest,
@@ -19,10 +22,11 @@ from scoreinv.npe.stages import (
     train,
     validate,
 )
-from scoreinv.npe.store import Store, load_simulator, simulated
+from scoreinv.npe.store import Store, load_simulator, simulated, source
 from scoreinv.samplers.run import installed
 
 STAGES = ("data", "train", "validate", "observe", "run")
+LEAST = {"n": 100, "sims": 20, "draws": 20, "samples": 100, "swaps": 99, "workers": 1, "batch": 1}
 SHOWN = ("name", "log q [nat]", "+-", "held-out loss", "epochs", "seconds", "dropped")
 
 
@@ -67,7 +71,7 @@ class NPEConfig:
     def __post_init__(self) -> None:
         if self.what not in STAGES:
             raise ValueError(f"what is {self.what!r}, expected one of {', '.join(STAGES)}")
-        for name, least in {"n": 100, "sims": 20, "draws": 20, "samples": 100}.items():
+        for name, least in LEAST.items():
             if (given := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {given}, expected at least {least}")
 
@@ -92,13 +96,14 @@ def npe(config: NPEConfig) -> None:
             stages[name](config)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"what is finished stays in {config.folder}; the same command goes on from there"
+            f"what is finished stays in {config.folder}; the same command, without --overwrite, goes on from there"
         ) from None
 
 
 def _data(config: NPEConfig) -> None:
-    if config.overwrite:
-        shutil.rmtree(config.store.folder, ignore_errors=True)
+    load_simulator(config.simulator)
+    if config.overwrite and (config.store.folder / "store.json").exists():
+        shutil.rmtree(config.store.folder)
     progress = sys.stderr.isatty()
     folder, workers = config.store.folder, config.workers
     store = simulated(
@@ -109,8 +114,11 @@ def _data(config: NPEConfig) -> None:
 
 
 def _train(config: NPEConfig) -> None:
+    _check(config)
     if config.overwrite:
-        shutil.rmtree(config.fits, ignore_errors=True)
+        for fit in config.fits.glob("*-*"):
+            if (fit / "row.json").exists() or (fit / "checkpoint").exists():
+                shutil.rmtree(fit)
     found = train(
         config.store,
         config.training,
@@ -124,7 +132,25 @@ def _train(config: NPEConfig) -> None:
     say("best", f"{found['rows'][0]['name']}, in {config.fits}")
 
 
+def _check(config: NPEConfig) -> None:
+    """That the simulations that are kept are those that the configuration speaks of, and whole."""
+    card, store = config.store.card, config.store
+    wanted = {
+        "simulator": config.simulator,
+        "source": source(config.simulator),
+        "n": config.n,
+        "seed": config.seed,
+    }
+    if other := [k for k, v in wanted.items() if card[k] != v]:
+        k = other[0]
+        raise ValueError(
+            f"{store.folder} holds simulations of {k} {card[k]!r}, expected {wanted[k]!r}: the simulator or the "
+            "configuration has changed; run the data stage with --overwrite"
+        )
+
+
 def _validate(config: NPEConfig) -> None:
+    _check(config)
     name, estimator = best(config.store, config.training, config.fits)
     report, sizes = config.folder / "validation.json", (config.sims, config.draws, config.swaps)
     row = json.loads((config.fits / name / "row.json").read_text())
@@ -149,6 +175,7 @@ def _validate(config: NPEConfig) -> None:
 
 
 def _observe(config: NPEConfig) -> None:
+    _check(config)
     name, estimator = best(config.store, config.training, config.fits)
     simulator, truth = load_simulator(config.simulator), None
     if config.observation is None:
@@ -158,7 +185,19 @@ def _observe(config: NPEConfig) -> None:
     else:
         x = read_observation(config.observation)
     folder = config.folder / "posterior"
-    found = observe(estimator, simulator, x, config.samples, folder, config.seed, truth)
+    row = json.loads((config.fits / name / "row.json").read_text())
+    values = x if isinstance(x, dict) else {"x": x}
+    seen = {k: v.double().flatten().tolist() for k, v in values.items()}
+    of = digest(row["of"], name, seen, config.samples, config.seed)
+    about = {"of": of, "estimator": name, "observation": config.observation or "simulated"}
+    about["scoreinv"] = installed("scoreinv")
+    kept = folder / POSTERIOR
+    if kept.exists() and not config.overwrite:
+        if json.loads(str(np.load(kept)["meta"]))["of"] != of:
+            raise FileExistsError(
+                f"{kept} is of another observation, fit or number of draws; move it away, or pass --overwrite"
+            )
+    found = observe(estimator, simulator, x, config.samples, folder, config.seed, truth, about)
     say("posterior", f"{name}, {config.samples} draws, in {folder}")
     rows = []
     for i, parameter in enumerate(simulator.prior.names):

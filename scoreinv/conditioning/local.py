@@ -85,7 +85,7 @@ class LocalConditioned:
         wider: float = 1.0,
         suspected: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draws, and where the data doubted K and it was widened, both with shape (B, C, H, W).
+        """Draws, and where the data doubted K, around which it was widened, both with shape (B, C, H, W).
 
         Args:
             m: Means before the data are known, with shape (B, C, H, W).

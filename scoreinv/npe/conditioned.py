@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from scoreinv.npe.parameters import ParameterPrior
 
 NOTHING = 700.0  # below the largest log-weight [nat]
-CHAINS = 2000  # at least
+CHAINS = 2000  # for draws at least
 MOVES = 15  # at each temperature
 LEAPS = 0.1  # of the moves, from mode to mode
 JITTER = 1e-3  # of a standard deviation of the chains
@@ -83,12 +83,12 @@ class Estimated(ABC):
         """n draws of theta, with shape (n, d), in float64; all of them in the prior's support."""
         return self.prior.from_normal(self._draw(n, seed)[0])
 
+    @abstractmethod
     def log_evidence(self, n: int = CHAINS, seed: int = 0) -> float:
         """log of the integral of r over the prior [nat], from n chains; 0 where r is known in full.
 
         Of a learned likelihood the evidence of the data; of a learned ratio how far it is from one that is normalised.
         """
-        return self._draw(n, seed)[1]
 
     @torch.no_grad()
     def log_prob(self, theta: Tensor) -> Tensor:
@@ -98,6 +98,8 @@ class Estimated(ABC):
         """
         log_p = self.prior.log_prob(theta)
         found, inside = torch.full_like(log_p, -math.inf), log_p > -math.inf
+        if not bool(inside.any()):
+            return found
         u = self.prior.to_normal(theta[inside])
         found[inside] = self.log_ratio(u) + log_p[inside]
         return found
@@ -148,12 +150,17 @@ class Estimated(ABC):
 class Tempered(Estimated):
     """The posterior of one observation whose density is known up to a constant."""
 
+    def log_evidence(self, n: int = CHAINS, seed: int = 0) -> float:
+        return self._run(n, stream(seed))[1]
+
     def _draw(self, n: int, seed: int) -> tuple[Tensor, float]:
         generator, chains = stream(seed), max(n, CHAINS)
-        d = len(self.prior)
-        u = torch.randn(chains, d, generator=generator, dtype=torch.float64)
-        u, log_z = temper(u, self.log_ratio, _differences, MOVES, generator)
+        u, log_z = self._run(chains, generator)
         return u[torch.randperm(chains, generator=generator)[:n]], log_z
+
+    def _run(self, chains: int, generator: torch.Generator) -> tuple[Tensor, float]:
+        u = torch.randn(chains, len(self.prior), generator=generator, dtype=torch.float64)
+        return temper(u, self.log_ratio, _differences, MOVES, generator)
 
 
 def _differences(cloud: Tensor) -> Propose:

@@ -65,6 +65,7 @@ class Estimator(ABC):
 
     name: ClassVar[str]
     given: ClassVar[type[Estimated]]  # what `condition` makes
+    posterior: ClassVar[bool] = False  # whether the prior is learned along with the rest
 
     def __init__(
         self,
@@ -140,9 +141,24 @@ class Estimator(ABC):
             raise ValueError(
                 f"pair_weights has shape {tuple(pair_weights.shape)}, expected ({len(theta)},)"
             )
+        if pair_weights is not None and not self.posterior:
+            raise ValueError(
+                f"pair_weights are for NPE, not for {type(self).__name__}, which learns no prior; leave them out"
+            )
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"device {device!r} is not there ({error}); expected cpu, or cuda where there is one"
+            ) from None
         w = torch.ones(len(theta)) if pair_weights is None else pair_weights
         theta, inputs, kept = usable(theta, inputs, self.invalid)
         self.dropped = int((~kept).sum())
+        if self.dropped and not self.posterior:
+            raise ValueError(
+                f"{self.dropped} simulations are not finite; without them {type(self).__name__} would not know how often "
+                "that is so for each theta: take NPE, or a prior without such theta"
+            )
         if len(theta) < FEWEST:
             raise ValueError(f"{len(theta)} pairs, expected at least {FEWEST}, better thousands")
         u, w = self.prior.to_normal(theta), w[kept].double()

@@ -167,10 +167,7 @@ class Score(Transport):
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Code that takes no generator, on the CPU under this seed; the global state is left as it was."""
-    before = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)
-    try:
+    """Code that takes no generator under this seed; the global states are left as they were."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
         yield
-    finally:
-        torch.default_generator.set_state(before)

@@ -70,6 +70,10 @@ class Ratio(Featured):
 
     def scores(self, u: Tensor, x: Inputs) -> Tensor:
         """f of the parameters that belong to x, and of those of the next K pairs, with shape (B, 1 + K)."""
+        if len(u) <= self.contrasts:
+            raise ValueError(
+                f"{len(u)} pairs beside {self.contrasts} contrasts; expected larger batches, or fewer contrasts"
+            )
         f, seen = self.features(x), None
         if self.marginals:
             # as many hidden as seen on average, and any number as often as another

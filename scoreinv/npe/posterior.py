@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from scoreinv.npe.conditioned import Estimated
+from scoreinv.npe.conditioned import CHAINS, Estimated
 from scoreinv.npe.data import ROWS, Inputs, Standardise
 from scoreinv.npe.estimator import Estimator
 from scoreinv.npe.flows import KINDS, Transport, new_flow, seeded
@@ -74,6 +74,9 @@ class Density(Featured):
 class Direct(Estimated):
     """The posterior of one observation, whose draws come at once."""
 
+    def log_evidence(self, n: int = CHAINS, seed: int = 0) -> float:
+        return 0.0
+
     def _draw(self, n: int, seed: int) -> tuple[Tensor, float]:
         e = self.estimator
         which = torch.multinomial(e.weights, n, replacement=True, generator=stream(seed))
@@ -106,8 +109,7 @@ class NPE(Estimator):
         dropped: Pairs that were left out.
     """
 
-    name = "npe"
-    given = Direct
+    name, given, posterior = "npe", Direct, True
 
     def __init__(
         self,

@@ -8,8 +8,9 @@ that the data exclude:
 
 Where r > t, p' is the prior up to a factor, so what is learned is the posterior itself there, without a correction of its
 density. Of all regions that hold as much of the posterior, that one holds least of the prior. Draws of the first come by
-rejection, of the estimate or of the prior, whichever is refused less; all pairs of earlier rounds that lie inside are used
-again. The second takes draws of the estimate as they come, and pairs of all rounds have weights
+rejection, of the estimate or of the prior, whichever is refused less, and lie inside the regions of all rounds; so the pairs
+of earlier ones that do are used again. The second takes draws of the estimate as they come, and pairs of all rounds have
+weights
 
     w  =  min(1, r / t) / sum_i f_i r_i,        f_i the share of the pairs that round i made, r_0 = 1,
 
@@ -70,7 +71,7 @@ class Proposal(ABC):
     """How a round's parameters are drawn."""
 
     @abstractmethod
-    def draw(self, region: Region, n: int, seed: int) -> Tensor:
+    def draw(self, regions: list[Region], n: int, seed: int) -> Tensor:
         """n parameters u, with shape (n, d)."""
 
     @abstractmethod
@@ -86,10 +87,10 @@ class Proposal(ABC):
 
 @dataclass(frozen=True)
 class Truncated(Proposal):
-    """Draws of the prior inside of the region."""
+    """Draws of the prior inside of all regions."""
 
-    def draw(self, region: Region, n: int, seed: int) -> Tensor:
-        found, tried, generator = [], 0, stream(seed)
+    def draw(self, regions: list[Region], n: int, seed: int) -> Tensor:
+        found, tried, generator, region = [], 0, stream(seed), regions[-1]
         while sum(map(len, found)) < n:
             if tried > REFUSED * n:
                 raise ValueError(
@@ -105,19 +106,21 @@ class Truncated(Proposal):
             else:
                 u = torch.randn(size, d, generator=generator, dtype=torch.float64)
                 inside = region.log_r(u) > 0
-            found.append(u[inside])
+            u = u[inside]
+            found.append(u[_inside(u, regions)] if len(u) else u)
             tried += size
         return torch.cat(found)[:n]
 
     def weights(self, u: Tensor, regions: list[Region], made: list[int]) -> Tensor:
-        return (regions[-1].log_r(u) > 0).double()
+        return _inside(u, regions).double()
 
 
 @dataclass(frozen=True)
 class Clipped(Proposal):
-    """Draws of the estimate, with weights."""
+    """Draws of the last estimate, with weights."""
 
-    def draw(self, region: Region, n: int, seed: int) -> Tensor:
+    def draw(self, regions: list[Region], n: int, seed: int) -> Tensor:
+        region = regions[-1]
         return region.given.prior.to_normal(region.given.sample(n, seed))
 
     def weights(self, u: Tensor, regions: list[Region], made: list[int]) -> Tensor:
@@ -125,6 +128,11 @@ class Clipped(Proposal):
         each = [torch.zeros(len(u), dtype=torch.float64), *(v.given.log_ratio(u) for v in regions)]
         mixed = torch.logsumexp(torch.stack(each) + log_f[:, None], 0)
         return (regions[-1].log_r(u).clamp_max(0) - mixed).exp()
+
+
+def _inside(u: Tensor, regions: list[Region]) -> Tensor:
+    """Which lie in all regions, with shape (B,)."""
+    return torch.stack([region.log_r(u) > 0 for region in regions]).all(0)
 
 
 @dataclass
@@ -184,17 +192,15 @@ def sequential(
         raise ValueError(
             f"rounds is {rounds} and share {share:g}, expected at least 1, and between 0 and 1"
         )
+    if not new().posterior:
+        raise ValueError(f"rounds are for NPE, and {type(new()).__name__} learns no posterior")
     proposal, result = proposal or Truncated(), None
     regions: list[Region] = []
     u, seen = torch.empty(0, len(new().prior), dtype=torch.float64), {}
     for i in tqdm(range(rounds), disable=not progress, unit="round"):
         estimator = new()
         prior, own = estimator.prior, integer(seed, 0, i)
-        more = (
-            proposal.draw(regions[-1], n, own)
-            if regions
-            else prior.to_normal(prior.sample(n, own))
-        )
+        more = proposal.draw(regions, n, own) if regions else prior.to_normal(prior.sample(n, own))
         simulated = simulate(prior.from_normal(more), stream(seed, 1, i))
         u, seen = torch.cat([u, more]), joined(seen, named(simulated))
         w = proposal.weights(u, regions, [n] * (i + 1)) if regions else torch.ones(n).double()
@@ -206,7 +212,7 @@ def sequential(
             integer(seed, 2, i),
             plan,
             noise=noise,
-            pair_weights=w[used],
+            pair_weights=None if bool((w[used] == w[used][0]).all()) else w[used],
         )
         given = estimator.condition(x)
         result = result or Sequential(given)

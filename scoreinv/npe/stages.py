@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import time
+import zipfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from scoreinv.diagnostics import Coverage, coverage
 from scoreinv.npe.conditioned import Weighted
-from scoreinv.npe.data import ALONE, mapped, named
+from scoreinv.npe.data import ALONE, mapped, named, usable
 from scoreinv.npe.estimator import Estimator
 from scoreinv.npe.featurizers import Data
 from scoreinv.npe.figure import corner, predictive
@@ -40,14 +39,15 @@ from scoreinv.npe.nle import NLE
 from scoreinv.npe.nre import NRE
 from scoreinv.npe.posterior import NPE
 from scoreinv.npe.simulator import Simulator
-from scoreinv.npe.store import Store, load_simulator, one_thread
+from scoreinv.npe.store import Store, load_simulator, shared
 from scoreinv.streams import integer, stream
 
+SPARE = 10  # times as many simulations as are wanted, where some may be dropped
 JUDGED = 100  # fresh simulations by which estimators are compared
 CHAINS = 500  # for the normalisation of one that is known up to a constant
 PREDICTED = 500  # data for a figure
 WORTH_SHOWING = 50  # effective draws
-TABLE = "train.json"
+TABLE, POSTERIOR = "train.json", "posterior.npz"
 
 METHODS: dict[str, Callable[..., Estimator]] = {
     **{kind: partial(NPE, flow=kind) for kind in KINDS},
@@ -121,16 +121,9 @@ def train(
     ]
     rows = []
     with tqdm(total=len(jobs), disable=not progress, unit="fit", desc="train") as bar:
-        if workers == 1:
-            for job in jobs:
-                rows.append(_fitted(*job, progress=progress))
-                bar.update()
-        else:
-            spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, spawn, one_thread) as pool:
-                for finished in as_completed([pool.submit(_fitted, *job) for job in jobs]):
-                    rows.append(finished.result())
-                    bar.update()
+        for row in shared(_fitted, jobs, workers):
+            rows.append(row)
+            bar.update()
     rows.sort(key=lambda row: -row["log q [nat]"])
     table = {"of": of, "data": store.hash, "rows": rows}
     (folder / TABLE).write_text(json.dumps(table, indent=1) + "\n")
@@ -144,7 +137,6 @@ def _fitted(
     of: str,
     seed: int,
     device: str,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """Fit one estimator, and judge it by fresh simulations; its row of the table."""
     card = folder / "row.json"
@@ -166,13 +158,13 @@ def _fitted(
         training.plan,
         noise=simulator.noise,
         device=device,
-        progress=progress,
-        checkpoint=folder / "checkpoint",
+        # of these simulations alone
+        checkpoint=folder / "checkpoint" / of[:16],
     )
     seconds = time.perf_counter() - began
     estimator.save(folder)
     # of the data's seed, so that all are judged by the same simulations, which none was fitted to
-    truths, seen = fresh_pairs(simulator, JUDGED, integer(store.card["seed"], 1))
+    truths, seen = fresh_pairs(simulator, JUDGED, integer(store.card["seed"], 1), training.invalid)
     log_q = [
         float(given.log_prob(truth[None])[0]) - given.log_evidence(CHAINS, seed)
         for truth, given in zip(truths, (estimator.condition(x) for x in seen), strict=True)
@@ -232,7 +224,7 @@ def validate(
         swaps: Draws of the null distribution.
         progress: Show a progress bar.
     """
-    truths, seen = fresh_pairs(simulator, sims, integer(seed, 2))
+    truths, seen = fresh_pairs(simulator, sims, integer(seed, 2), estimator.invalid)
     found, log_q = [], []
     for i, x in enumerate(tqdm(seen, disable=not progress, unit="simulation", desc="validate")):
         given = estimator.condition(x)
@@ -274,6 +266,7 @@ def observe(
     folder: Path,
     seed: int,
     truth: Tensor | None = None,
+    about: dict[str, Any] | None = None,
 ) -> Observed:
     """Draws of the posterior of one observation, posterior.npz, and two pictures, corner.png and predictive.png.
 
@@ -285,6 +278,7 @@ def observe(
         folder: Of the files.
         seed: Decides the draws.
         truth: If it is known, with shape (1, d), for the picture.
+        about: What else to keep beside the draws; values of JSON.
     """
     given = estimator.condition(x)
     theta = given.sample(n, seed)
@@ -294,7 +288,11 @@ def observe(
     folder.mkdir(parents=True, exist_ok=True)
     more = {} if weighted is None else {"weighted": weighted.theta, "log_w": weighted.log_w}
     arrays = {k: v.numpy() for k, v in {"theta": theta, **more}.items()}
-    np.savez(folder / "posterior.npz", names=np.array(simulator.prior.names), **arrays)
+    meta = {"seed": seed, "strangeness": given.strangeness(), **(about or {})}
+    if weighted is not None:
+        meta |= {"n_eff": weighted.n_eff, **asdict(weighted.evidence)}
+    names = np.array(simulator.prior.names)
+    np.savez(folder / POSTERIOR, names=names, meta=json.dumps(meta, default=str), **arrays)
     shown = _shown(theta, weighted, seed)
     known_truth = None if truth is None else truth[0]
     corner(shown, simulator.prior.names, known_truth).savefig(folder / "corner.png", dpi=120)
@@ -317,13 +315,19 @@ def _shown(theta: Tensor, weighted: Weighted | None, seed: int) -> dict[str, Ten
     return shown
 
 
-def fresh_pairs(simulator: Simulator, n: int, seed: int) -> tuple[Tensor, list[Data]]:
-    """Parameters, with shape (n, d), and the data of each, noise and all."""
-    theta = simulator.prior.sample(n, seed)
+def fresh_pairs(
+    simulator: Simulator, n: int, seed: int, invalid: str = "raise"
+) -> tuple[Tensor, list[Data]]:
+    """Parameters, with shape (n, d), and the data of each, noise and all; finite ones where `invalid` is drop."""
+    draws = (1 if invalid != "drop" else SPARE) * n
+    theta = simulator.prior.sample(draws, seed)
     x = simulator.data(theta, seed)
-    if isinstance(x, Tensor):
-        return theta, list(x)
-    return theta, [mapped(named(x), lambda v, i=i: v[i]) for i in range(n)]
+    inputs = named(x)
+    theta, inputs, _ = usable(theta, inputs, invalid)
+    if len(theta) < n:
+        raise ValueError(f"{len(theta)} of {draws} simulations are finite, expected {n} or more")
+    each = [mapped(inputs, lambda v, i=i: v[i]) for i in range(n)]
+    return theta[:n], [one[ALONE] for one in each] if isinstance(x, Tensor) else each
 
 
 def read_observation(file: str | Path) -> Data:
@@ -339,11 +343,15 @@ def read_observation(file: str | Path) -> Data:
         )
     try:
         read = np.load(path)
-    except (OSError, ValueError) as error:
+        arrays = {ALONE: read} if path.suffix == ".npy" else {k: read[k] for k in read.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    if path.suffix == ".npy":
-        return torch.from_numpy(read)
-    return {name: torch.from_numpy(read[name]) for name in read.files}
+    if wrong := [k for k, v in arrays.items() if v.dtype.kind not in "fiub"]:
+        raise ValueError(
+            f"{wrong[0]} of {file} is of type {arrays[wrong[0]].dtype}, expected real numbers"
+        )
+    tensors = {k: torch.from_numpy(v) for k, v in arrays.items()}
+    return tensors[ALONE] if path.suffix == ".npy" else tensors
 
 
 def digest(*parts: Any) -> str:

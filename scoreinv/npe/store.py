@@ -10,18 +10,22 @@ import hashlib
 import importlib.util
 import json
 import multiprocessing
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scoreinv.npe.data import ALONE, Inputs, named
+from scoreinv.npe.data import ALONE, Inputs, count, named
 from scoreinv.npe.examples import EXAMPLES
 from scoreinv.npe.featurizers import Data
 from scoreinv.npe.simulator import Simulator
@@ -93,19 +97,30 @@ def load_simulator(name: str) -> Simulator:
     if name in EXAMPLES:
         return EXAMPLES[name]()
     file, colon, variable = name.rpartition(":")
-    if not colon or not Path(file).is_file():
+    if not colon or not Path(file).is_file() or Path(file).suffix != ".py":
         raise ValueError(
             f"simulator is {name!r}, expected one of {', '.join(EXAMPLES)}, or FILE.py:NAME, a Simulator in a file of yours"
         )
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    spec = importlib.util.spec_from_file_location(f"simulator_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # where its own classes are looked for
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
     found = getattr(module, variable, None)
     if not isinstance(found, Simulator):
         raise ValueError(
             f"{file} has no Simulator called {variable!r}, but {type(found).__name__}"
         )
     return found
+
+
+def source(name: str) -> str:
+    """What tells one version of a simulator from another: of a file its hash, of ours the package's version."""
+    if name in EXAMPLES:
+        return f"scoreinv {version('scoreinv')}"
+    return hashlib.sha256(Path(name.rpartition(":")[0]).read_bytes()).hexdigest()
 
 
 def simulated(
@@ -140,6 +155,7 @@ def simulated(
     card = {
         "format": FORMAT,
         "simulator": name,
+        "source": source(name),
         "parameters": simulator.prior.card,
         "n": n,
         "seed": seed,
@@ -163,17 +179,32 @@ def simulated(
     parts = store.missing()
     jobs = [(name, str(store.folder), i) for i in parts]
     with tqdm(total=len(jobs), disable=not progress, unit="batch", desc="simulations") as bar:
-        if workers == 1:
-            for job in jobs:
-                _simulate(*job)
-                bar.update()
-        elif jobs:
-            spawn = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, spawn, one_thread) as pool:
-                for finished in as_completed([pool.submit(_simulate, *job) for job in jobs]):
-                    finished.result()
-                    bar.update()
+        for _ in shared(_simulate, jobs, workers):
+            bar.update()
     return store
+
+
+def shared(work: Callable[..., Any], jobs: Sequence[tuple], workers: int) -> Iterator[Any]:
+    """What comes of jobs that processes share, in the order in which they are done; the first that fails ends all.
+
+    Raises:
+        ValueError: A process that was killed.
+    """
+    if workers == 1 or len(jobs) < 2:
+        for job in jobs:
+            yield work(*job)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), spawn, one_thread)
+    try:
+        for finished in as_completed([pool.submit(work, *job) for job in jobs]):
+            yield finished.result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process was killed, perhaps for memory; try fewer workers, or smaller batches"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _prepare(folder: Path, card: dict, parameters: int) -> None:
@@ -208,6 +239,10 @@ def _simulate(name: str, folder: str, i: int) -> None:
     rows = slice(first, min(first + card["batch"], card["n"]))
     theta, x = _batch(simulator, rows.stop - rows.start, card["seed"], i)
     inputs: Inputs = named(x)
+    if count(inputs) != len(theta):
+        raise ValueError(
+            f"{name} made {count(inputs)} simulations of {len(theta)} parameters, expected as many"
+        )
     for key, values in {"theta": theta, **{f"x-{k}": v for k, v in inputs.items()}}.items():
         array = np.load(store.folder / f"{key}.npy", mmap_mode="r+")
         array[rows] = values.numpy()

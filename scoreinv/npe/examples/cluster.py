@@ -4,9 +4,9 @@ Hot gas of a cluster of mass M at redshift z has the temperature and the luminos
 
     k T = 5 keV (M / M0)^(2/3) E(z)^(2/3) e^(0.1 a),    L = 5e44 erg/s (M / M0)^(4/3) E(z)^(7/3) e^(0.4 b),
 
-with M0 = 5e14 solar masses, a and b of N(0, 1), and a spectrum of thermal bremsstrahlung, E^-0.4 exp(-E / k T). A telescope
-counts its photons, redshifted, above a background. Scaling relations: Kaiser (1986), with slopes and scatter near those of
-Pratt et al., Galaxy cluster X-ray luminosity scaling relations from REXCESS (2009, arXiv:0809.3784).
+with M0 = 5e14 solar masses, a and b of N(0, 1), and an energy spectrum of thermal bremsstrahlung, E^-0.4 exp(-E / k T). A
+telescope counts its photons, redshifted, above a background. Scaling relations: Kaiser (1986); the scatter is of the size
+that samples of clusters have, and the luminosity of the order of that of a cluster of this mass.
 """
 
 from __future__ import annotations
@@ -29,23 +29,36 @@ KEV = 1.602e-9  # [erg]
 FINE = 16  # points of an integral
 
 
-def expected(theta: Tensor) -> Tensor:
-    """Counts in each band, with shape (n, 8), for log10 M, z, a and b."""
+def gas(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k T [keV], luminosity [erg/s] and redshift, each with shape (n,), for log10 M, z, a and b."""
     log_mass, z, a, b = theta.double().unbind(1)
     mass = 10 ** (log_mass - math.log10(5e14))
     growth = (OMEGA_M * (1 + z) ** 3 + 1 - OMEGA_M).sqrt()
     kT = 5 * (mass * growth) ** (2 / 3) * (0.1 * a).exp()
-    luminosity = 5e44 * mass ** (4 / 3) * growth ** (7 / 3) * (0.4 * b).exp()
-    flux = luminosity / (4 * math.pi * ((1 + z) * distance(z)) ** 2)  # [erg/s/cm^2]
-    # photons per erg of the whole spectrum, whose energy integral is kT^1.6 Gamma(1.6)
+    return kT, 5e44 * mass ** (4 / 3) * growth ** (7 / 3) * (0.4 * b).exp(), z
+
+
+def energy_flux(theta: Tensor) -> Tensor:
+    """Of all energies [erg/s/cm^2], with shape (n,)."""
+    _, luminosity, z = gas(theta)
+    return luminosity / (4 * math.pi * ((1 + z) * distance(z)) ** 2)
+
+
+def photons(theta: Tensor, E: Tensor) -> Tensor:
+    """At observed energies [keV], with shape (n, *E) [1/s/cm^2/keV]."""
+    kT, _, z = (v.reshape(-1, *[1] * E.ndim) for v in gas(theta))
+    flux = energy_flux(theta).reshape(kT.shape)
+    at_source = E * (1 + z)
+    # an energy spectrum whose integral is kT^0.6 Gamma(0.6); an observed keV is 1 + z keV at the source
+    spectrum = at_source**-0.4 * (-at_source / kT).exp() / (kT**0.6 * math.gamma(0.6))
+    return flux * spectrum * (1 + z) / (KEV * E)
+
+
+def expected(theta: Tensor) -> Tensor:
+    """Counts in each band, with shape (n, 8)."""
     share = torch.linspace(0, 1, FINE, dtype=torch.float64)
     E = EDGES[:-1, None] + (EDGES[1:] - EDGES[:-1])[:, None] * share
-    at_source = E * (1 + z[:, None, None])
-    spectrum = at_source**-0.4 * (-at_source / kT[:, None, None]).exp()
-    photons = torch.trapezoid(spectrum, E, dim=2) * (1 + z[:, None])
-    whole = KEV * kT**1.6 * math.gamma(1.6)
-    rate = AREA * flux[:, None] * photons / whole[:, None] + BACKGROUND
-    return EXPOSURE * rate
+    return EXPOSURE * (AREA * torch.trapezoid(photons(theta, E), E, dim=2) + BACKGROUND)
 
 
 def distance(z: Tensor) -> Tensor:
