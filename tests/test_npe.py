@@ -316,6 +316,8 @@ OTHERS = {
     "score": lambda: NPE(GAUSSIAN, "score"),
 }
 
+LONG = ("contrasts", "ensemble", "score", "ratio")  # each is a variant of one that is not
+
 
 @pytest.fixture(scope="module")
 def others(pairs):
@@ -330,7 +332,10 @@ def others(pairs):
     return fitted
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if kind in LONG else ()) for kind in OTHERS],
+)
 def test_every_estimator_finds_a_conjugate_posterior(kind, others, pairs):
     """Over 20 data: means within half a standard deviation, widths within a third, and weights that make both exact.
 
@@ -395,7 +400,7 @@ def test_marginals_are_those_of_the_joint_posterior(others):
     with pytest.raises(ValueError, match=r"of is \['c'\], expected different ones of a, b"):
         estimator.marginal(x, ["c"])
     with pytest.raises(ValueError, match="make it with marginals=True"):
-        others("ratio").marginal(x, ["b"])
+        NRE(GAUSSIAN).marginal(x, ["b"])
 
 
 def test_the_contrastive_loss_is_that_of_a_classifier_for_one_contrast():

@@ -31,7 +31,7 @@ SHOWN = ("name", "log q [nat]", "+-", "held-out loss", "epochs", "seconds", "dro
 
 
 @dataclass(frozen=True, kw_only=True)
-class NPEConfig:
+class NpeConfig:
     """A simulator, what is learned from it, and an observation.
 
     Args:
@@ -52,7 +52,7 @@ class NPEConfig:
         overwrite: Do the stage again, and lose what it made.
     """
 
-    what: str
+    what: str = "run"
     simulator: str
     output: str
     n: int = 10_000
@@ -88,7 +88,7 @@ class NPEConfig:
         return self.folder / "train"
 
 
-def npe(config: NPEConfig) -> None:
+def npe(config: NpeConfig) -> None:
     """Learn scalar parameters from simulations, test the posteriors, and draw that of an observation."""
     stages = {"data": _data, "train": _train, "validate": _validate, "observe": _observe}
     try:
@@ -100,7 +100,7 @@ def npe(config: NPEConfig) -> None:
         ) from None
 
 
-def _data(config: NPEConfig) -> None:
+def _data(config: NpeConfig) -> None:
     load_simulator(config.simulator)
     if config.overwrite and (config.store.folder / "store.json").exists():
         shutil.rmtree(config.store.folder)
@@ -113,7 +113,7 @@ def _data(config: NPEConfig) -> None:
     say("simulations", f"{config.n} of {config.simulator}: {shapes}, in {folder}")
 
 
-def _train(config: NPEConfig) -> None:
+def _train(config: NpeConfig) -> None:
     _check(config)
     if config.overwrite:
         for fit in config.fits.glob("*-*"):
@@ -132,7 +132,7 @@ def _train(config: NPEConfig) -> None:
     say("best", f"{found['rows'][0]['name']}, in {config.fits}")
 
 
-def _check(config: NPEConfig) -> None:
+def _check(config: NpeConfig) -> None:
     """That the simulations that are kept are those that the configuration speaks of, and whole."""
     card, store = config.store.card, config.store
     wanted = {
@@ -149,7 +149,7 @@ def _check(config: NPEConfig) -> None:
         )
 
 
-def _validate(config: NPEConfig) -> None:
+def _validate(config: NpeConfig) -> None:
     _check(config)
     name, estimator = best(config.store, config.training, config.fits)
     report, sizes = config.folder / "validation.json", (config.sims, config.draws, config.swaps)
@@ -174,7 +174,7 @@ def _validate(config: NPEConfig) -> None:
     say("figure", picture)
 
 
-def _observe(config: NPEConfig) -> None:
+def _observe(config: NpeConfig) -> None:
     _check(config)
     name, estimator = best(config.store, config.training, config.fits)
     simulator, truth = load_simulator(config.simulator), None

@@ -26,7 +26,7 @@ class Fitting:
     """How long and how fast.
 
     Args:
-        epochs: At most.
+        epochs: Passes over the pairs, at most.
         batch: Pairs of a step.
         rate: First learning rate; halved when half of the patience is over.
         patience: Epochs without a better loss of the held-out pairs after which the fit ends.
