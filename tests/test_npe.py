@@ -212,10 +212,15 @@ def test_flows_are_densities(kind):
     """Untrained, on a grid: their integral is one; draws depend on the seed alone, and leave the global one as it was."""
     with seeded(0):
         flow = new_flow(kind, 2, 3, hidden=(16,), transforms=2)
-    side = torch.linspace(-9, 9, 301)
+    # one that follows a differential equation is smoother, and takes longer
+    points = 101 if kind in ("matching", "score") else 301
+    side = torch.linspace(-9, 9, points)
     with torch.no_grad():
         q = flow(torch.tensor([0.1, -0.4, 0.7]))
-        total = float(q.log_prob(torch.cartesian_prod(side, side)).exp().sum()) * 0.06**2
+        total = (
+            float(q.log_prob(torch.cartesian_prod(side, side)).exp().sum())
+            * (18 / (points - 1)) ** 2
+        )
     assert total == pytest.approx(1, abs=0.02)
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
@@ -316,7 +321,13 @@ OTHERS = {
     "score": lambda: NPE(GAUSSIAN, "score"),
 }
 
-LONG = ("contrasts", "ensemble", "score", "ratio")  # each is a variant of one that is not
+LONG = ("contrasts", "ensemble", "score", "marginals", "balanced")  # each is a variant of one that is not
+    "contrasts",
+    "ensemble",
+    "score",
+    "ratio",
+    "balanced",
+)  # each is a variant of one that is not
 
 
 @pytest.fixture(scope="module")
@@ -337,12 +348,12 @@ def others(pairs):
     [pytest.param(kind, marks=pytest.mark.slow if kind in LONG else ()) for kind in OTHERS],
 )
 def test_every_estimator_finds_a_conjugate_posterior(kind, others, pairs):
-    """Over 20 data: means within half a standard deviation, widths within a third, and weights that make both exact.
+    """Over 10 data: means within half a standard deviation, widths within a third, and weights that make both exact.
 
     One that is balanced may be wider.
     """
     estimator, off, width = others(kind), [], []
-    for x in simulated(GAUSSIAN.sample(20, seed=7), 8):
+    for x in simulated(GAUSSIAN.sample(10, seed=7), 8):
         mean, C = exact(x)
         draws = estimator.condition(x).sample(1000, seed=1)
         off.append((draws.mean(0) - mean) / C.diagonal().sqrt())
@@ -502,7 +513,7 @@ def test_a_fit_goes_on_where_it_was_interrupted(pairs, tmp_path):
         go(checkpoint=tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["likelihood", "marginals", "matching"])
+@pytest.mark.parametrize("kind", [pytest.param("likelihood", marks=pytest.mark.slow), "marginals"])
 def test_others_are_kept_and_found_again(kind, others, pairs, tmp_path):
     others(kind).save(tmp_path)
     again = OTHERS[kind]().load(tmp_path)

@@ -262,13 +262,14 @@ def npe(*words):
     return main(["npe", *words])
 
 
-def test_stages_lead_from_a_simulator_to_a_posterior(mine, tmp_path, capsys):
+def test_stages_lead_from_a_simulator_to_a_posterior(mine, tmp_path, capsys, monkeypatch):
     """Alone or all in one; a stage that is done is found, one of other simulations is refused."""
+    monkeypatch.setattr("scoreinv.npe.stages.JUDGED", 10)
     config = tmp_path / "npe.yaml"
     out = tmp_path / "out"
     config.write_text(
         f"simulator: {mine}\noutput: {out}\nn: 1000\nsims: 30\ndraws: 40\nsamples: 1000\nswaps: 199\n"
-        "training:\n  methods: [maf, nre]\n  plan:\n    epochs: 15\n    batch: 100\n    rate: 2.0e-3\n"
+        "training:\n  methods: [maf, nre]\n  plan:\n    epochs: 8\n    batch: 100\n    rate: 2.0e-3\n"
     )
     given = ("--config", str(config))
     assert npe("train", *given) == 2
