@@ -321,13 +321,7 @@ OTHERS = {
     "score": lambda: NPE(GAUSSIAN, "score"),
 }
 
-LONG = ("contrasts", "ensemble", "score", "marginals", "balanced")  # each is a variant of one that is not
-    "contrasts",
-    "ensemble",
-    "score",
-    "ratio",
-    "balanced",
-)  # each is a variant of one that is not
+LONG = {"contrasts", "ensemble", "score", "marginals", "balanced"}  # beside one that is not
 
 
 @pytest.fixture(scope="module")
