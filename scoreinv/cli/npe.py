@@ -16,13 +16,12 @@ from scoreinv.npe.stages import (
     POSTERIOR,
     Training,
     best,
-    digest,
     observe,
     read_observation,
     train,
     validate,
 )
-from scoreinv.npe.store import Store, load_simulator, simulated, source
+from scoreinv.npe.store import Store, digest, load_simulator, simulated, source
 from scoreinv.samplers.run import installed
 
 STAGES = ("data", "train", "validate", "observe", "run")

@@ -192,11 +192,12 @@ def sequential(
         raise ValueError(
             f"rounds is {rounds} and share {share:g}, expected at least 1, and between 0 and 1"
         )
-    if not new().posterior:
-        raise ValueError(f"rounds are for NPE, and {type(new()).__name__} learns no posterior")
+    blank = new()
+    if not blank.posterior:
+        raise ValueError(f"rounds are for NPE, and {type(blank).__name__} learns no posterior")
     proposal, result = proposal or Truncated(), None
     regions: list[Region] = []
-    u, seen = torch.empty(0, len(new().prior), dtype=torch.float64), {}
+    u, seen = torch.empty(0, len(blank.prior), dtype=torch.float64), {}
     for i in tqdm(range(rounds), disable=not progress, unit="round"):
         estimator = new()
         prior, own = estimator.prior, integer(seed, 0, i)

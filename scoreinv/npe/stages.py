@@ -12,7 +12,6 @@ fresh simulations, which is greatest for the posterior itself.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 import zipfile
@@ -39,7 +38,7 @@ from scoreinv.npe.nle import NLE
 from scoreinv.npe.nre import NRE
 from scoreinv.npe.posterior import NPE
 from scoreinv.npe.simulator import Simulator
-from scoreinv.npe.store import Store, load_simulator, shared
+from scoreinv.npe.store import Store, digest, load_simulator, shared
 from scoreinv.streams import integer, stream
 
 SPARE = 10  # times as many simulations as are wanted, where some may be dropped
@@ -288,7 +287,8 @@ def observe(
     folder.mkdir(parents=True, exist_ok=True)
     more = {} if weighted is None else {"weighted": weighted.theta, "log_w": weighted.log_w}
     arrays = {k: v.numpy() for k, v in {"theta": theta, **more}.items()}
-    meta = {"seed": seed, "strangeness": given.strangeness(), **(about or {})}
+    strange = given.strangeness()
+    meta = {"seed": seed, "strangeness": strange, **(about or {})}
     if weighted is not None:
         meta |= {"n_eff": weighted.n_eff, **asdict(weighted.evidence)}
     names = np.array(simulator.prior.names)
@@ -302,7 +302,7 @@ def observe(
         label, file = ("data", "") if name == ALONE else (name, f"-{name}")
         figure = predictive(v, predicted[name], label)
         figure.savefig(folder / f"predictive{file}.png", dpi=120)
-    return Observed(theta, weighted, given.strangeness())
+    return Observed(theta, weighted, strange)
 
 
 def _shown(theta: Tensor, weighted: Weighted | None, seed: int) -> dict[str, Tensor]:
@@ -352,8 +352,3 @@ def read_observation(file: str | Path) -> Data:
         )
     tensors = {k: torch.from_numpy(v) for k, v in arrays.items()}
     return tensors[ALONE] if path.suffix == ".npy" else tensors
-
-
-def digest(*parts: Any) -> str:
-    """Of values of JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

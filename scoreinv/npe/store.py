@@ -66,7 +66,7 @@ class Store:
     @property
     def hash(self) -> str:
         """Of what was simulated: the same for the same parameters, simulator and seed."""
-        return hashlib.sha256(json.dumps(self.card, sort_keys=True).encode()).hexdigest()
+        return digest(self.card)
 
     @property
     def theta(self) -> Tensor:
@@ -86,6 +86,11 @@ class Store:
     def _read(self, name: str) -> Tensor:
         # copied where it is written to, which never reaches the file
         return torch.from_numpy(np.load(self.folder / f"{name}.npy", mmap_mode="c"))
+
+
+def digest(*parts: Any) -> str:
+    """A hash of values of JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def load_simulator(name: str) -> Simulator:
