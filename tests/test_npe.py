@@ -502,6 +502,9 @@ def test_a_fit_goes_on_where_it_was_interrupted(pairs, tmp_path):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="is of the fit .*'pairs': 600.* remove it to begin anew"):
         make().fit(theta[:500], x[:500], seed=0, plan=plan, checkpoint=tmp_path)
+    # nor with other data of the same parameters
+    with pytest.raises(ValueError, match="is of the fit"):
+        make().fit(theta, x + 1, seed=0, plan=plan, checkpoint=tmp_path)
     (tmp_path / "member-0.pt").write_bytes(b"broken")
     with pytest.raises(ValueError, match="cannot be read"):
         go(checkpoint=tmp_path)

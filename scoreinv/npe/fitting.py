@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -106,7 +107,9 @@ def fit(
         optimiser, factor=0.5, patience=max(1, plan.patience // 2), threshold_mode="abs"
     )
     progressed = Progress(member.state_dict())
-    keeper = Keeper(checkpoint, {"seed": seed, "pairs": len(pairs.u), **asdict(plan)})
+    data = _hash(pairs.u, *x_held.values())
+    card = {"seed": seed, "pairs": len(pairs.u), "data": data, **asdict(plan)}
+    keeper = Keeper(checkpoint, card)
     keeper.restore(member, optimiser, falling, progressed)
     with tqdm(total=plan.epochs, disable=not progress, unit="epoch") as bar:
         bar.update(len(progressed.history))
@@ -206,6 +209,14 @@ class Keeper:
         optimiser.load_state_dict(state["optimiser"])
         falling.load_state_dict(state["falling"])
         vars(progressed).update(state["progress"])
+
+
+def _hash(*values: Tensor) -> str:
+    """Of parameters and held-out data: those of other simulations have another, without reading all of them."""
+    found = hashlib.sha256()
+    for v in values:
+        found.update(v.contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _batches(rows: Tensor, size: int) -> tuple[Tensor, ...]:

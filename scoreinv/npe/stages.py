@@ -157,8 +157,7 @@ def _fitted(
         training.plan,
         noise=simulator.noise,
         device=device,
-        # of these simulations alone
-        checkpoint=folder / "checkpoint" / of[:16],
+        checkpoint=folder / "checkpoint",
     )
     seconds = time.perf_counter() - began
     estimator.save(folder)
