@@ -15,17 +15,20 @@ from scoreinv.likelihood import Likelihood
 from scoreinv.npe.parameters import ParameterPrior
 
 SPREAD = 2.0  # of ln flux
+ISOPHOTE = 0.01  # of the peak
 
 
 def geometry(images: Tensor) -> Tensor:
     """Total flux, radius and two ellipticities, with shape (B, 4), in float64, of images with shape (B, C, H, W).
 
-    With Q the second moments of the positive part about its centroid, the radius [pixel] is ((Q_xx + Q_yy) / 2)^1/2, and the
-    ellipticities are (Q_xx - Q_yy) / (Q_xx + Q_yy) and 2 Q_xy / (Q_xx + Q_yy), of which an inclined disc of small thickness
-    has the length (1 - cos^2 i) / (1 + cos^2 i) at twice the angle of its major axis.
+    With Q the second moments about its centroid of what is brighter than `ISOPHOTE`, the radius [pixel] is
+    ((Q_xx + Q_yy) / 2)^1/2, and the ellipticities are (Q_xx - Q_yy) / (Q_xx + Q_yy) and 2 Q_xy / (Q_xx + Q_yy), of which an
+    inclined disc of small thickness has the length (1 - cos^2 i) / (1 + cos^2 i) at twice the angle of its major axis.
+    Without the isophote the grain that draws have on blank sky, far from the centroid, would make all galaxies large and round.
     """
     light = images.double().sum(1)
-    positive = light.clamp_min(0)
+    bright = light > ISOPHOTE * light.amax((1, 2), keepdim=True)
+    positive = torch.where(bright, light, 0.0).clamp_min(0)
     H, W = light.shape[1:]
     y, x = torch.arange(H).double()[:, None], torch.arange(W).double()
     total = positive.sum((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
