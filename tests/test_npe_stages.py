@@ -328,11 +328,48 @@ def test_stages_lead_from_a_simulator_to_a_posterior(mine, tmp_path, capsys, mon
     assert (out / "train/notes-of-mine").exists()
 
 
+def test_rounds_lead_to_one_posterior_and_go_on_after_a_stop(mine, tmp_path, capsys):
+    """What is finished is found, what is not is made the same again; another plan, or a learned likelihood, is refused."""
+    out = tmp_path / "out"
+    given = ["--simulator", mine, "--output", str(out), "--n", "600", "--rounds", "2"]
+    given += ["--samples", "1000", "--training.methods", "maf", "--training.plan.epochs", "8"]
+    assert npe("rounds", *given) == 0
+    text = capsys.readouterr().out
+    assert "n_eff / n" in text and "truth" in text and "log Z" in text
+    folder = out / "rounds"
+    first = dict(np.load(folder / "posterior/posterior.npz"))
+    mean, sd = first["theta"].mean(0), first["theta"].std(0)
+    # the exact one, but for the ends of the prior: the noise is 0.3, the truth that of the seed
+    simulator = load_simulator(mine)
+    truth = simulator.prior.sample(1, 0)[0]
+    assert np.abs((mean - truth.numpy()) / sd).max() < 4 and sd.max() < 0.4
+    kept = {f: f.stat().st_mtime_ns for f in folder.glob("round-*/*.safetensors")}
+    assert len(kept) == 4
+    # stopped in the middle of the second fit
+    for name in ("fitted", "estimator.safetensors", "estimator.json"):
+        (folder / "round-1" / name).unlink()
+    assert npe("rounds", *given) == 0
+    again = dict(np.load(folder / "posterior/posterior.npz"))
+    np.testing.assert_array_equal(again["theta"], first["theta"])
+    same = [f for f, t in kept.items() if f.stat().st_mtime_ns == t]
+    assert {f"{f.parent.name}/{f.name}" for f in same} == {
+        "round-0/pairs.safetensors",
+        "round-0/estimator.safetensors",
+        "round-1/pairs.safetensors",
+    }
+    capsys.readouterr()
+    assert npe("rounds", *given, "--n", "700") == 2
+    assert "rounds for another observation or of another plan" in capsys.readouterr().err
+    assert npe("rounds", *given, "--training.methods", "nle", "--overwrite") == 2
+    assert "rounds are for NPE, and NLE learns no posterior" in capsys.readouterr().err
+
+
 def test_mistakes_in_stages(mine, tmp_path, capsys):
     given = ("--simulator", mine, "--output", str(tmp_path / "out"))
     for words, said in (
         (("dates", *given), "what is 'dates', expected one of data"),
         (("data", *given, "--n", "3"), "n is 3, expected at least 100"),
+        (("rounds", *given, "--rounds", "0"), "rounds is 0, expected at least 1"),
         (("data", *given, "--training.methods", "mof"), "expected some of maf"),
         (("data", "--simulator", "x.py:y", "--output", str(tmp_path)), "or FILE.py:NAME"),
     ):

@@ -1,4 +1,4 @@
-"""`scoreinv npe data|train|validate|observe|run`: posteriors of scalar parameters, from a simulator to an observation."""
+"""`scoreinv npe data|train|validate|observe|run|rounds`: scalar parameters, from a simulator to an observation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from scoreinv.cli.bench import table
 from scoreinv.cli.problem import say
+from scoreinv.npe.data import named
+from scoreinv.npe.estimator import Estimator
+from scoreinv.npe.featurizers import Data
+from scoreinv.npe.rounds import sequential
+from scoreinv.npe.simulator import Simulator
 from scoreinv.npe.stages import (
     POSTERIOR,
     Training,
@@ -24,8 +30,17 @@ from scoreinv.npe.stages import (
 from scoreinv.npe.store import Store, digest, load_simulator, simulated, source
 from scoreinv.samplers.run import installed
 
-STAGES = ("data", "train", "validate", "observe", "run")
-LEAST = {"n": 100, "sims": 20, "draws": 20, "samples": 100, "swaps": 99, "workers": 1, "batch": 1}
+STAGES = ("data", "train", "validate", "observe", "run", "rounds")
+LEAST = {
+    "n": 100,
+    "sims": 20,
+    "draws": 20,
+    "samples": 100,
+    "swaps": 99,
+    "workers": 1,
+    "batch": 1,
+    "rounds": 1,
+}
 SHOWN = ("name", "log q [nat]", "+-", "held-out loss", "epochs", "seconds", "dropped")
 
 
@@ -34,10 +49,12 @@ class NpeConfig:
     """A simulator, what is learned from it, and an observation.
 
     Args:
-        what: The stage: data, train, validate or observe; or run, all of them, those that are done already left out.
+        what: The stage: data, train, validate or observe; or run, all of them, those that are done already left out. Or
+            rounds, which simulates where the posterior of this one observation may be, again and again.
         simulator: One of cluster, power, chirp, dust, disc; or FILE.py:NAME, a `scoreinv.npe.Simulator` in a file of yours.
         output: Folder of all stages.
-        n: Simulations.
+        n: Simulations; of each round.
+        rounds: At most; they end where fewer draws are effective than before. They fit the first method of `training`, once.
         batch: Simulations that are made together.
         training: What is fitted to them.
         sims: Fresh simulations whose truths should be covered.
@@ -55,6 +72,7 @@ class NpeConfig:
     simulator: str
     output: str
     n: int = 10_000
+    rounds: int = 4
     batch: int = 1000
     training: Training = field(default_factory=Training)
     sims: int = 300
@@ -92,7 +110,7 @@ def npe(config: NpeConfig) -> None:
     stages = {"data": _data, "train": _train, "validate": _validate, "observe": _observe}
     try:
         for name in stages if config.what == "run" else [config.what]:
-            stages[name](config)
+            {**stages, "rounds": _rounds}[name](config)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"what is finished stays in {config.folder}; the same command, without --overwrite, goes on from there"
@@ -176,18 +194,77 @@ def _validate(config: NpeConfig) -> None:
 def _observe(config: NpeConfig) -> None:
     _check(config)
     name, estimator = best(config.store, config.training, config.fits)
-    simulator, truth = load_simulator(config.simulator), None
+    simulator = load_simulator(config.simulator)
+    x, truth, seen = _seen(config, simulator)
+    row = json.loads((config.fits / name / "row.json").read_text())
+    of = digest(row["of"], name, seen, config.samples, config.seed)
+    _posterior(config, estimator, simulator, x, truth, name, of, config.folder / "posterior")
+
+
+def _rounds(config: NpeConfig) -> None:
+    simulator, method = load_simulator(config.simulator), config.training.methods[0]
+    x, truth, seen = _seen(config, simulator)
+    made = config.simulator, source(config.simulator), config.n, config.rounds, config.seed
+    of = digest(*made, asdict(config.training), seen)
+    folder, known = config.folder / "rounds", simulator.log_likelihood
+    card = folder / "rounds.json"
+    if config.overwrite and card.exists():
+        shutil.rmtree(folder)
+    if card.exists() and json.loads(card.read_text())["of"] != of:
+        raise FileExistsError(
+            f"{folder} holds rounds for another observation or of another plan; pass --overwrite, or choose another output"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    card.write_text(json.dumps({"of": of, "config": asdict(config)}, indent=1) + "\n")
+    found = sequential(
+        lambda: config.training.new(method, simulator),
+        simulator.simulate,
+        x,
+        rounds=config.rounds,
+        n=config.n,
+        seed=config.seed,
+        log_likelihood=None if known is None else lambda theta: known(x, theta),
+        noise=simulator.noise,
+        plan=config.training.plan,
+        device=config.device,
+        progress=sys.stderr.isatty(),
+        folder=folder,
+    )
+    rows = []
+    for i, pairs in enumerate(found.pairs):
+        row = {"round": i, "pairs": pairs, "taken": "yes" if i == found.best else "-"}
+        if found.weighted:
+            w = found.weighted[i]
+            row |= {"n_eff": w.n_eff, "n_eff / n": w.n_eff / config.n, "k-hat": w.evidence.k_hat}
+        rows.append(row)
+    print(table(rows))
+    name = f"{method} of round {found.best}"
+    estimator, of = found.estimators[found.best], digest(of, config.samples)
+    _posterior(config, estimator, simulator, x, truth, name, of, folder / "posterior")
+
+
+def _seen(config: NpeConfig, simulator: Simulator) -> tuple[Data, Tensor | None, dict]:
+    """The observation, the truth if it is a simulation, and its numbers by name."""
     if config.observation is None:
         truth = simulator.prior.sample(1, config.seed)
         x = simulator.data(truth, config.seed)
         x = {k: v[0] for k, v in x.items()} if isinstance(x, dict) else x[0]
     else:
-        x = read_observation(config.observation)
-    folder = config.folder / "posterior"
-    row = json.loads((config.fits / name / "row.json").read_text())
-    values = x if isinstance(x, dict) else {"x": x}
-    seen = {k: v.double().flatten().tolist() for k, v in values.items()}
-    of = digest(row["of"], name, seen, config.samples, config.seed)
+        truth, x = None, read_observation(config.observation)
+    return x, truth, {k: v.double().flatten().tolist() for k, v in named(x).items()}
+
+
+def _posterior(
+    config: NpeConfig,
+    estimator: Estimator,
+    simulator: Simulator,
+    x: Data,
+    truth: Tensor | None,
+    name: str,
+    of: str,
+    folder: Path,
+) -> None:
+    """Draw the posterior of the observation, keep it, and say what is in it."""
     about = {"of": of, "estimator": name, "observation": config.observation or "simulated"}
     about["scoreinv"] = installed("scoreinv")
     kept = folder / POSTERIOR

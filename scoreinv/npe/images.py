@@ -24,7 +24,7 @@ def geometry(images: Tensor) -> Tensor:
     With Q the second moments about its centroid of what is brighter than `ISOPHOTE`, the radius [pixel] is
     ((Q_xx + Q_yy) / 2)^1/2, and the ellipticities are (Q_xx - Q_yy) / (Q_xx + Q_yy) and 2 Q_xy / (Q_xx + Q_yy), of which an
     inclined disc of small thickness has the length (1 - cos^2 i) / (1 + cos^2 i) at twice the angle of its major axis.
-    Without the isophote the grain that draws have on blank sky, far from the centroid, would make all galaxies large and round.
+    Without it the grain that draws have on blank sky, far from the centroid, would make all galaxies large and round.
     """
     light = images.double().sum(1)
     bright = light > ISOPHOTE * light.amax((1, 2), keepdim=True)

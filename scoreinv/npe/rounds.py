@@ -27,8 +27,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,11 +39,13 @@ from scoreinv.npe.data import ALONE, joined, mapped, named
 from scoreinv.npe.estimator import Estimator
 from scoreinv.npe.featurizers import Data
 from scoreinv.npe.fitting import Fitting
+from scoreinv.npe.parameters import ParameterPrior
 from scoreinv.streams import integer, stream
 
 SHARE = 1e-3  # of an estimate's draws that a round may leave out
 LEVEL = 10_000  # draws that tell t
 REFUSED = 1000  # draws for each that is kept, at most
+PAIRS, FITTED = "pairs.safetensors", "fitted"  # of a round that is kept
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,19 @@ class Clipped(Proposal):
         return (regions[-1].log_r(u).clamp_max(0) - mixed).exp()
 
 
+def _kept(file: Path, made: Callable[[], tuple[Tensor, Data]]) -> tuple[Tensor, Data]:
+    """Parameters u and simulations of a round, made now or found again."""
+    if not file.exists():
+        u, x = made()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        save_file({"u": u, **{f"x-{k}": v.contiguous() for k, v in named(x).items()}}, part)
+        part.replace(file)
+    kept = load_file(file)
+    x = {k.removeprefix("x-"): v for k, v in kept.items() if k != "u"}
+    return kept["u"], x[ALONE] if set(x) == {ALONE} else x
+
+
 def _inside(u: Tensor, regions: list[Region]) -> Tensor:
     """Which lie in all regions, with shape (B,)."""
     return torch.stack([region.log_r(u) > 0 for region in regions]).all(0)
@@ -167,7 +184,9 @@ def sequential(
     noise: Callable[[Data, torch.Generator], Data] | None = None,
     plan: Fitting | None = None,
     share: float = SHARE,
+    device: str = "cpu",
     progress: bool = False,
+    folder: Path | None = None,
 ) -> Sequential:
     """Fit an estimate for one observation in rounds.
 
@@ -183,7 +202,9 @@ def sequential(
         noise: Makes data of simulated ones, anew in every epoch, as that of `Estimator.fit`.
         plan: Of the fits.
         share: Of the draws of an estimate that the next round may leave out.
+        device: Where the networks are fitted.
         progress: Show a progress bar.
+        folder: Where the simulations and the estimate of each round are kept, from which the same call goes on.
 
     Raises:
         ValueError: No round, a share that is none, a posterior that `Truncated` cannot reach.
@@ -200,21 +221,34 @@ def sequential(
     u, seen = torch.empty(0, len(blank.prior), dtype=torch.float64), {}
     for i in tqdm(range(rounds), disable=not progress, unit="round"):
         estimator = new()
-        prior, own = estimator.prior, integer(seed, 0, i)
-        more = proposal.draw(regions, n, own) if regions else prior.to_normal(prior.sample(n, own))
-        simulated = simulate(prior.from_normal(more), stream(seed, 1, i))
+        prior, own = estimator.prior, None if folder is None else folder / f"round-{i}"
+
+        def made(prior: ParameterPrior = prior, i: int = i) -> tuple[Tensor, Data]:
+            first = integer(seed, 0, i)
+            u = proposal.draw(regions, n, first) if i else prior.to_normal(prior.sample(n, first))
+            return u, simulate(prior.from_normal(u), stream(seed, 1, i))
+
+        more, simulated = made() if own is None else _kept(own / PAIRS, made)
         u, seen = torch.cat([u, more]), joined(seen, named(simulated))
         w = proposal.weights(u, regions, [n] * (i + 1)) if regions else torch.ones(n).double()
         used = w > 0
         some = mapped(seen, lambda v, used=used: v[used])
-        estimator.fit(
-            prior.from_normal(u[used]),
-            some if isinstance(simulated, Mapping) else some[ALONE],
-            integer(seed, 2, i),
-            plan,
-            noise=noise,
-            pair_weights=None if bool((w[used] == w[used][0]).all()) else w[used],
-        )
+        if own is not None and (own / FITTED).exists():
+            estimator.load(own)
+        else:
+            estimator.fit(
+                prior.from_normal(u[used]),
+                some if isinstance(simulated, Mapping) else some[ALONE],
+                integer(seed, 2, i),
+                plan,
+                noise=noise,
+                pair_weights=None if bool((w[used] == w[used][0]).all()) else w[used],
+                device=device,
+                checkpoint=None if own is None else own / "checkpoint",
+            )
+            if own is not None:
+                estimator.save(own)
+                (own / FITTED).touch()
         given = estimator.condition(x)
         result = result or Sequential(given)
         result.estimators.append(estimator)
