@@ -11,9 +11,9 @@ import torch
 
 import scoreinv as si
 from scoreinv.bench import exact as bench
-from scoreinv.bench import rtb, scaling
+from scoreinv.bench import ranks, rtb, scaling
 from scoreinv.bench.ablation import PARTS, Ablated
-from scoreinv.bench.exact import Score, coverage, problems, row, score, scores
+from scoreinv.bench.exact import Score, problems, row, score, scores
 from scoreinv.bench.figure import error_figure
 from scoreinv.bench.imperfect import estimated, learned
 from scoreinv.bench.increments import increments
@@ -273,7 +273,7 @@ def test_moments_of_few_images_leave_the_answer_alone(make):
 
 def test_records_of_another_table_are_refused(tmp_path):
     store = tmp_path / "a.jsonl"
-    Records(store, bench.Rank).add(bench.Rank("grid; SMC", 0.5))
+    Records(store, ranks.Rank).add(ranks.Rank("grid; SMC", 0.5))
     with pytest.raises(ValueError, match="records of another table"):
         Records(store, Score)
 
@@ -320,13 +320,13 @@ def test_ranks_of_truths_and_their_negative_control(monkeypatch):
     Draws at half their distance from the mean are found out.
     """
     monkeypatch.setattr(
-        bench, "problems", lambda: {"a": lambda seed: power_law_mixture(16, 4, seed)}
+        ranks, "problems", lambda: {"a": lambda seed: power_law_mixture(16, 4, seed)}
     )
-    ranked = lambda: next(coverage({"SMC": si.SMC(6)}, 100, seed=0))[0]
+    ranked = lambda: next(ranks.coverage({"SMC": si.SMC(6)}, 100, seed=0))[0]
     right = ranked()
     assert right["uniform p"] > 1e-4
     assert abs(right["rank score sd"] - 1) < 4 * right["error"]
-    sample = bench.sample
+    sample = ranks.sample
 
     def narrow(*arguments, **options):
         draws = sample(*arguments, **options)
@@ -337,10 +337,10 @@ def test_ranks_of_truths_and_their_negative_control(monkeypatch):
             raise FloatingPointError("no")
         return sample(posterior, *arguments, seed=seed, **options)
 
-    monkeypatch.setattr(bench, "sample", failing)
-    half = next(coverage({"SMC": si.SMC(6)}, 6, seed=0))[0]
+    monkeypatch.setattr(ranks, "sample", failing)
+    half = next(ranks.coverage({"SMC": si.SMC(6)}, 6, seed=0))[0]
     assert (half["truths"], half["failed"]) == (3, 3) and math.isfinite(half["rank score sd"])
-    monkeypatch.setattr(bench, "sample", narrow)
+    monkeypatch.setattr(ranks, "sample", narrow)
     wrong = ranked()
     assert wrong["uniform p"] < 1e-4 and wrong["rank score sd"] > 1 + 4 * wrong["error"]
 

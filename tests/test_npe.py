@@ -17,6 +17,7 @@ from torch.distributions import (
     Uniform,
 )
 
+from scoreinv.diagnostics import coverage
 from scoreinv.npe import (
     MLP,
     NLE,
@@ -31,6 +32,7 @@ from scoreinv.npe import (
 )
 from scoreinv.npe.estimator import stacked
 from scoreinv.npe.flows import KINDS, new_flow, seeded
+from scoreinv.streams import stream
 
 D, M, NOISE = 2, 4, 0.5
 A = torch.tensor([[1.0, 0.3], [-0.5, 1.0], [0.8, 0.8], [0.2, -1.0]], dtype=torch.float64)
@@ -366,6 +368,41 @@ def test_every_estimator_finds_a_conjugate_posterior(kind, others, pairs):
     assert float(((middle - mean) / C.diagonal().sqrt()).abs().max()) < 0.25
     torch.testing.assert_close(spread, C.diagonal().sqrt(), rtol=0.2, atol=0)
     assert weighted.evidence.log_z == pytest.approx(log_evidence(x), abs=0.2)
+
+
+def covered(estimator, sims, draws, noise=NOISE):
+    """The battery on fresh simulations of that noise, in the space where the prior is normal."""
+    theta = GAUSSIAN.sample(sims, seed=21)
+    x = theta @ A.T + noise * torch.randn(sims, M, generator=stream(22), dtype=torch.float64)
+    found = [estimator.condition(v).sample(draws, seed=i) for i, v in enumerate(x)]
+    normal = torch.stack([GAUSSIAN.to_normal(v) for v in found])
+    return coverage(normal, GAUSSIAN.to_normal(theta), seed=23, swaps=999)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["maf", *OTHERS])
+def test_every_estimator_covers_the_truths(kind, others, fitted):
+    """SBC and all else on 150 simulations of 63 draws: no family at a level of 0.01, by which one in a hundred would fail.
+
+    A balanced ratio is wide on purpose; it must not be narrow.
+    """
+    report = covered(fitted if kind == "maf" else others(kind), 150, 63)
+    if kind == "balanced":
+        assert report.dispersion[2] > 1
+        return
+    assert report.flagged(0.01) == [], str(report)
+
+
+@pytest.mark.slow
+def test_an_ensemble_that_is_too_narrow_is_found(pairs):
+    """Learned of simulations whose noise is 0.7 of that of the data: both members agree, and both are wrong."""
+    theta, _ = pairs
+    x = theta @ A.T + 0.7 * NOISE * torch.randn(len(theta), M, generator=stream(24)).double()
+    ensemble = NPE(GAUSSIAN, "coupling", members=2).fit(theta, x, seed=1, plan=QUICK)
+    assert covered(ensemble, 150, 63, noise=0.7 * NOISE).flagged(0.01) == []
+    report = covered(ensemble, 150, 63)
+    assert report.flagged(0.002) != []
+    assert report.dispersion[2] < 1 and "narrow" in report.verdict
 
 
 def log_evidence(x):

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,7 +48,6 @@ from scoreinv.samplers.baselines import (
     PnPDM,
 )
 from scoreinv.samplers.path import Sampler
-from scoreinv.streams import stream
 
 LARGE = 512  # pixels from which a fifth of the draws are made
 QUICK = ("grid 8 1", "grid 80 4", "power law 64 16")  # problems for a first look
@@ -384,90 +382,6 @@ def _begin() -> None:
 
 def _answer(run: Run) -> Score | None:
     return _bench(run)
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Where the truth of one problem stands among its draws.
-
-    Attributes:
-        key: Of the record.
-        rank: Share of the draws below the truth along a random direction, ties broken at random; uniform on (0, 1) for
-            exact draws.
-    """
-
-    key: str
-    rank: float
-
-
-def rank(problem: Problem, sampler: Sampler, n: int, seed: int, key: str = "") -> Rank:
-    """Sample one problem and rank its truth; nan where the sampler fails."""
-    try:
-        draws = sample(problem.posterior, n, sampler, seed=seed, island=max(2, n), evidence=False)
-    except FloatingPointError:
-        return Rank(key, math.nan)
-    generator = stream(seed, -4)
-    direction = torch.randn(len(problem.truth), generator=generator, dtype=torch.float64)
-    # along directions in which the prior is wide, so that small images and large ones are ranked by what shows
-    wide = problem.posterior.moments.covariance.sqrt(
-        direction.reshape(1, *problem.posterior.shape)
-    ).flatten()
-    below, at = draws.x.flatten(1).double() @ wide, problem.truth @ wide
-    ties = 1 + int((below == at).sum())
-    u = float(torch.rand(1, generator=generator, dtype=torch.float64))
-    return Rank(key, (float((below < at).sum()) + ties * u) / (n + 1))
-
-
-def coverage(
-    samplers: Mapping[str, Sampler],
-    count: int,
-    seed: int,
-    n: int = 31,
-    names: Sequence[str] | None = None,
-    store: Path | None = None,
-    progress: bool = False,
-) -> Iterator[list[dict[str, float | str]]]:
-    """Ranks of fresh truths among draws of their posteriors, rows of one problem at a time.
-
-    A row states the Kolmogorov-Smirnov p-value of their uniformity and the standard deviation of their normal scores, 1 for
-    exact draws, with its error: more is too narrow.
-
-    Args:
-        samplers: By what the table calls them.
-        count: Problems of each kind.
-        seed: Of the first problem.
-        n: Draws of each.
-        names: Problems of the suite; all if not given.
-        store: File of the ranks so far.
-        progress: Show a progress bar.
-    """
-    records, suite = Records(store, Rank), problems()
-    for name in names or suite:
-        make = suite[name]
-        ranks: dict[str, list[float]] = {title: [] for title in samplers}
-        for i in tqdm(range(seed, seed + count), disable=not progress, desc=name):
-            problem = None
-            for title, sampler in samplers.items():
-                key = f"{name}; {sampler}; {n}; {i}"
-                if key not in records:
-                    problem = problem or make(i)
-                    if sampler.refuses(problem.posterior):
-                        continue
-                    records.add(rank(problem, sampler, n, i, key))
-                ranks[title].append(records[key].rank)
-        yield [
-            {
-                "problem": name,
-                "method": title,
-                "truths": len(r),
-                "failed": len(every) - len(r),
-                "uniform p": float(stats.kstest(r, "uniform").pvalue),
-                "rank score sd": float(stats.norm.ppf(r).std(ddof=1)),
-                "error": (2 * len(r)) ** -0.5,
-            }
-            for title, every in ranks.items()
-            if len(r := [v for v in every if not math.isnan(v)]) > 1
-        ]
 
 
 def row(title: str, scores: list[Score]) -> dict[str, float | str]:

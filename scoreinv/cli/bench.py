@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import scoreinv as si
-from scoreinv.bench import exact, learned, npe, rtb, scaling, speed
+from scoreinv.bench import exact, learned, npe, ranks, rtb, scaling, speed
 from scoreinv.bench.document import cell, document
 from scoreinv.bench.figure import error_figure
 from scoreinv.bench.peers import Peer
@@ -152,7 +152,7 @@ def _exact(config: BenchConfig) -> list[dict[str, Any]]:
 
 def _coverage(config: BenchConfig) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for group in exact.coverage(
+    for group in ranks.coverage(
         _samplers(config),
         config.truths,
         config.seed,

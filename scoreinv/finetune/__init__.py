@@ -1,10 +1,11 @@
 """Learned posteriors: controls of a prior's chain, or of a process that knows nothing, and what their paths prove."""
 
 from scoreinv.finetune.adapted import Adapted
-from scoreinv.finetune.amortised import Amortised, Conditioned, Steered, finetune, load_amortised
+from scoreinv.finetune.amortised import Amortised, Conditioned, finetune, load_amortised
 from scoreinv.finetune.evidence import Evidence, evidence
 from scoreinv.finetune.rewarded import Rewarded, finetune_by_reward
 from scoreinv.finetune.sdes import SamplerControl, sampler_bounds
+from scoreinv.finetune.steered import Steered
 from scoreinv.finetune.training import Plan, Recipe
 
 __all__ = [

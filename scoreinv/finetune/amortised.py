@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +36,7 @@ from scoreinv.finetune.reference import (
     TwistedChain,
     measured,
 )
+from scoreinv.finetune.steered import Steered
 from scoreinv.finetune.together import ALONE, Share
 from scoreinv.finetune.training import Plan, Recipe, Simulate, train_control
 from scoreinv.finetune.twist import Twist, learn_twist
@@ -45,10 +46,8 @@ from scoreinv.noise import GaussianNoise, PoissonNoise, RiceNoise
 from scoreinv.operators import LinearOperator
 from scoreinv.posterior import Posterior
 from scoreinv.priors.base import Prior
-from scoreinv.samplers.path import Descent, Island, Request
 from scoreinv.samplers.run import sample
 from scoreinv.samplers.samples import Samples
-from scoreinv.samplers.smc import systematic
 from scoreinv.streams import stream
 
 PROBES = 256  # of them that measure how sure the prior is at each level
@@ -155,104 +154,6 @@ class Conditioned:
         y = self.posterior.y
         _, log_w = self.amortised.engine.paths(n, y.expand(n, *y.shape), stream(seed, 6))
         return evidence(log_w)
-
-
-@dataclass(frozen=True)
-class Steered:
-    """Paths of a control, weighted: a sampler like the others.
-
-    On the way down particles count by what they promise (`scoreinv.finetune.twist`), and those that will not do are replaced
-    by copies of others. Draws and evidence are exact in the limit of many whatever is promised; how evenly particles weigh
-    depends on it.
-
-    Args:
-        amortised: The control.
-        resample: Effective sample size over n below which particles are resampled; 0: never.
-    """
-
-    amortised: Amortised
-    resample: float = 0.5
-
-    particles: ClassVar[int] = 1
-    label: ClassVar[str] = "paths of a learned control, weighted"
-
-    def refuses(self, posterior: Posterior) -> str:
-        """Why this posterior is not for it; empty if it is."""
-        prior = self.amortised.chain.prior
-        if posterior.prior is not prior:
-            return (
-                f"the control was trained on {prior.identity}, not on {posterior.prior.identity}"
-            )
-        return ""
-
-    def noise_levels(self, posterior: Posterior) -> list[float]:
-        """Of the chain."""
-        return self.amortised.chain.levels
-
-    def island(self, posterior: Posterior, n: int, generator: torch.Generator) -> Island:
-        """n particles at the start, with their stream."""
-        return Walk(posterior, self, n, generator)
-
-
-class Walk(Island):
-    """Particles on paths of a control."""
-
-    def __init__(
-        self, posterior: Posterior, sampler: Steered, n: int, generator: torch.Generator
-    ) -> None:
-        super().__init__(posterior, sampler.amortised.chain.levels, n, generator)
-        self.chain, self.control = sampler.amortised.chain, sampler.amortised.control
-        self.y = posterior.y.expand(n, *posterior.y.shape)
-        self.twist, self.least = sampler.amortised.twist, sampler.resample * n
-
-    def _begin(self) -> Descent:
-        start = self.chain.start(self.n, self.y)
-        z = start.drawn(0.0, self.generator)
-        self.x = start.taken(z)
-        self.log_w = start.log_ratio(self.x, z)
-        self.promise = torch.zeros(self.n, dtype=torch.float64)
-        yield from ()
-
-    def _step(self, i: int) -> Generator[Request, Any, int]:
-        error = None
-        if self.chain.prior.knows_error:
-            denoised, error = yield from self._denoise_with_error(self.x, self.levels[i])
-        else:
-            denoised = yield from self._denoise(self.x, self.levels[i])
-        k = torch.full((self.n,), i)
-        if self.least > 0 and self.twist.knows:
-            chosen = self._resampled(denoised, i)
-            denoised = denoised[chosen]
-            error = None if error is None else error[chosen]
-        step = replace(self.chain.around(self.x, denoised, k, self.y), error=error)
-        g = self.control.guide(step, k, self.y)
-        u = self.control(self.x, denoised, g, k, self.y)
-        z = step.drawn(u, self.generator)
-        self.x = step.taken(z)
-        self.log_w += step.log_ratio(self.x, z) - step.log_density(u, z)
-        return i + 1
-
-    def _resampled(self, denoised: Tensor, i: int) -> Tensor:
-        """Weigh the particles by what they promise, and resample them if few count; returns which go on."""
-        promise = self.twist.promise(self.x, denoised, i, self.y)
-        self.log_w += promise - self.promise
-        self.promise = promise
-        w = torch.softmax(self.log_w, 0)
-        effective = float(1 / w.square().sum())
-        self._lowest.append(effective / self.n)
-        if effective >= self.least:
-            return torch.arange(self.n)
-        chosen = systematic(w, self.n, self.generator)
-        self.x, self.promise = self.x[chosen], self.promise[chosen]
-        self.log_w = torch.logsumexp(self.log_w, 0).sub(math.log(self.n)).expand(self.n).clone()
-        return chosen
-
-    def _end(self) -> Descent:
-        yield from self._step(len(self.levels) - 1)
-        reward = self.posterior.likelihood.log_prob(self.posterior.y, self.x)
-        log_w = self.log_w + reward - self.promise - self.posterior.gaussian_log_evidence
-        self.trace.log_weights = log_w.tolist()
-        self.trace.log_evidence = float(torch.logsumexp(log_w, 0)) - math.log(self.n)
 
 
 def finetune(
