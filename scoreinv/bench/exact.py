@@ -76,6 +76,7 @@ METHODS: dict[str, Sampler] = {
     "deepinv-DPS": DeepInv(1000, "DPS"),
     **{f"SMC without {part}": Ablated(without=part) for part in PARTS},
 }
+SLOW = ("DPS", "PnP-DM")  # a thousand evaluations a draw and more
 DEFAULT = tuple(m for m, s in METHODS.items() if not isinstance(s, Peer | Ablated))
 
 

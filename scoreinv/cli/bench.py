@@ -34,7 +34,8 @@ class BenchConfig:
         methods: Samplers of "exact" and "coverage": SMC (as in the section), SMC40 and SMC7 (of so many levels), Anneal,
             Guided, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved; with the extra `bench`
             azula-MMPS, azula-DPS, azula-DiffPIR, deepinv-MMPS, deepinv-PiGDM, deepinv-DPS, by those packages' own code;
-            and "SMC without local covariance", "finer steps", "skipping", "network's twist" or "spare particles".
+            and "SMC without local covariance", "finer steps", "skipping", "network's twist" or "spare particles". All up to
+            "convolved" if left out.
         problems: Of "exact" and "coverage", by their names, as in "grid 80 1", of "rtb" and of "npe"; all if left out.
         prior: Trained prior of "learned", "speed" and "scaling".
         kinds: Problems of "learned": psf, uv.
@@ -48,7 +49,7 @@ class BenchConfig:
         repeats: Runs of each problem, in "speed"; the median counts.
         workers: Processes of "exact", of one thread each; as many as there are cores if left out.
         seed: First random seed.
-        quick: A smaller set.
+        quick: Some of the problems; in "exact" without DPS and PnP-DM, which take half of the time.
         smc: The sampler.
         guided: Of "learned" and "speed", in its place: the steps that all draws take where weights collapse, no scouts.
         output: JSON file of the rows; the outcomes of all but "speed" and "scaling" are kept beside it and found again.
@@ -56,7 +57,7 @@ class BenchConfig:
     """
 
     what: str
-    methods: tuple[str, ...] = exact.DEFAULT
+    methods: tuple[str, ...] | None = None
     problems: tuple[str, ...] | None = None
     prior: str = "galaxy64"
     kinds: tuple[str, ...] = ("psf", "uv")
@@ -78,7 +79,7 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if self.what not in TABLES:
             raise ValueError(f"what is {self.what!r}, expected one of {', '.join(TABLES)}")
-        if unknown := set(self.methods) - set(exact.METHODS):
+        if unknown := set(self.methods or ()) - set(exact.METHODS):
             raise ValueError(
                 f"methods are {', '.join(unknown)}, expected some of {', '.join(exact.METHODS)}"
             )
@@ -96,7 +97,7 @@ class BenchConfig:
             )
         if self.output and Path(self.output).suffix != ".json":
             raise ValueError(f"output is {self.output}, expected a name in .json")
-        if not self.methods:
+        if self.methods is not None and not self.methods:
             raise ValueError(f"methods is empty, expected some of {', '.join(exact.METHODS)}")
         if self.what == "exact" and self.n is not None and self.n < FEW:
             raise ValueError(
@@ -139,7 +140,7 @@ def _exact(config: BenchConfig) -> list[dict[str, Any]]:
         print(table(new), end="\n\n", flush=True)
     if not rows:
         raise ValueError(
-            f"none of {', '.join(config.methods)} takes the data of {', '.join(_problems(config))}"
+            f"none of {', '.join(_methods(config))} takes the data of {', '.join(_problems(config))}"
         )
     if config.output:
         page, picture = (Path(config.output).with_suffix(end) for end in (".md", ".png"))
@@ -166,11 +167,18 @@ def _coverage(config: BenchConfig) -> list[dict[str, Any]]:
 
 
 def _samplers(config: BenchConfig) -> dict[str, Sampler]:
-    for name in config.methods:
+    for name in _methods(config):
         method = exact.METHODS[name]
         if isinstance(method, Peer) and (reason := method.missing()):
             raise ValueError(f"methods has {name}, and {reason}")
-    return {name: config.smc if name == "SMC" else exact.METHODS[name] for name in config.methods}
+    return {
+        name: config.smc if name == "SMC" else exact.METHODS[name] for name in _methods(config)
+    }
+
+
+def _methods(config: BenchConfig) -> tuple[str, ...]:
+    some = [m for m in exact.DEFAULT if not (config.quick and m in exact.SLOW)]
+    return tuple(some if config.methods is None else config.methods)
 
 
 def _problems(config: BenchConfig) -> list[str]:
