@@ -384,9 +384,16 @@ def covered(estimator, sims, draws, noise=NOISE):
 def test_every_estimator_covers_the_truths(kind, others, fitted):
     """SBC and all else on 150 simulations of 63 draws: no family at a level of 0.01, by which one in a hundred would fail.
 
-    A balanced ratio is wide on purpose; it must not be narrow.
+    A balanced ratio is wide on purpose; it must not be narrow. A matched flow wants four times the pairs of the others: of
+    4,000 it learns posteriors that are narrow by 9 %, and is found out.
     """
-    report = covered(fitted if kind == "maf" else others(kind), 150, 63)
+    if kind == "matching":
+        theta = GAUSSIAN.sample(16_000, seed=0)
+        plan = Fitting(epochs=100, batch=200, rate=1e-3, patience=40)
+        estimator = NPE(GAUSSIAN, kind).fit(theta, simulated(theta, 1), seed=0, plan=plan)
+    else:
+        estimator = fitted if kind == "maf" else others(kind)
+    report = covered(estimator, 150, 63)
     if kind == "balanced":
         assert report.dispersion[2] > 1
         return
