@@ -198,13 +198,24 @@ def _observe(config: NpeConfig) -> None:
     x, truth, seen = _seen(config, simulator)
     row = json.loads((config.fits / name / "row.json").read_text())
     of = digest(row["of"], name, seen, config.samples, config.seed)
-    _posterior(config, estimator, simulator, x, truth, name, of, config.folder / "posterior")
+    folder = config.folder / "posterior"
+    kept = folder / POSTERIOR
+    if kept.exists() and not config.overwrite:
+        if json.loads(str(np.load(kept)["meta"]))["of"] != of:
+            raise FileExistsError(
+                f"{kept} is of another observation, fit or number of draws; move it away, or pass --overwrite"
+            )
+    _posterior(config, estimator, simulator, x, truth, name, of, folder)
 
 
 def _rounds(config: NpeConfig) -> None:
     simulator, method = load_simulator(config.simulator), config.training.methods[0]
     x, truth, seen = _seen(config, simulator)
-    made = config.simulator, source(config.simulator), config.n, config.rounds, config.seed
+    # before anything is overwritten
+    if not config.training.new(method, simulator).posterior:
+        raise ValueError(f"methods has {method}, which learns no posterior; rounds take a flow")
+    # more rounds go on from fewer
+    made = config.simulator, source(config.simulator), config.n, config.seed
     of = digest(*made, asdict(config.training), seen)
     folder, known = config.folder / "rounds", simulator.log_likelihood
     card = folder / "rounds.json"
@@ -267,12 +278,6 @@ def _posterior(
     """Draw the posterior of the observation, keep it, and say what is in it."""
     about = {"of": of, "estimator": name, "observation": config.observation or "simulated"}
     about["scoreinv"] = installed("scoreinv")
-    kept = folder / POSTERIOR
-    if kept.exists() and not config.overwrite:
-        if json.loads(str(np.load(kept)["meta"]))["of"] != of:
-            raise FileExistsError(
-                f"{kept} is of another observation, fit or number of draws; move it away, or pass --overwrite"
-            )
     found = observe(estimator, simulator, x, config.samples, folder, config.seed, truth, about)
     say("posterior", f"{name}, {config.samples} draws, in {folder}")
     rows = []
