@@ -36,8 +36,9 @@ from scoreinv.bench.problems import (
 )
 from scoreinv.bench.records import Records
 from scoreinv.bench.scores import mean_error, sliced_wasserstein, variance_ratio
+from scoreinv.bench.workers import answers
 from scoreinv.operators import gaussian_psf
-from scoreinv.samplers.baselines import PiGDM
+from scoreinv.samplers.baselines import DPS, PiGDM
 from scoreinv.streams import stream
 
 
@@ -100,14 +101,15 @@ def test_the_size_of_a_problem_is_in_its_name(name):
     assert math.prod(problems()[name](0).posterior.shape) == bench.pixels(name)
 
 
-def test_large_problems_may_have_fewer_seeds(monkeypatch):
+def test_slow_runs_may_have_fewer_seeds(monkeypatch):
     """Of the runs that a table asks for, without running any."""
     asked = []
     monkeypatch.setattr(bench.Bench, "__call__", lambda self, run: asked.append(run))
-    names = ["grid 8 1", "grid 800 1", "fields 32 blur"]
-    for large_seeds, expected in ((None, [3, 3, 3]), (1, [3, 1, 1])):
+    names = ["grid 8 1", "grid 800 1", "fields 32 blur", "grid 8 2 learned"]
+    for slow_seeds, expected in ((None, [6, 6, 6, 6]), (1, [4, 2, 2, 2])):
         asked.clear()
-        list(scores({"PiGDM": si.SMC()}, 40, range(3), 10, names, large_seeds=large_seeds))
+        samplers = {"PiGDM": PiGDM(), "DPS": DPS()}
+        list(scores(samplers, 40, range(3), 10, names, slow_seeds=slow_seeds))
         assert [sum(run.name == name for run in asked) for name in names] == expected
 
 
@@ -506,6 +508,13 @@ def test_two_processes_give_the_scores_of_one():
         for workers in (1, 2)
     )
     assert len(alone) == 4 and alone == pytest.approx(together)
+
+
+def test_processes_answer_every_job_once():
+    """Of uneven groups, one of which is left alone, so that both processes end with it."""
+    groups = [[-1], [-2, -3, -4, -5, -6], [], [-7]]
+    found = list(answers(groups, 2, partial(partial, abs)))
+    assert sorted(found) == [(-job, job) for job in range(7, 0, -1)]
 
 
 def test_peak_memory_sees_what_comes_and_goes():

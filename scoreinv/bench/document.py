@@ -61,7 +61,8 @@ def document(rows: Sequence[dict[str, Any]], command: str, picture: str, suite: 
         lines = list(group)
         seeds, n = lines[0]["seeds"], lines[0]["n"]
         parts.append(f"## {problem}\n\n{n} draws, {seeds} problem{'s' if seeds > 1 else ''}")
-        parts.append(_table(lines))
+        few = lambda row, of=seeds: "" if row["seeds"] == of else f", {row['seeds']} of these"
+        parts.append(_table([row | {"method": row["method"] + few(row)} for row in lines]))
     return "\n\n".join(parts) + "\n"
 
 

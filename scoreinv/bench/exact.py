@@ -6,17 +6,15 @@ and a single set of exact draws scatters around it by up to a half where modes a
 
 from __future__ import annotations
 
+import itertools
 import math
-import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,6 +33,7 @@ from scoreinv.bench.problems import (
 from scoreinv.bench.records import Records
 from scoreinv.bench.scores import mean_error, sliced_wasserstein, variance_ratio
 from scoreinv.bench.tempered import amplitudes, counts, outliers
+from scoreinv.bench.workers import answers
 from scoreinv.diagnostics.population import c2st
 from scoreinv.samplers import SMC, Anneal, Guided, sample
 from scoreinv.samplers.baselines import (
@@ -76,7 +75,7 @@ METHODS: dict[str, Sampler] = {
     "deepinv-DPS": DeepInv(1000, "DPS"),
     **{f"SMC without {part}": Ablated(without=part) for part in PARTS},
 }
-SLOW = ("DPS", "PnP-DM")  # a thousand evaluations a draw and more
+SLOW = ("DPS", "PnP-DM", "azula-DPS", "deepinv-DPS")  # a thousand evaluations a draw and more
 DEFAULT = tuple(m for m, s in METHODS.items() if not isinstance(s, Peer | Ablated))
 
 
@@ -240,6 +239,11 @@ def problems() -> dict[str, Callable[[int], Problem]]:
     return suite
 
 
+def slow(name: str, title: str) -> bool:
+    """Whether a sampler takes minutes on a problem, or the problem to make."""
+    return title in SLOW or pixels(name) >= LARGE or name.endswith(" learned")
+
+
 def pixels(name: str) -> int:
     """Of the images of a problem of the suite; 0 where its name does not say."""
     size = next((int(word) for word in name.split() if word.isdigit()), 0)
@@ -305,7 +309,7 @@ def scores(
     store: Path | None = None,
     progress: bool = False,
     workers: int = 1,
-    large_seeds: int | None = None,
+    slow_seeds: int | None = None,
 ) -> Iterator[dict[str, list[Score]]]:
     """Scores of every sampler on one problem after another, of all seeds; those in `store` are found again.
 
@@ -320,17 +324,21 @@ def scores(
         store: File of the scores so far.
         progress: Show a progress bar.
         workers: Processes, of one thread each; with 1 all runs in this one.
-        large_seeds: Problems of each kind from 512 pixels on; as many as of the others if not given.
+        slow_seeds: Problems of each kind where a run is `slow`; as many as of the others if not given.
     """
     records = Records(store, Score)
-    few = seeds if large_seeds is None else seeds[:large_seeds]
+    few = seeds if slow_seeds is None else seeds[:slow_seeds]
     runs = [
         Run(f"{name}; {sampler}; {n}; {island}; {seed}", name, title, sampler, seed, n, island)
         for name in names or problems()
-        for seed in (seeds if pixels(name) < LARGE else few)
+        for seed in seeds
         for title, sampler in samplers.items()
+        if seed in (few if slow(name, title) else seeds)
     ]
     todo = [run for run in runs if run.key not in records]
+    alike = [
+        list(group) for _, group in itertools.groupby(todo, key=lambda run: (run.name, run.seed))
+    ]
     left = Counter(run.name for run in todo)
     waiting = list(dict.fromkeys(run.name for run in runs))
 
@@ -345,44 +353,13 @@ def scores(
 
     yield from finished()
     with tqdm(total=len(todo), disable=not progress, desc="runs") as bar:
-        for run, found in _answers(todo, workers):
+        for run, found in answers(alike, workers, Bench):
             if found is not None:
                 records.add(found)
             left[run.name] -= 1
             bar.set_postfix_str(f"{run.name}, {run.title}")
             bar.update()
             yield from finished()
-
-
-def _answers(runs: list[Run], workers: int) -> Iterator[tuple[Run, Score | None]]:
-    """Each run with its score, as they are done."""
-    if workers == 1 or len(runs) < 2:
-        bench = Bench()
-        for run in runs:
-            yield run, bench(run)
-        return
-    # a fork would inherit threads that it cannot use
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, _begin) as pool:
-        answers = {pool.submit(_answer, run): run for run in runs}
-        try:
-            for answer in as_completed(answers):
-                yield answers[answer], answer.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-_bench: Bench  # of a worker process
-
-
-def _begin() -> None:
-    global _bench
-    torch.set_num_threads(1)
-    _bench = Bench()
-
-
-def _answer(run: Run) -> Score | None:
-    return _bench(run)
 
 
 def row(title: str, scores: list[Score]) -> dict[str, float | str]:

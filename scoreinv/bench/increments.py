@@ -30,13 +30,9 @@ from scoreinv.posterior import Posterior
 from scoreinv.priors import Prior
 from scoreinv.streams import stream
 
-NODES, TAIL = (
-    24,
-    0.002,
-)  # variances of the scale mixture, and the probability beyond them on either side
-SWEEPS = (
-    50  # of Gibbs sampling from a start at the prior; a quarter of them gives the same moments
-)
+NODES = 24  # variances of the scale mixture
+TAIL = 0.002  # probability beyond them, on either side
+SWEEPS = 25  # of Gibbs sampling from a start at the prior; half of them gives the same moments
 VARIANCES = {
     "Laplace": stats.expon(scale=1.0),
     "Student": stats.invgamma(1.5, scale=0.5),

@@ -45,7 +45,7 @@ class BenchConfig:
         n: Draws of each posterior; if left out 400 in "exact" (a fifth from 512 pixels on), 16 in "learned", 64 in "speed".
         island: Weighted particles that share resampling, in "exact".
         seeds: Problems drawn of each kind, in "exact".
-        large_seeds: The same from 512 pixels on, where all samplers take minutes for one.
+        slow_seeds: The same where a run takes minutes: from 512 pixels on, of learned scores, and of DPS and PnP-DM.
         repeats: Runs of each problem, in "speed"; the median counts.
         workers: Processes of "exact", of one thread each; as many as there are cores if left out.
         seed: First random seed.
@@ -67,7 +67,7 @@ class BenchConfig:
     n: int | None = None
     island: int = 100
     seeds: int = 5
-    large_seeds: int = 1
+    slow_seeds: int = 1
     repeats: int = 3
     workers: int | None = None
     seed: int = 0
@@ -103,7 +103,7 @@ class BenchConfig:
             raise ValueError(
                 f"n is {self.n}, expected at least {FEW} draws to compare with exact ones"
             )
-        least = {"truths": 2, "seeds": 1, "large_seeds": 1, "repeats": 1, "workers": 1, "n": 2}
+        least = {"truths": 2, "seeds": 1, "slow_seeds": 1, "repeats": 1, "workers": 1, "n": 2}
         for key, value in least.items():
             given = getattr(self, key)
             if given is not None and given < value:
@@ -133,7 +133,7 @@ def _exact(config: BenchConfig) -> list[dict[str, Any]]:
         _store(config),
         sys.stderr.isatty(),
         config.workers or os.cpu_count() or 1,
-        config.large_seeds,
+        config.slow_seeds,
     ):
         new = [exact.row(title, scores) for title, scores in group.items()]
         rows += new
