@@ -36,7 +36,6 @@ from scoreinv.bench.problems import (
 )
 from scoreinv.bench.records import Records
 from scoreinv.bench.scores import mean_error, sliced_wasserstein, variance_ratio
-from scoreinv.bench.workers import answers
 from scoreinv.operators import gaussian_psf
 from scoreinv.samplers.baselines import DPS, PiGDM
 from scoreinv.streams import stream
@@ -508,13 +507,6 @@ def test_two_processes_give_the_scores_of_one():
         for workers in (1, 2)
     )
     assert len(alone) == 4 and alone == pytest.approx(together)
-
-
-def test_processes_answer_every_job_once():
-    """Of uneven groups, one of which is left alone, so that both processes end with it."""
-    groups = [[-1], [-2, -3, -4, -5, -6], [], [-7]]
-    found = list(answers(groups, 2, partial(partial, abs)))
-    assert sorted(found) == [(-job, job) for job in range(7, 0, -1)]
 
 
 def test_peak_memory_sees_what_comes_and_goes():

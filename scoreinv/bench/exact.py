@@ -33,8 +33,8 @@ from scoreinv.bench.problems import (
 from scoreinv.bench.records import Records
 from scoreinv.bench.scores import mean_error, sliced_wasserstein, variance_ratio
 from scoreinv.bench.tempered import amplitudes, counts, outliers
-from scoreinv.bench.workers import answers
 from scoreinv.diagnostics.population import c2st
+from scoreinv.processes import answers
 from scoreinv.samplers import SMC, Anneal, Guided, sample
 from scoreinv.samplers.baselines import (
     DAPS,

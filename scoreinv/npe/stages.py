@@ -38,7 +38,8 @@ from scoreinv.npe.nle import NLE
 from scoreinv.npe.nre import NRE
 from scoreinv.npe.posterior import NPE
 from scoreinv.npe.simulator import Simulator
-from scoreinv.npe.store import Store, digest, load_simulator, shared
+from scoreinv.npe.store import Store, digest, load_simulator
+from scoreinv.processes import shared
 from scoreinv.streams import integer, stream
 
 SPARE = 10  # times as many simulations as are wanted, where some may be dropped

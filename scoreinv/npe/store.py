@@ -9,11 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -29,6 +26,7 @@ from scoreinv.npe.data import ALONE, Inputs, count, named
 from scoreinv.npe.examples import EXAMPLES
 from scoreinv.npe.featurizers import Data
 from scoreinv.npe.simulator import Simulator
+from scoreinv.processes import shared
 from scoreinv.streams import integer, stream
 
 FORMAT = 1  # of the files
@@ -189,29 +187,6 @@ def simulated(
     return store
 
 
-def shared(work: Callable[..., Any], jobs: Sequence[tuple], workers: int) -> Iterator[Any]:
-    """What comes of jobs that processes share, in the order in which they are done; the first that fails ends all.
-
-    Raises:
-        ValueError: A process that was killed.
-    """
-    if workers == 1 or len(jobs) < 2:
-        for job in jobs:
-            yield work(*job)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), spawn, one_thread)
-    try:
-        for finished in as_completed([pool.submit(work, *job) for job in jobs]):
-            yield finished.result()
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a process was killed, perhaps for memory; try fewer workers, or smaller batches"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 def _prepare(folder: Path, card: dict, parameters: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     n, batches = card["n"], -(-card["n"] // card["batch"])
@@ -224,11 +199,6 @@ def _prepare(folder: Path, card: dict, parameters: int) -> None:
     new("done", "uint8", (batches,))
     # last, for what has no card is not there
     (folder / "store.json").write_text(json.dumps(card, indent=1) + "\n")
-
-
-def one_thread() -> None:
-    """Of a worker: several share the machine."""
-    torch.set_num_threads(1)
 
 
 def _batch(simulator: Simulator, n: int, seed: int, i: int) -> tuple[Tensor, Data]:
