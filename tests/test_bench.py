@@ -13,6 +13,7 @@ import scoreinv as si
 from scoreinv.bench import exact as bench
 from scoreinv.bench import ranks, rtb, scaling
 from scoreinv.bench.ablation import PARTS, Ablated
+from scoreinv.bench.document import costs
 from scoreinv.bench.exact import Score, problems, row, score, scores
 from scoreinv.bench.figure import error_figure
 from scoreinv.bench.imperfect import estimated, learned
@@ -369,6 +370,8 @@ def test_scaling_runs_along_every_axis(monkeypatch):
     assert {r["axis"] for r in rows} == set(scaling.AXES) and len(rows) == 7
     assert all(r["wall / forward passes"] > 0.5 for r in rows)
     assert len(scaling.scaling_figure(rows).axes) == 8
+    page = costs(rows, "a command", "a.png")
+    assert page.count("| guided ") == 7 and page.count("## ") == len(scaling.AXES)
     spectra = [p.moments.covariance.spectrum for p in (prior, scaling.stretched(prior, 64))]
     fine, coarse = spectra[1][0, 0, :33:2], spectra[0][0, 0, :17].double()
     torch.testing.assert_close(fine, coarse, rtol=1e-5, atol=0)

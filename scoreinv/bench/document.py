@@ -1,4 +1,4 @@
-"""The table of the exact posteriors as a page to keep: Markdown, with the command, the version and the date."""
+"""Tables as pages to keep: Markdown, with the command, the version and the date."""
 
 from __future__ import annotations
 
@@ -38,6 +38,19 @@ between two resamplings, mean over islands, where weights are used.
 Of what is known by tempering (counts, outliers, amplitudes) two references lie 0.6 to 1.3 floors from one another.
 Samplers of other packages run by their own code, at its defaults."""
 PEERS = ("azula", "deepinv")
+COSTS = (
+    "line",
+    "value",
+    "evaluations",
+    "forward [ms/image]",
+    "wall / forward passes",
+    "MB beyond the draws",
+)
+COST_LEGEND = """\
+Wall time of sampling over that of the network's bare forward passes, measured before and after it on one thread: 1 is the
+floor. `guided` is `Guided`, without weights and with a covariance that follows the image where the prior's error is known;
+`weights` is `SMC` with its weights kept to the end. Memory is by how much the process grew, less the draws themselves. Ten
+levels and 16 draws where they do not vary."""
 
 
 def document(rows: Sequence[dict[str, Any]], command: str, picture: str, suite: int) -> str:
@@ -66,14 +79,28 @@ def document(rows: Sequence[dict[str, Any]], command: str, picture: str, suite: 
     return "\n\n".join(parts) + "\n"
 
 
+def costs(rows: Sequence[dict[str, Any]], command: str, picture: str) -> str:
+    """The page of `scoreinv.bench.scaling.scaling`, with arguments as those of `document`."""
+    parts = [
+        "# What a draw costs",
+        f"`{command}`, scoreinv {version('scoreinv')}, {date.today().isoformat()}",
+        f"![Cost and memory along each axis]({picture})",
+        COST_LEGEND,
+    ]
+    for axis in dict.fromkeys(row["axis"] for row in rows):
+        parts.append(f"## {axis.capitalize()}")
+        parts.append(_table([row for row in rows if row["axis"] == axis], COSTS))
+    return "\n\n".join(parts) + "\n"
+
+
 def _versions(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Of the packages whose samplers are in the table, ours first."""
     used = [p for p in PEERS if any(str(row["method"]).startswith(f"{p}-") for row in rows)]
     return [f"{name} {version(name)}" for name in ("scoreinv", *used)]
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *([cell(row[c]) for c in COLUMNS] for row in rows)]
+def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
+    lines = [columns, ["---"] * len(columns), *([cell(row[c]) for c in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -7,13 +7,17 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 import scoreinv as si
 from scoreinv.bench import exact, learned, npe, ranks, rtb, scaling, speed
-from scoreinv.bench.document import cell, document
+from scoreinv.bench.document import cell, costs, document
 from scoreinv.bench.figure import error_figure
 from scoreinv.bench.peers import Peer
 from scoreinv.samplers.path import Sampler
@@ -53,7 +57,7 @@ class BenchConfig:
         smc: The sampler.
         guided: Of "learned" and "speed", in its place: the steps that all draws take where weights collapse, no scouts.
         output: JSON file of the rows; the outcomes of all but "speed" and "scaling" are kept beside it and found again.
-            "exact" also writes a figure and a page of the same name, "scaling" a figure.
+            "exact" and "scaling" also write a figure and a page of the same name.
     """
 
     what: str
@@ -143,11 +147,8 @@ def _exact(config: BenchConfig) -> list[dict[str, Any]]:
             f"none of {', '.join(_methods(config))} takes the data of {', '.join(_problems(config))}"
         )
     if config.output:
-        page, picture = (Path(config.output).with_suffix(end) for end in (".md", ".png"))
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        error_figure(rows).savefig(picture, dpi=100)
-        command = f"scoreinv bench exact {_changed(config)}"
-        page.write_text(document(rows, command, picture.name, len(exact.problems())))
+        page = partial(document, rows, suite=len(exact.problems()))
+        _publish(config, error_figure(rows), page)
     return rows
 
 
@@ -223,10 +224,17 @@ def _scaling(config: BenchConfig) -> list[dict[str, Any]]:
         print(table(rows[-1:]), flush=True)
     print(table(rows))
     if config.output:
-        picture = Path(config.output).with_suffix(".png")
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        scaling.scaling_figure(rows).savefig(picture, dpi=100)
+        _publish(config, scaling.scaling_figure(rows), partial(costs, rows))
     return rows
+
+
+def _publish(config: BenchConfig, figure: Figure, page: Callable[[str, str], str]) -> None:
+    """A figure and a page beside the output; the page is made of the command and the figure's name."""
+    text, picture = (Path(config.output).with_suffix(end) for end in (".md", ".png"))
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=100)
+    command = f"scoreinv bench {config.what} {_changed(config)}".strip()
+    text.write_text(page(command, picture.name))
 
 
 def _rtb(config: BenchConfig) -> list[dict[str, Any]]:
