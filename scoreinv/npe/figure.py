@@ -91,10 +91,11 @@ def predictive(data: Tensor, predicted: Tensor, name: str = "data") -> Figure:
         return figure
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     y, p, z = y.flatten().numpy(), p.flatten(1), z.flatten().numpy()
-    at = np.arange(len(y))
+    upper.use_sticky_edges = False
+    at, edges = np.arange(len(y)), np.arange(len(y) + 1) - 0.5
     for low, high, shade in ((0.025, 0.975, "0.88"), (0.16, 0.84, "0.72")):
-        ends = p.quantile(torch.tensor([low, high], dtype=p.dtype), 0).numpy()
-        upper.fill_between(at, *ends, color=shade, lw=0, step="mid")
+        below, above = p.quantile(torch.tensor([low, high], dtype=p.dtype), 0).numpy()
+        upper.stairs(above, edges, baseline=below, fill=True, color=shade, lw=0)
     upper.plot(at, y, ".", color=COLOURS[1], ms=4 if len(y) < 100 else 2)
     upper.set_title(title, fontsize=9, loc="left", color=INK)
     lower.plot(at, z, ".", color=COLOURS[0], ms=4 if len(y) < 100 else 2)
@@ -102,6 +103,7 @@ def predictive(data: Tensor, predicted: Tensor, name: str = "data") -> Figure:
     lower.set_ylim(-5, 5)
     lower.set_title("difference, in predicted sd", fontsize=9, loc="left", color=INK)
     lower.set_xlabel("number of the datum", fontsize=8)
+    lower.xaxis.get_major_locator().set_params(integer=True)
     for ax in (upper, lower):
         ax.tick_params(labelsize=7)
     return figure
