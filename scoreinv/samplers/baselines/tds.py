@@ -88,8 +88,8 @@ class TwistedDiffusion(Chain):
         e = likelihood.residual(posterior.data, at.denoised)
         rest = likelihood.operator.transpose(likelihood.noise.weigh(e))
         self.denoised, self.gradient = at.denoised, at.transpose(u / r2)
+        # but for the determinant, which all particles share: of every level it is first added, then taken away
         self.log_g = likelihood.noise.log_prob(e) + 0.5 * dot(rest, u)
-        self.log_g = self.log_g - 0.5 * conditioned.log_growth()
 
     def _weigh(self, log_w: Tensor) -> None:
         self.log_w = self.log_w + log_w
