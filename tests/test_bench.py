@@ -113,6 +113,15 @@ def test_slow_runs_may_have_fewer_seeds(monkeypatch):
         assert [sum(run.name == name for run in asked) for name in names] == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "title", "left_out"),
+    [("PSF", "DiffPIR", True), ("PSF", "DPS", False), ("uv", "DiffPIR", False)],
+)
+def test_endless_runs_are_left_out(name, title, left_out):
+    """The 24 x 24 pixels behind a PSF are solved by iterations, the 16 x 16 behind visibilities in data space."""
+    assert bench.endless(FIELDS[name], title) == left_out
+
+
 @pytest.mark.parametrize("kind", ["Laplace", "Student"])
 def test_gibbs_draws_of_heavy_tails(kind):
     """Two increments, one value seen: moments against a sum over the 24 x 24 pairs of variances.
