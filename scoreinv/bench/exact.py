@@ -77,7 +77,7 @@ METHODS: dict[str, Sampler] = {
     **{f"SMC without {part}": Ablated(without=part) for part in PARTS},
 }
 SLOW = ("DPS", "PnP-DM", "azula-DPS", "deepinv-DPS")  # a thousand evaluations a draw and more
-WHITE = ("DiffPIR", "PnP-DM")  # solve with a white covariance
+WHITE = ("TDS", "PiGDM", "DiffPIR", "PnP-DM", "convolved")  # solve with a white covariance
 DEFAULT = tuple(m for m, s in METHODS.items() if not isinstance(s, Peer | Ablated))
 
 
@@ -276,7 +276,7 @@ class Run:
 
 
 def endless(problem: Problem, title: str) -> bool:
-    """Whether a sampler solves with a white covariance where only hundreds of iterations do that, half an hour of them."""
+    """Whether a sampler solves with a white covariance where only hundreds of iterations a level do that."""
     iterative = isinstance(problem.posterior.conditioner, IterativeConditioner)
     return title in WHITE and iterative
 
