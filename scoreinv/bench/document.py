@@ -35,8 +35,8 @@ see of an image and of the rest; `Mahalanobis` is the squared radius inside the 
 vector-Jacobian products (VJPs) are per draw; seconds (of one thread) and memory (by how much the process grew: what an
 earlier run freed is used again and does not show) are for all draws; `least ESS / n` is the smallest effective sample size
 between two resamplings, mean over islands, where weights are used.
-TDS, PiGDM, DiffPIR, PnP-DM and the convolved likelihood solve with a white covariance; they are left out of Gaussian fields
-of 64 x 64, on which that takes hundreds of iterations a level.
+TDS, PiGDM, DiffPIR, DAPS, PnP-DM and the convolved likelihood solve with a white covariance; they are left out of Gaussian
+fields of 64 x 64, on which that takes hundreds of iterations a level.
 Of what is known by tempering (counts, outliers, amplitudes) two references lie 0.6 to 1.3 floors from one another.
 Samplers of other packages run by their own code, at its defaults."""
 PEERS = ("azula", "deepinv")

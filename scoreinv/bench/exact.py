@@ -77,7 +77,7 @@ METHODS: dict[str, Sampler] = {
     **{f"SMC without {part}": Ablated(without=part) for part in PARTS},
 }
 SLOW = ("DPS", "PnP-DM", "azula-DPS", "deepinv-DPS")  # a thousand evaluations a draw and more
-WHITE = ("TDS", "PiGDM", "DiffPIR", "PnP-DM", "convolved")  # solve with a white covariance
+WHITE = ("TDS", "PiGDM", "DiffPIR", "DAPS", "PnP-DM", "convolved")  # solve with a white covariance
 DEFAULT = tuple(m for m, s in METHODS.items() if not isinstance(s, Peer | Ablated))
 
 
