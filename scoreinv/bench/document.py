@@ -51,8 +51,9 @@ COSTS = (
 COST_LEGEND = """\
 Wall time of sampling over that of the network's bare forward passes, measured before and after it on one thread: 1 is the
 floor. `guided` is `Guided`, without weights and with a covariance that follows the image where the prior's error is known;
-`weights` is `SMC` with its weights kept to the end. Memory is by how much the process grew, less the draws themselves. Ten
-levels and 16 draws where they do not vary."""
+`weights` is `SMC` with its weights kept to the end. What an observation needs once counts, as the gridding of its
+visibilities. Memory is by how much the process grew, less the draws themselves. Ten levels and 16 draws where they do not
+vary."""
 
 
 def document(rows: Sequence[dict[str, Any]], command: str, picture: str, suite: int) -> str:
