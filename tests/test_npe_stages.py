@@ -358,8 +358,9 @@ def test_rounds_lead_to_one_posterior_and_go_on_after_a_stop(mine, tmp_path, cap
         "round-1/pairs.safetensors",
     }
     capsys.readouterr()
-    assert npe("rounds", *given, "--n", "700") == 2
-    assert "rounds for another observation or of another plan" in capsys.readouterr().err
+    for other in (["--n", "700"], ["--proposal", "clipped"]):
+        assert npe("rounds", *given, *other) == 2
+        assert "rounds for another observation or of another plan" in capsys.readouterr().err
     assert npe("rounds", *given, "--training.methods", "nle", "--overwrite") == 2
     assert "methods has nle, which learns no posterior" in capsys.readouterr().err
     # nothing of which was lost; a third round goes on from these two, unless they were the last worth taking
@@ -375,6 +376,10 @@ def test_mistakes_in_stages(mine, tmp_path, capsys):
         (("dates", *given), "what is 'dates', expected one of data"),
         (("data", *given, "--n", "3"), "n is 3, expected at least 100"),
         (("rounds", *given, "--rounds", "0"), "rounds is 0, expected at least 1"),
+        (
+            ("rounds", *given, "--proposal", "clip"),
+            "proposal is 'clip', expected one of truncated",
+        ),
         (("data", *given, "--training.methods", "mof"), "expected some of maf"),
         (("data", "--simulator", "x.py:y", "--output", str(tmp_path)), "or FILE.py:NAME"),
     ):

@@ -16,7 +16,7 @@ from scoreinv.cli.problem import say
 from scoreinv.npe.data import named
 from scoreinv.npe.estimator import Estimator
 from scoreinv.npe.featurizers import Data
-from scoreinv.npe.rounds import sequential
+from scoreinv.npe.rounds import PROPOSALS, sequential
 from scoreinv.npe.simulator import Simulator
 from scoreinv.npe.stages import (
     POSTERIOR,
@@ -55,6 +55,8 @@ class NpeConfig:
         output: Folder of all stages.
         n: Simulations; of each round.
         rounds: At most; they end where fewer draws are effective than before. They fit the first method of `training`, once.
+        proposal: Of rounds: "truncated" draws from the prior where the estimate expects the parameters, "clipped" from the
+            estimate itself, with weights, for posteriors that are very narrow.
         batch: Simulations that are made together.
         training: What is fitted to them.
         sims: Fresh simulations whose truths should be covered.
@@ -73,6 +75,7 @@ class NpeConfig:
     output: str
     n: int = 10_000
     rounds: int = 4
+    proposal: str = "truncated"
     batch: int = 1000
     training: Training = field(default_factory=Training)
     sims: int = 300
@@ -88,6 +91,10 @@ class NpeConfig:
     def __post_init__(self) -> None:
         if self.what not in STAGES:
             raise ValueError(f"what is {self.what!r}, expected one of {', '.join(STAGES)}")
+        if self.proposal not in PROPOSALS:
+            raise ValueError(
+                f"proposal is {self.proposal!r}, expected one of {', '.join(PROPOSALS)}"
+            )
         for name, least in LEAST.items():
             if (given := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {given}, expected at least {least}")
@@ -216,7 +223,7 @@ def _rounds(config: NpeConfig) -> None:
         raise ValueError(f"methods has {method}, which learns no posterior; rounds take a flow")
     # more rounds go on from fewer
     made = config.simulator, source(config.simulator), config.n, config.seed
-    of = digest(*made, asdict(config.training), seen)
+    of = digest(*made, config.proposal, asdict(config.training), seen)
     folder, known = config.folder / "rounds", simulator.log_likelihood
     card = folder / "rounds.json"
     if config.overwrite and card.exists():
@@ -234,6 +241,7 @@ def _rounds(config: NpeConfig) -> None:
         rounds=config.rounds,
         n=config.n,
         seed=config.seed,
+        proposal=PROPOSALS[config.proposal],
         log_likelihood=None if known is None else lambda theta: known(x, theta),
         noise=simulator.noise,
         plan=config.training.plan,

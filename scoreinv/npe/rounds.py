@@ -134,6 +134,9 @@ class Clipped(Proposal):
         return (regions[-1].log_r(u).clamp_max(0) - mixed).exp()
 
 
+PROPOSALS: dict[str, Proposal] = {"truncated": Truncated(), "clipped": Clipped()}
+
+
 def _kept(file: Path, made: Callable[[], tuple[Tensor, Data]]) -> tuple[Tensor, Data]:
     """Parameters u and simulations of a round, made now or found again."""
     if not file.exists():
