@@ -277,8 +277,7 @@ class Run:
 
 def endless(problem: Problem, title: str) -> bool:
     """Whether a sampler solves with a white covariance where only hundreds of iterations a level do that."""
-    iterative = isinstance(problem.posterior.conditioner, IterativeConditioner)
-    return title in WHITE and iterative
+    return title in WHITE and isinstance(problem.posterior.conditioner, IterativeConditioner)
 
 
 class Bench:
