@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
 from scoreinv.bench import npe
+from scoreinv.bench.peers import estimates as peers
 from scoreinv.npe import Fitting
 from scoreinv.streams import stream
 
@@ -79,6 +81,46 @@ def test_rounds_have_a_row_and_targets(monkeypatch):
     monkeypatch.setattr(npe, "WEIGHTED", 500)
     (row,) = npe.npe(0, ["sine"], plan=Fitting(epochs=3))
     assert row["missed"].startswith("n_eff of a round") and 1 <= row["rounds"] <= 3
+
+
+def test_other_packages_are_judged_on_the_same_pairs_and_observations(monkeypatch):
+    """One that draws from the prior is told apart; one that is not there is left out, and that is said."""
+    monkeypatch.setattr(npe, "PAIRS", 500)
+    monkeypatch.setattr(npe, "DRAWS", 300)
+    monkeypatch.setattr(npe, "WEIGHTED", 500)
+    given = []
+
+    def lazy(prior, flow, theta, x, seed):
+        given.append(theta)
+        return lambda x, n: prior.sample(n, 5)
+
+    monkeypatch.setattr(npe, "ESTIMATES", {"lazy": lazy, "absent": lazy})
+    monkeypatch.setattr(npe, "missing", lambda package: "gone" if package == "absent" else "")
+    with pytest.warns(UserWarning, match="left out: gone"):
+        ours, theirs = npe.npe(
+            0, ["gaussian_mixture"], observations=2, plan=Fitting(epochs=3), peers=True
+        )
+    assert (ours["package"], theirs["package"]) == ("scoreinv", "lazy")
+    assert theirs["C2ST"] > 0.9 and theirs["missed"] == "-"
+    theta = npe.TASKS["gaussian_mixture"]().prior.sample(500, 0)
+    assert len(given) == 1 and torch.equal(given[0], theta)
+
+
+@pytest.mark.parametrize("package", ["sbi", "lampe"])
+def test_estimates_of_other_packages_are_better_than_the_prior(package):
+    """Of numbers in noise of a tenth of the prior's range; and the global streams are as they were."""
+    if reason := peers.missing(package):
+        pytest.skip(reason)
+    prior = npe.box(2, 1.0)
+    theta = prior.sample(600, 0)
+    x = theta + 0.2 * npe.normal(theta.shape, stream(1))
+    before = torch.random.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
+    draws = peers.ESTIMATES[package](prior, "maf", theta, x, 0)(x.new_tensor([0.3, -0.2]), 400)
+    assert draws.shape == (400, 2)
+    assert float((draws.mean(0) - x.new_tensor([0.3, -0.2])).abs().max()) < 0.1
+    assert 0.13 < float(draws.std(0).min()) and float(draws.std(0).max()) < 0.27
+    assert torch.equal(before[0], torch.random.get_rng_state())
+    assert (before[1] == np.random.get_state()[1]).all()  # noqa: NPY002
 
 
 def test_a_perceptron_tells_what_differs():

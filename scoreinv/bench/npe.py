@@ -5,18 +5,18 @@ arXiv:2101.04653), with observations drawn afresh, and references that are compu
 of slcp weighted ones. C2ST is the accuracy of a perceptron that tells estimate and reference apart, in five parts, as there.
 
 A sine in noise is met in rounds, as in the example of Zhang et al. (nbi, 2023, arXiv:2312.03824): amplitude, phase and
-frequency of 50 points, 2,560 simulations a round. Flux, radius and shape of galaxies behind a PSF are estimated beside draws
-of the posteriors of their images.
+frequency of 50 points, 2,560 simulations a round. sbi and lampe may estimate from the same pairs, nbi the same sines. Flux,
+radius and shape of galaxies behind a PSF are estimated beside draws of the posteriors of their images.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +24,13 @@ from torch import Tensor
 from torch.distributions import Uniform
 
 from scoreinv.bench.learned import psf_problem
+from scoreinv.bench.peers.estimates import (
+    ESTIMATES,
+    Draws,
+    cpu_seconds,
+    missing,
+    rounds_by_nbi,
+)
 from scoreinv.npe import NPE, Clipped, Fitting, ParameterPrior, sequential
 from scoreinv.npe.images import geometry, geometry_prior, image_pairs
 from scoreinv.posterior import Posterior
@@ -192,6 +199,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "slcp": _slcp,
 }
 SINE, ROUNDS, A_ROUND = "sine", 3, 2560
+OURS = "scoreinv"
 GEOMETRY, GALAXIES, IMAGES, WORKERS = "geometry", "galaxy32", 6000, 2
 QUICK = ("two_moons", "gaussian_linear_uniform")
 TARGETS: dict[str, dict[str, tuple[float, float]]] = {
@@ -213,6 +221,7 @@ def npe(
     observations: int = 5,
     members: int = 1,
     plan: Fitting | None = None,
+    peers: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """A row of each problem: medians over observations.
 
@@ -222,59 +231,99 @@ def npe(
         observations: Of each.
         members: Of the ensemble.
         plan: Of the fits.
+        peers: Rows of sbi, lampe and nbi, too, where they are installed.
     """
     for name in names or [*TASKS, SINE, GEOMETRY]:
         if name == GEOMETRY:
             yield of_images(seed, 2 * observations, plan or Fitting(epochs=60, batch=100))
-            continue
-        if name == SINE:
-            yield sine(seed, plan or Fitting(epochs=60, batch=256))
-            continue
-        task = TASKS[name]()
-        theta = task.prior.sample(PAIRS, seed)
-        x = task.simulate(theta, stream(seed, 1))
-        estimator = NPE(task.prior, flow=task.flow, members=members)
-        began = time.process_time()
-        estimator.fit(theta, x, seed=seed, plan=plan or Fitting())
-        trained = time.process_time() - began
-        seen = task.simulate(task.prior.sample(observations, seed + 1), stream(seed, 2))
-        found = [judged(task, estimator, one, stream(seed, 3, i), i) for i, one in enumerate(seen)]
+        elif name == SINE:
+            epochs = plan or Fitting(epochs=60, batch=256)
+            yield sine(seed, OURS, lambda s, known=epochs: _rounds(s, known))
+            if peers and present("nbi"):
+                yield sine(seed, "nbi", lambda s, known=epochs: _rounds_by_nbi(s, known))
+        else:
+            yield from estimates(name, seed, observations, members, plan or Fitting(), peers)
+
+
+def present(package: str) -> bool:
+    """Whether a package can be used here; warns if not."""
+    if reason := missing(package):
+        warnings.warn(f"left out: {reason}", stacklevel=2)
+    return not reason
+
+
+def estimates(
+    name: str, seed: int, observations: int, members: int, plan: Fitting, peers: bool
+) -> Iterator[dict[str, Any]]:
+    """The rows of one of `TASKS`: ours, and of the same pairs and observations those of sbi and lampe."""
+    task = TASKS[name]()
+    theta = task.prior.sample(PAIRS, seed)
+    x = task.simulate(theta, stream(seed, 1))
+    seen = task.simulate(task.prior.sample(observations, seed + 1), stream(seed, 2))
+
+    def row(package: str, judge: Callable[[int, Tensor], dict[str, float]]) -> dict[str, Any]:
+        found = [judge(i, one) for i, one in enumerate(seen)]
         median = {k: statistics.median(f[k] for f in found) for k in found[0]}
-        yield {
-            "problem": name,
-            "flow": task.flow,
-            "members": members,
-            **median,
-            "training [CPU s]": trained,
-            "epochs": len(estimator.history[0]),
-            "observations": observations,
-            "seed": seed,
-            "missed": _missed(name, median),
-        }
+        known = {"problem": name, "package": package, "flow": task.flow}
+        return {**known, **median, "observations": observations, "seed": seed}
+
+    estimator = NPE(task.prior, flow=task.flow, members=members)
+    began = cpu_seconds()
+    estimator.fit(theta, x, seed=seed, plan=plan)
+    trained = cpu_seconds() - began
+    ours = row(OURS, lambda i, one: judged(task, estimator, one, stream(seed, 3, i), i))
+    ours |= {"members": members, "epochs": len(estimator.history[0])}
+    yield {**ours, "training [CPU s]": trained, "missed": _missed(name, ours)}
+    for package in filter(present, ESTIMATES if peers else ()):
+        began = cpu_seconds()
+        draws = ESTIMATES[package](task.prior, task.flow, theta, x, seed)
+        trained = cpu_seconds() - began
+        theirs = row(package, partial(_told, task, draws, seed))
+        yield {**theirs, "training [CPU s]": trained, "missed": "-"}
 
 
-def sine(seed: int, plan: Fitting, observations: int = 3) -> dict[str, Any]:
+def sine(
+    seed: int,
+    package: str,
+    one: Callable[[int], dict[str, float]],
+    observations: int = 3,
+) -> dict[str, Any]:
     """The row of rounds for one observation: medians over a few, each with rounds of its own."""
-    found = [_rounds(seed + i, plan) for i in range(observations)]
+    found = [one(seed + i) for i in range(observations)]
     row = {k: statistics.median(f[k] for f in found) for k in found[0]}
     row |= {"observations": observations, "seed": seed}
-    return {"problem": SINE, "flow": "maf", **row, "missed": _missed(SINE, row)}
+    missed = _missed(SINE, row) if package == OURS else "-"
+    return {"problem": SINE, "package": package, "flow": "maf", **row, "missed": missed}
 
 
-def _rounds(seed: int, plan: Fitting) -> dict[str, float]:
-    """What rounds for one sine come to; draws of the estimates are its proposals, as in the example."""
+def curve(theta: Tensor) -> Tensor:
+    """Sines without noise, with shape (n, 50)."""
     t = torch.linspace(0, 1, 50, dtype=torch.float64)
+    return theta[:, :1].exp() * (theta[:, 2:] * t + theta[:, 1:2]).sin()
+
+
+def _sine(seed: int) -> tuple[ParameterPrior, Tensor]:
+    """The prior of amplitude, phase and frequency, and a sine in noise of variance 1."""
     prior = ParameterPrior(
         log_amplitude=Uniform(0.0, math.log(10.0)),
         phase=Uniform(0.0, math.tau),
         frequency=Uniform(math.tau, 10 * math.tau),
     )
-    curve = lambda theta: theta[:, :1].exp() * (theta[:, 2:] * t + theta[:, 1:2]).sin()
+    return prior, (curve(prior.sample(1, seed)) + normal((1, 50), stream(seed, 1)))[0]
+
+
+def _rounds_by_nbi(seed: int, plan: Fitting) -> dict[str, float]:
+    """What rounds of nbi for one sine come to."""
+    prior, x = _sine(seed)
+    return rounds_by_nbi(prior, curve, x, ROUNDS, A_ROUND, WEIGHTED, plan.epochs, seed)
+
+
+def _rounds(seed: int, plan: Fitting) -> dict[str, float]:
+    """What rounds for one sine come to; draws of the estimates are its proposals, as in the example."""
+    prior, x = _sine(seed)
     noise = lambda x, generator: x + normal(x.shape, generator)
-    truth = prior.sample(1, seed)
-    x = noise(curve(truth), stream(seed, 1))[0]
     known = lambda theta: -0.5 * (x - curve(theta)).square().sum(1) - 25 * math.log(math.tau)
-    began = time.process_time()
+    began = cpu_seconds()
     found = sequential(
         lambda: NPE(prior, "maf"),
         lambda theta, _: curve(theta),
@@ -287,7 +336,7 @@ def _rounds(seed: int, plan: Fitting) -> dict[str, float]:
         noise=noise,
         plan=plan,
     )
-    trained = time.process_time() - began
+    trained = cpu_seconds() - began
     weighted = found.given.reweighted(known, WEIGHTED, seed)
     return {
         "rounds": len(found.weighted),
@@ -307,9 +356,9 @@ def of_images(seed: int, observations: int, plan: Fitting, n: int = IMAGES) -> d
     )
     likelihood = psf_problem(prior, 0.05)
     theta, x = image_pairs(images[:n], likelihood, seed)
-    began = time.process_time()
+    began = cpu_seconds()
     estimator = NPE(geometry_prior(images[:n]), "nsf").fit(theta, x, seed, plan)
-    trained = time.process_time() - began
+    trained = cpu_seconds() - began
 
     def compared(image: Tensor, i: int) -> Tensor:
         """How far apart both are, how wide one is beside the other, and how far the truth is off, squared, by either."""
@@ -354,16 +403,8 @@ def judged(
     """What is known of the estimate of one posterior."""
     given = estimator.condition(x)
     reference = task.reference(x, DRAWS, generator)
-    began = time.process_time()
-    draws = given.sample(WEIGHTED, seed)
-    seconds = time.process_time() - began
-    row = {
-        "C2ST": told_apart(draws[:DRAWS], reference, seed),
-        "C2ST weighted": math.nan,
-        "n_eff / n": math.nan,
-        "k-hat": math.nan,
-        f"{WEIGHTED} draws [CPU s]": seconds,
-    }
+    row = told(lambda _, n: given.sample(n, seed), x, reference, seed)
+    row |= {"C2ST weighted": math.nan, "n_eff / n": math.nan, "k-hat": math.nan}
     if task.log_likelihood is not None:
         weighted = given.reweighted(lambda theta: task.log_likelihood(x, theta), WEIGHTED, seed)
         chosen = systematic(torch.softmax(weighted.log_w, 0), DRAWS, generator)
@@ -371,6 +412,20 @@ def judged(
         row["n_eff / n"] = weighted.n_eff / WEIGHTED
         row["k-hat"] = weighted.evidence.k_hat
     return row
+
+
+def _told(task: Task, draws: Draws, seed: int, i: int, x: Tensor) -> dict[str, float]:
+    """`told` beside the reference that ours has."""
+    return told(draws, x, task.reference(x, DRAWS, stream(seed, 3, i)), i)
+
+
+def told(draws: Draws, x: Tensor, reference: Tensor, seed: int) -> dict[str, float]:
+    """How far draws of the posterior of x are from those of a reference, and what they cost."""
+    began = cpu_seconds()
+    drawn = draws(x, WEIGHTED)
+    seconds = cpu_seconds() - began
+    apart = told_apart(drawn[:DRAWS], reference, seed)
+    return {"C2ST": apart, f"{WEIGHTED} draws [CPU s]": seconds}
 
 
 def told_apart(x: Tensor, reference: Tensor, seed: int) -> float:

@@ -54,6 +54,8 @@ class BenchConfig:
         workers: Processes of "exact", of one thread each; as many as there are cores if left out.
         seed: First random seed.
         quick: Some of the problems; in "exact" without DPS and PnP-DM, which take half of the time.
+        members: Networks of an ensemble, in "npe".
+        peers: Estimates of sbi, lampe and nbi beside ours, in "npe"; with the extra `bench`.
         smc: The sampler.
         guided: Of "learned" and "speed", in its place: the steps that all draws take where weights collapse, no scouts.
         output: JSON file of the rows; the outcomes of all but "speed" and "scaling" are kept beside it and found again.
@@ -76,6 +78,8 @@ class BenchConfig:
     workers: int | None = None
     seed: int = 0
     quick: bool = False
+    members: int = 1
+    peers: bool = False
     smc: si.SMC = field(default_factory=si.SMC)
     guided: si.Guided | None = None
     output: str | None = None
@@ -107,7 +111,8 @@ class BenchConfig:
             raise ValueError(
                 f"n is {self.n}, expected at least {FEW} draws to compare with exact ones"
             )
-        least = {"truths": 2, "seeds": 1, "slow_seeds": 1, "repeats": 1, "workers": 1, "n": 2}
+        least = dict.fromkeys(("seeds", "slow_seeds", "repeats", "workers", "members"), 1)
+        least |= {"truths": 2, "n": 2}
         for key, value in least.items():
             given = getattr(self, key)
             if given is not None and given < value:
@@ -248,7 +253,8 @@ def _rtb(config: BenchConfig) -> list[dict[str, Any]]:
 
 def _npe(config: BenchConfig) -> list[dict[str, Any]]:
     rows = []
-    for row in npe.npe(config.seed, config.problems or (npe.QUICK if config.quick else None)):
+    names = config.problems or (npe.QUICK if config.quick else None)
+    for row in npe.npe(config.seed, names, members=config.members, peers=config.peers):
         rows.append(row)
         print(table(rows[-1:]), end="\n\n", flush=True)
     print(table(rows))
