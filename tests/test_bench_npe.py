@@ -83,6 +83,15 @@ def test_rounds_have_a_row_and_targets(monkeypatch):
     assert row["missed"].startswith("n_eff of a round") and 1 <= row["rounds"] <= 3
 
 
+def test_the_cost_of_an_epoch_has_a_row_and_targets(monkeypatch):
+    """Against a target of nothing both are missed, against any neither is."""
+    monkeypatch.setattr(npe, "PAIRS", 300)
+    for most, missed in ((0.0, "an epoch [CPU s], 10000 draws [CPU s]"), (math.inf, "-")):
+        monkeypatch.setitem(npe.TARGETS, "speed", {k: (0, most) for k in npe.TARGETS["speed"]})
+        (row,) = npe.npe(0, ["speed"])
+        assert row["missed"] == missed and row["an epoch [CPU s]"] > 0
+
+
 def test_other_packages_are_judged_on_the_same_pairs_and_observations(monkeypatch):
     """One that draws from the prior is told apart; one that is not there is left out, and that is said."""
     monkeypatch.setattr(npe, "PAIRS", 500)

@@ -523,6 +523,26 @@ class Stopped(Exception):
     pass
 
 
+def test_averages_of_the_weights_are_kept_and_decay_pulls_them_in(pairs):
+    """One that forgets slowly stays near the first weights; without an average the last are kept; decay shrinks them."""
+    theta, x = pairs[0][:1000], pairs[1][:1000]
+
+    def weights(**options):
+        plan = Fitting(epochs=3, batch=100, rate=1e-2, **options)
+        fitted = NPE(GAUSSIAN, flow="maf").fit(theta, x, seed=0, plan=plan)
+        named = fitted.members[0].named_parameters()
+        return torch.cat([v.detach().flatten() for k, v in named if k.endswith("weight")])
+
+    last, slow, decayed = (
+        weights(average=0.0),
+        weights(average=0.999),
+        weights(average=0.0, decay=3.0),
+    )
+    first = weights(average=1 - 1e-6)
+    assert float((slow - first).norm()) < 0.2 * float((last - first).norm())
+    assert float(decayed.norm()) < 0.7 * float(last.norm())
+
+
 def test_a_fit_goes_on_where_it_was_interrupted(pairs, tmp_path):
     """To the same bits; and not with other pairs."""
     theta, x = pairs[0][:600], pairs[1][:600]
@@ -719,6 +739,8 @@ HOLED = torch.where(torch.arange(60)[:, None] < 3, math.nan, X)
             "a Linear, does not say how many",
         ),
         (lambda: Fitting(epochs=0), "epochs is 0"),
+        (lambda: Fitting(average=1.0), "average is 1"),
+        (lambda: Fitting(decay=-1.0), "decay -1"),
     ],
 )
 def test_mistakes_in_fits(make, message):

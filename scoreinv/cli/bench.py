@@ -91,7 +91,7 @@ class BenchConfig:
             raise ValueError(
                 f"methods are {', '.join(unknown)}, expected some of {', '.join(exact.METHODS)}"
             )
-        suites = {"rtb": rtb.CASES, "npe": [*npe.TASKS, npe.SINE, npe.GEOMETRY]}
+        suites = {"rtb": rtb.CASES, "npe": [*npe.TASKS, npe.SINE, npe.SPEED, npe.GEOMETRY]}
         suite = suites[self.what] if self.what in suites else exact.problems()
         if unknown := set(self.problems or ()) - set(suite):
             raise ValueError(
@@ -254,7 +254,8 @@ def _rtb(config: BenchConfig) -> list[dict[str, Any]]:
 def _npe(config: BenchConfig) -> list[dict[str, Any]]:
     rows = []
     names = config.problems or (npe.QUICK if config.quick else None)
-    for row in npe.npe(config.seed, names, members=config.members, peers=config.peers):
+    observations = 3 if config.quick else 5
+    for row in npe.npe(config.seed, names, observations, config.members, peers=config.peers):
         rows.append(row)
         print(table(rows[-1:]), end="\n\n", flush=True)
     print(table(rows))

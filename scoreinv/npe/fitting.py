@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from scoreinv.npe.data import Inputs, mapped
@@ -32,6 +33,9 @@ class Fitting:
         rate: First learning rate; halved when half of the patience is over.
         patience: Epochs without a better loss of the held-out pairs after which the fit ends.
         clip: Longest gradient.
+        average: Share of itself that the average of the weights keeps at each step; the average is what is judged and kept.
+            0: the last weights.
+        decay: Of the weights, in units of the rate, as `torch.optim.AdamW` takes it off.
     """
 
     epochs: int = 500
@@ -39,6 +43,8 @@ class Fitting:
     rate: float = 1e-3
     patience: int = 20
     clip: float = 5.0
+    average: float = 0.99
+    decay: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "patience"):
@@ -47,6 +53,10 @@ class Fitting:
         if not self.rate > 0 or not self.clip > 0:
             raise ValueError(
                 f"rate is {self.rate:g} and clip {self.clip:g}, expected both above 0"
+            )
+        if not 0 <= self.average < 1 or not self.decay >= 0:
+            raise ValueError(
+                f"average is {self.average:g} and decay {self.decay:g}, expected 0 to below 1, and 0 or more"
             )
 
 
@@ -102,7 +112,10 @@ def fit(
     x_held = pairs.fresh(mapped(pairs.x, lambda v: v[held_out]), stream(seed, 2))
     u_held, w_held = pairs.u[held_out], pairs.w[held_out]
     member.to(device)
-    optimiser = torch.optim.Adam(member.parameters(), lr=plan.rate)
+    optimiser = torch.optim.AdamW(member.parameters(), lr=plan.rate, weight_decay=plan.decay)
+    running = AveragedModel(
+        member, multi_avg_fn=get_ema_multi_avg_fn(plan.average), use_buffers=True
+    )
     falling = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimiser, factor=0.5, patience=max(1, plan.patience // 2), threshold_mode="abs"
     )
@@ -110,7 +123,7 @@ def fit(
     data = _hash(pairs.u, *x_held.values())
     card = {"seed": seed, "pairs": len(pairs.u), "data": data, **asdict(plan)}
     keeper = Keeper(checkpoint, card)
-    keeper.restore(member, optimiser, falling, progressed)
+    keeper.restore(member, running, optimiser, falling, progressed)
     with tqdm(total=plan.epochs, disable=not progress, unit="epoch") as bar:
         bar.update(len(progressed.history))
         for epoch in range(len(progressed.history), plan.epochs):
@@ -128,16 +141,18 @@ def fit(
                     loss.backward()
                     nn.utils.clip_grad_norm_(member.parameters(), plan.clip)
                     optimiser.step()
+                    running.update_parameters(member)
                     total += float(loss.detach()) * len(rows)
-            now = _held_out_loss(member, u_held, x_held, w_held, plan.batch, device, seed)
+            now = _held_out_loss(running.module, u_held, x_held, w_held, plan.batch, device, seed)
             if not math.isfinite(total + now):
                 raise FloatingPointError(
                     f"the loss of epoch {epoch} is not finite: are the data? Standardised, they should be a few units wide"
                 )
             rate = optimiser.param_groups[0]["lr"]
             falling.step(now)
-            progressed.add({"loss": total / len(trained), "held out": now, "rate": rate}, member)
-            keeper.keep(member, optimiser, falling, progressed)
+            found = {"loss": total / len(trained), "held out": now, "rate": rate}
+            progressed.add(found, running.module)
+            keeper.keep(member, running, optimiser, falling, progressed)
             bar.set_postfix(held_out=f"{now:.3f}", best=f"{progressed.best:.3f}")
             bar.update()
     member.load_state_dict(progressed.kept)
@@ -176,11 +191,12 @@ class Keeper:
         """After an epoch, so that what is there is always whole."""
         if self.file is None:
             return
-        optimiser, falling, progressed = others
+        running, optimiser, falling, progressed = others
         self.file.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "card": self.card,
             "member": member.state_dict(),
+            "running": running.state_dict(),
             "optimiser": optimiser.state_dict(),
             "falling": falling.state_dict(),
             "progress": vars(progressed),
@@ -193,7 +209,7 @@ class Keeper:
         """Take up the state where there is one."""
         if self.file is None or not self.file.exists():
             return
-        optimiser, falling, progressed = others
+        running, optimiser, falling, progressed = others
         try:
             state = torch.load(self.file, weights_only=True)
             card = state["card"]
@@ -206,6 +222,7 @@ class Keeper:
                 f"{self.file} is of the fit {card}, expected {self.card}; remove it to begin anew"
             )
         member.load_state_dict(state["member"])
+        running.load_state_dict(state["running"])
         optimiser.load_state_dict(state["optimiser"])
         falling.load_state_dict(state["falling"])
         vars(progressed).update(state["progress"])
