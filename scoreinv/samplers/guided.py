@@ -54,6 +54,7 @@ from scoreinv.samplers.path import (
     path_integral,
 )
 
+LOCAL, OTHER = 16, 40  # levels of local steps and of others, if nothing is said
 SPARSE = 2  # levels of local steps from one that is counted in the path integral to the next
 DETAIL = 0.4  # standard deviations of a pixel: levels above lose detail, and are widened
 FINE = 0.1  # of the length that solves of draws leave out may be left out of what the data tell
@@ -64,11 +65,13 @@ class Guided:
     """Guided steps, once.
 
     Args:
-        levels: Noise levels of local steps, at one evaluation each; other steps take twice as many levels, at two each.
+        levels: Noise levels of local steps, at one evaluation each. More of them make draws narrower: these settle on what
+            x_0 is taken for, not on what it is. Other steps take twice as many levels, at two evaluations each. 16 of the
+            one and 40 of the other if left out.
         local: Follow the error around each particle if the prior knows it: sharper, and faster.
     """
 
-    levels: int = 20
+    levels: int | None = None
     local: bool = True
 
     particles: ClassVar[int] = 1
@@ -77,7 +80,8 @@ class Guided:
     )
 
     def __post_init__(self) -> None:
-        check_counts(self.levels)
+        if self.levels is not None:
+            check_counts(self.levels)
 
     def refuses(self, posterior: Posterior) -> str:
         """Why this posterior is not for it; empty if it is."""
@@ -85,8 +89,9 @@ class Guided:
 
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels of a posterior's path, falling."""
-        count = self.levels if self._follows(posterior) else 2 * self.levels
-        return noise_levels(count, *posterior.sigma_range)
+        if self._follows(posterior):
+            return noise_levels(self.levels or LOCAL, *posterior.sigma_range)
+        return noise_levels(2 * self.levels if self.levels else OTHER, *posterior.sigma_range)
 
     def island(self, posterior: Posterior, n: int, generator: torch.Generator) -> Island:
         """n particles at the start, with their stream."""

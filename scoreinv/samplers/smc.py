@@ -63,7 +63,7 @@ class SMC:
 
     Args:
         levels: Noise levels; weighted particles take one to four steps from one to the next, at a cost of two to five
-            evaluations each. Where weights collapse, they are those of `Guided`.
+            evaluations each. Where weights collapse, `Guided` has levels of its own.
         particles: Weighted ones for each draw; weights cost about half of them.
         resample_below: Resample when ESS / n falls below this.
         drop_above: Weights have collapsed where the variance of d log w / d log sigma over the particles, mean over an
@@ -94,7 +94,7 @@ class SMC:
     @property
     def fallback(self) -> Guided:
         """What samples where the weights collapse."""
-        return Guided(self.levels)
+        return Guided()
 
     def noise_levels(self, posterior: Posterior) -> list[float]:
         """The levels of a posterior's path, falling, without those of the finer steps."""
