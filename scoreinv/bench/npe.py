@@ -203,6 +203,7 @@ SINE, ROUNDS, A_ROUND = "sine", 3, 2560
 OURS = "scoreinv"
 GEOMETRY, GALAXIES, IMAGES, WORKERS = "geometry", "galaxy32", 6000, 2
 SPEED, EPOCHS = "speed", 5
+AVERAGE = 0.99  # of the weights of an estimate
 QUICK = ("two_moons", "gaussian_linear_uniform")
 TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     "two_moons": {"C2ST": (0, 0.56)},
@@ -259,7 +260,8 @@ def _rows(
         if peers and present("nbi"):
             yield sine(seed, "nbi", lambda s: _rounds_by_nbi(s, plan))
     else:
-        yield from estimates(name, seed, observations, members, plan or Fitting(), peers)
+        plan = plan or Fitting(average=AVERAGE)
+        yield from estimates(name, seed, observations, members, plan, peers)
 
 
 def present(package: str) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from scoreinv.npe.data import Inputs, mapped
@@ -33,8 +33,8 @@ class Fitting:
         rate: First learning rate; halved when half of the patience is over.
         patience: Epochs without a better loss of the held-out pairs after which the fit ends.
         clip: Longest gradient.
-        average: Share of itself that the average of the weights keeps at each step; the average is what is judged and kept.
-            0: the last weights.
+        average: Share of itself that the average of the weights keeps at each step, less in the first ones. The average is
+            what is judged and kept; 0 are the last weights. 0.99 is worth it where large flows learn of few pairs.
         decay: Of the weights, in units of the rate, as `torch.optim.AdamW` takes it off.
     """
 
@@ -43,7 +43,7 @@ class Fitting:
     rate: float = 1e-3
     patience: int = 20
     clip: float = 5.0
-    average: float = 0.99
+    average: float = 0.0
     decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -113,9 +113,7 @@ def fit(
     u_held, w_held = pairs.u[held_out], pairs.w[held_out]
     member.to(device)
     optimiser = torch.optim.AdamW(member.parameters(), lr=plan.rate, weight_decay=plan.decay)
-    running = AveragedModel(
-        member, multi_avg_fn=get_ema_multi_avg_fn(plan.average), use_buffers=True
-    )
+    running = AveragedModel(member, multi_avg_fn=recent(plan.average), use_buffers=True)
     falling = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimiser, factor=0.5, patience=max(1, plan.patience // 2), threshold_mode="abs"
     )
@@ -158,6 +156,20 @@ def fit(
     member.load_state_dict(progressed.kept)
     member.cpu().eval()
     return progressed.history
+
+
+def recent(average: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
+    """Updates a running average of weights, which is over the last tenth of the steps until it is long enough."""
+
+    def update(kept: Sequence[Tensor], new: Sequence[Tensor], n: Tensor | int) -> None:
+        share = min(average, (1 + int(n)) / (10 + int(n)))
+        for old, now in zip(kept, new, strict=True):
+            if old.is_floating_point():
+                old.lerp_(now, 1 - share)
+            else:
+                old.copy_(now)
+
+    return update
 
 
 class Progress:
