@@ -114,6 +114,7 @@ def fit(
     member.to(device)
     optimiser = torch.optim.AdamW(member.parameters(), lr=plan.rate, weight_decay=plan.decay)
     running = AveragedModel(member, multi_avg_fn=recent(plan.average), use_buffers=True)
+    judged = running.module if plan.average else member
     falling = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimiser, factor=0.5, patience=max(1, plan.patience // 2), threshold_mode="abs"
     )
@@ -139,9 +140,10 @@ def fit(
                     loss.backward()
                     nn.utils.clip_grad_norm_(member.parameters(), plan.clip)
                     optimiser.step()
-                    running.update_parameters(member)
+                    if plan.average:
+                        running.update_parameters(member)
                     total += float(loss.detach()) * len(rows)
-            now = _held_out_loss(running.module, u_held, x_held, w_held, plan.batch, device, seed)
+            now = _held_out_loss(judged, u_held, x_held, w_held, plan.batch, device, seed)
             if not math.isfinite(total + now):
                 raise FloatingPointError(
                     f"the loss of epoch {epoch} is not finite: are the data? Standardised, they should be a few units wide"
@@ -149,7 +151,7 @@ def fit(
             rate = optimiser.param_groups[0]["lr"]
             falling.step(now)
             found = {"loss": total / len(trained), "held out": now, "rate": rate}
-            progressed.add(found, running.module)
+            progressed.add(found, judged)
             keeper.keep(member, running, optimiser, falling, progressed)
             bar.set_postfix(held_out=f"{now:.3f}", best=f"{progressed.best:.3f}")
             bar.update()

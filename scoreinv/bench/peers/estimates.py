@@ -12,8 +12,8 @@ import copy
 import importlib.util
 import math
 import os
-import resource
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,20 +53,27 @@ def _set(seed: int) -> None:
 
 def cpu_seconds() -> float:
     """Of this process, and of those that it has waited for."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
+    return time.process_time() + sum(os.times()[2:4])
 
 
 def by_sbi(prior: ParameterPrior, flow: str, theta: Tensor, x: Tensor, seed: int) -> Draws:
     """NPE of sbi, for parameters that are uniform within their ends, from pairs of shape (n, d) and (n, m)."""
     from sbi.inference import NPE
     from sbi.utils import BoxUniform
+    from sbi.utils.tracking import TensorBoardTracker
+    from torch.utils.tensorboard import SummaryWriter
 
     box = BoxUniform(prior.low.float(), prior.high.float())
-    with global_streams(seed):
-        learned = NPE(box, density_estimator=flow, show_progress_bars=False)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            learned.append_simulations(theta.float(), x.float()).train()
+    kind = "maf" if flow == "maf" else "nsf"  # whose layers are couplings there
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(global_streams(seed))
+        # it would leave its log where the command is given
+        log = SummaryWriter(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.callback(log.close)
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(nowhere))
+        learned = NPE(box, kind, show_progress_bars=False, tracker=TensorBoardTracker(log))
+        learned.append_simulations(theta.float(), x.float()).train()
         posterior = learned.build_posterior()
 
     def draws(x: Tensor, n: int) -> Tensor:
@@ -88,7 +95,9 @@ def by_lampe(prior: ParameterPrior, flow: str, theta: Tensor, x: Tensor, seed: i
     n_held = round(HELD_OUT * len(theta))
     held, trained = ([v[:n_held] for v in pairs], [v[n_held:] for v in pairs])
     with global_streams(seed):
-        learned = NPE(theta.shape[1], x.shape[1], build=getattr(zuko.flows, flow.upper()))
+        kind = zuko.flows.MAF if flow == "maf" else zuko.flows.NSF
+        layers = {"passes": 2} if flow == "coupling" else {}
+        learned = NPE(theta.shape[1], x.shape[1], build=kind, **layers)
         loss = NPELoss(learned)
         step = GDStep(torch.optim.Adam(learned.parameters(), lr=plan.rate), clip=plan.clip)
         best, least, waited = copy.deepcopy(learned.state_dict()), math.inf, 0
