@@ -1,14 +1,18 @@
 """Problems of scalar parameters: references against their own simulators, and what the table says of an estimate."""
 
+import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from scoreinv.bench import npe
+from scoreinv.bench import document, npe
+from scoreinv.bench.figure import estimates_figure
 from scoreinv.bench.peers import estimates as peers
+from scoreinv.cli.bench import BenchConfig, bench
 from scoreinv.npe import Fitting
 from scoreinv.streams import stream
 
@@ -142,3 +146,34 @@ def test_a_perceptron_tells_what_differs():
     z = torch.randn(600, 2, generator=stream(0), dtype=torch.float64)
     assert npe.told_apart(z[:300], z[300:], 0) < 0.58
     assert npe.told_apart(z[:300] + 2, z[300:], 0) > 0.75
+
+
+def test_a_table_is_kept_with_its_page_and_found_again(monkeypatch, tmp_path):
+    """A second run of the same command does not fit again; the page has a table of each problem."""
+    monkeypatch.setattr(npe, "PAIRS", 300)
+    monkeypatch.setattr(npe, "DRAWS", 100)
+    monkeypatch.setattr(npe, "told_apart", lambda x, reference, seed: 0.9)
+    monkeypatch.setattr(npe, "WEIGHTED", 200)
+    monkeypatch.setattr(
+        npe, "ESTIMATES", {"sbi": lambda prior, *_: lambda x, n: prior.sample(n, 5)}
+    )
+    monkeypatch.setattr(npe, "missing", lambda package: "")
+    monkeypatch.setattr(document, "version", lambda package: "1.0")
+    monkeypatch.setattr(npe, "Fitting", partial(Fitting, epochs=2))
+    config = BenchConfig(
+        "npe",
+        problems=("two_moons", "gaussian_mixture"),
+        peers=True,
+        output=str(tmp_path / "estimates.json"),
+    )
+    assert bench(config) == 1  # targets are missed
+    first = (tmp_path / "estimates.json").read_text()
+    page = (tmp_path / "estimates.md").read_text()
+    monkeypatch.setattr(npe, "npe", None)
+    assert bench(config) == 1 and (tmp_path / "estimates.json").read_text() == first
+    assert (
+        "bench npe --problems two_moons,gaussian_mixture --peers true`, scoreinv 1.0, sbi" in page
+    )
+    assert page.count("\n| scoreinv |") == page.count("\n| sbi |") == page.count("## ") == 2
+    figure = estimates_figure(json.loads(first.replace("null", "NaN")))
+    assert [ax.get_title() for ax in figure.axes] == ["two_moons", "gaussian_mixture"]

@@ -55,6 +55,14 @@ floor. `guided` is `Guided`, without weights and with a covariance that follows 
 visibilities. Memory is by how much the process grew, less the draws themselves. Ten levels and 16 draws where they do not
 vary."""
 
+ESTIMATE_LEGEND = """\
+Estimates of scalar parameters from 10,000 pairs, medians over observations. `C2ST` is the accuracy of a classifier that
+tells draws of the estimate from draws of the posterior, 0.5 where it cannot; `weighted`: after weights by the known
+likelihood, with `n_eff / n` of the draws effective, and Pareto's `k-hat` of the weights. The sine is met in rounds, each
+with rounds of its own; `geometry` compares estimates of a galaxy's flux, radius and shape with draws of its image. Seconds
+are of the processor, all threads together. sbi runs by its defaults, lampe's flows by the plan of ours without averages,
+nbi by the networks of its example. `missed` names the targets that ours did not meet."""
+
 
 def document(rows: Sequence[dict[str, Any]], command: str, picture: str, suite: int) -> str:
     """The page.
@@ -93,6 +101,24 @@ def costs(rows: Sequence[dict[str, Any]], command: str, picture: str) -> str:
     for axis in dict.fromkeys(row["axis"] for row in rows):
         parts.append(f"## {axis.capitalize()}")
         parts.append(_table([row for row in rows if row["axis"] == axis], COSTS))
+    return "\n\n".join(parts) + "\n"
+
+
+def estimates(rows: Sequence[dict[str, Any]], command: str, picture: str) -> str:
+    """The page of `scoreinv.bench.npe.npe`, with arguments as those of `document`."""
+    packages = dict.fromkeys(row.get("package", "scoreinv") for row in rows)
+    parts = [
+        "# Estimates of scalar parameters",
+        f"`{command}`, {', '.join(f'{p} {version(p)}' for p in packages)}, {date.today().isoformat()}",
+        f"![How far estimates are off against what they cost]({picture})",
+        ESTIMATE_LEGEND,
+    ]
+    for problem, group in itertools.groupby(rows, key=lambda row: row["problem"]):
+        lines = list(group)
+        columns = dict.fromkeys(k for row in lines for k in row if k not in ("problem", "seed"))
+        empty = dict.fromkeys(columns, math.nan)
+        parts.append(f"## {problem}, seed {lines[0]['seed']}")
+        parts.append(_table([empty | row for row in lines], list(columns)))
     return "\n\n".join(parts) + "\n"
 
 

@@ -34,6 +34,7 @@ MARKERS = {
     "network's twist": "*",
     "spare particles": "X",
 }
+PACKAGES = {"scoreinv": "o", "sbi": "s", "lampe": "^"}
 HOLLOW = {"azula-": "tab:blue", "deepinv-": "tab:orange", "SMC without ": TRUE}
 COLUMNS = 4
 COARSE, FINE = (
@@ -72,6 +73,41 @@ def error_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     figure.supylabel("Wasserstein distance / floor", fontsize=9, color=INK)
     known = {h.get_label(): h for ax in axes for h in ax.get_legend_handles_labels()[0]}
     figure.legend(known.values(), known.keys(), loc="outside upper center", ncols=8, fontsize=8)
+    return figure
+
+
+def estimates_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """How well a classifier tells estimates from posteriors, against the cost of the fit, one panel a problem.
+
+    Args:
+        rows: From `scoreinv.bench.npe.npe`.
+
+    Returns:
+        A figure with an Agg canvas.
+    """
+    known = [row for row in rows if "C2ST" in row]
+    groups = [list(g) for _, g in itertools.groupby(known, key=lambda row: row["problem"])]
+    columns = max(len(groups), 1)
+    figure = Figure(figsize=(2.8 * columns + 0.4, 2.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
+    for ax, group in zip(axes, groups, strict=False):
+        for row in group:
+            ours = row["package"] == "scoreinv"
+            style = {"color": TRUE if ours else FAINT, "marker": PACKAGES[row["package"]]}
+            x = row["training [CPU s]"]
+            ax.plot(x, row["C2ST"], linestyle="", label=row["package"], **style)
+            if not math.isnan(row.get("C2ST weighted", math.nan)):
+                label = f"{row['package']}, weighted"
+                ax.plot(x, row["C2ST weighted"], ls="", label=label, fillstyle="none", **style)
+        ax.axhline(0.5, color=FAINT, linewidth=0.8, linestyle="--")
+        ax.set_title(group[0]["problem"], fontsize=8, color=INK)
+        ax.margins(x=0.3, y=0.1)
+        ax.tick_params(labelsize=7)
+    figure.supxlabel("fit [CPU s]", fontsize=9, color=INK)
+    figure.supylabel("C2ST", fontsize=9, color=INK)
+    named = {h.get_label(): h for ax in axes for h in ax.get_legend_handles_labels()[0]}
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=5, fontsize=8)
     return figure
 
 

@@ -58,6 +58,7 @@ class Task:
         reference: n draws of the posterior of one x, for a generator.
         log_likelihood: log p(x | theta) of one x for many theta; None where it has no closed form.
         flow: That suits it.
+        decay: Of the weights of its fit.
     """
 
     prior: ParameterPrior
@@ -65,6 +66,20 @@ class Task:
     reference: Callable[[Tensor, int, torch.Generator], Tensor]
     log_likelihood: Callable[[Tensor, Tensor], Tensor] | None = None
     flow: str = "nsf"
+    decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What was found of one problem.
+
+    Attributes:
+        key: All that decides it.
+        rows: From `npe`, of one package each.
+    """
+
+    key: str
+    rows: tuple[dict[str, Any], ...]
 
 
 def box(d: int, half: float) -> ParameterPrior:
@@ -124,7 +139,7 @@ def _gaussian_linear_uniform() -> Task:
     def log_likelihood(x: Tensor, theta: Tensor) -> Tensor:
         return -0.5 * ((x - theta) / spread).square().sum(1) - 5 * math.log(math.tau * 0.1)
 
-    return Task(prior, simulate, reference, log_likelihood, flow="coupling")
+    return Task(prior, simulate, reference, log_likelihood, "coupling", decay=1.0)
 
 
 def _gaussian_mixture() -> Task:
@@ -203,6 +218,7 @@ SINE, ROUNDS, A_ROUND = "sine", 3, 2560
 OURS = "scoreinv"
 GEOMETRY, GALAXIES, IMAGES, WORKERS = "geometry", "galaxy32", 6000, 2
 SPEED, EPOCHS = "speed", 5
+PROBLEMS = (*TASKS, SINE, SPEED, GEOMETRY)
 AVERAGE = 0.99  # of the weights of an estimate
 QUICK = ("two_moons", "gaussian_linear_uniform")
 TARGETS: dict[str, dict[str, tuple[float, float]]] = {
@@ -231,7 +247,7 @@ def npe(
 
     Args:
         seed: Of the simulations, the fit and the observations.
-        names: Of `TASKS`; all if not given.
+        names: Of `PROBLEMS`; all if not given.
         observations: Of each.
         members: Of the ensemble.
         plan: Of the fits.
@@ -240,7 +256,7 @@ def npe(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for name in names or [*TASKS, SINE, SPEED, GEOMETRY]:
+        for name in names or PROBLEMS:
             yield from _rows(name, seed, observations, members, plan, peers)
     finally:
         torch.set_num_threads(threads)
@@ -260,7 +276,6 @@ def _rows(
         if peers and present("nbi"):
             yield sine(seed, "nbi", lambda s: _rounds_by_nbi(s, plan))
     else:
-        plan = plan or Fitting(average=AVERAGE)
         yield from estimates(name, seed, observations, members, plan, peers)
 
 
@@ -272,10 +287,11 @@ def present(package: str) -> bool:
 
 
 def estimates(
-    name: str, seed: int, observations: int, members: int, plan: Fitting, peers: bool
+    name: str, seed: int, observations: int, members: int, plan: Fitting | None, peers: bool
 ) -> Iterator[dict[str, Any]]:
     """The rows of one of `TASKS`: ours, and of the same pairs and observations those of sbi and lampe."""
     task = TASKS[name]()
+    plan = plan or Fitting(average=AVERAGE, decay=task.decay)
     theta = task.prior.sample(PAIRS, seed)
     x = task.simulate(theta, stream(seed, 1))
     seen = task.simulate(task.prior.sample(observations, seed + 1), stream(seed, 2))

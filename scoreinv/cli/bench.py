@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 
 import scoreinv as si
 from scoreinv.bench import exact, learned, npe, ranks, rtb, scaling, speed
-from scoreinv.bench.document import cell, costs, document
-from scoreinv.bench.figure import error_figure
+from scoreinv.bench.document import cell, costs, document, estimates
+from scoreinv.bench.figure import error_figure, estimates_figure
 from scoreinv.bench.peers import Peer
+from scoreinv.bench.records import Records
 from scoreinv.samplers.path import Sampler
 from scoreinv.training import fresh_images
 
@@ -91,7 +92,7 @@ class BenchConfig:
             raise ValueError(
                 f"methods are {', '.join(unknown)}, expected some of {', '.join(exact.METHODS)}"
             )
-        suites = {"rtb": rtb.CASES, "npe": [*npe.TASKS, npe.SINE, npe.SPEED, npe.GEOMETRY]}
+        suites = {"rtb": rtb.CASES, "npe": npe.PROBLEMS}
         suite = suites[self.what] if self.what in suites else exact.problems()
         if unknown := set(self.problems or ()) - set(suite):
             raise ValueError(
@@ -252,13 +253,20 @@ def _rtb(config: BenchConfig) -> list[dict[str, Any]]:
 
 
 def _npe(config: BenchConfig) -> list[dict[str, Any]]:
-    rows = []
-    names = config.problems or (npe.QUICK if config.quick else None)
+    rows: list[dict[str, Any]] = []
+    names = config.problems or (npe.QUICK if config.quick else npe.PROBLEMS)
     observations = 3 if config.quick else 5
-    for row in npe.npe(config.seed, names, observations, config.members, peers=config.peers):
-        rows.append(row)
-        print(table(rows[-1:]), end="\n\n", flush=True)
+    records = Records(_store(config), npe.Rows)
+    for name in names:
+        key = f"{name} {config.seed} {observations} {config.members} {config.peers}"
+        if key not in records:
+            found = npe.npe(config.seed, [name], observations, config.members, peers=config.peers)
+            records.add(npe.Rows(key, tuple(found)))
+        rows += records[key].rows
+        print(table(list(records[key].rows)), end="\n\n", flush=True)
     print(table(rows))
+    if config.output:
+        _publish(config, estimates_figure(rows), partial(estimates, rows))
     return rows
 
 
