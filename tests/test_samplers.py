@@ -574,6 +574,8 @@ def test_excess_noise_makes_up_for_detail_that_a_prior_loses():
     assert more_data > 1.01 * data
     assert more_good_data < 1.01 * good_data
     assert prior.rescaled(2.0).excess_noise == 1.0
+    for s, share in ((0.1, 0), (0.2, 1), (1.4, 1), (1.6, 1 / 3), (50, 1 / 3)):
+        assert prior.widening(s * prior.deviation) == pytest.approx((1 + share) ** 0.5)
 
 
 @pytest.mark.parametrize(

@@ -361,7 +361,7 @@ def test_draws_of_sources_beyond_the_training_stay_in_reach():
         for s in noise_levels(12, 0.3, 0.02):
             x = x0 + s * torch.randn(x0.shape, generator=generator)
             denoised, a = prior.denoise_with_error(x, torch.full((16,), s))
-            x0 = denoised + prior.widening * prior.error_covariance(a, s).draw(generator)
+            x0 = denoised + prior.widening(s) * prior.error_covariance(a, s).draw(generator)
         peaks.append(x0.amax((1, 2, 3)))
     assert float(peaks[0].min()) > 2 and float(peaks[0].max()) < 8.5
     assert float(peaks[1].min()) < 2 and float(peaks[1].max()) > 100

@@ -18,6 +18,9 @@ from scoreinv.kernels import noise_levels
 from scoreinv.priors.turns import Turns
 from scoreinv.streams import stream
 
+DETAIL = (0.15, 1.5)  # standard deviations of a pixel: levels between which denoisers lose most detail
+ABOVE = 1 / 3  # of the excess noise, at levels above
+
 
 class Prior(abc.ABC):
     """What every sampler needs of a prior.
@@ -29,8 +32,9 @@ class Prior(abc.ABC):
         sigma_max: Above this level the denoiser is not used [model unit].
         moments: The Gaussian with the prior's mean and covariance.
         identity: What the provenance of a result calls this prior: name, hash of the weights.
-        excess_noise: Share by which the variance of x_0 in reverse steps is larger than the error of the denoised image.
-            Trained denoisers lose detail from step to step, and this keeps it; an exact one needs none.
+        excess_noise: Share by which the variance of x_0 in reverse steps is larger than the error of the denoised image,
+            at levels that see detail. Trained denoisers lose it from step to step, and this keeps it; an exact one needs
+            none.
         symmetric: Whether flipped and rotated images are as likely, which a network knows up to its errors.
     """
 
@@ -96,15 +100,17 @@ class Prior(abc.ABC):
         kinds = 8 if self.shape[-2] == self.shape[-1] else 4  # without rotations
         return Turns(torch.cat([torch.randint(kinds, (1,), generator=g) for g in generators]))
 
-    @property
-    def widening(self) -> float:
-        """By how much x_0 is drawn wider than it is known, in reverse steps from levels where detail is lost.
+    def widening(self, s: float) -> float:
+        """By how much x_0 is drawn wider than it is known, in a reverse step from level s.
 
         A little more noise than an exact denoiser needs is how Karras et al. (2022, arXiv:2206.00364, section 4: S_noise)
         keep the detail that trained ones lose. Here x_0 has it, and only where it is not known: more noise on blank sky
-        would lower the flux, and noise where the data know x_0 would undo what they say.
+        would lower the flux, and noise where the data know x_0 would undo what they say. Most detail is lost at `DETAIL`,
+        less above, and none below.
         """
-        return (1 + self.excess_noise) ** 0.5
+        low, high = DETAIL
+        share = ABOVE if s > high * self.deviation else float(s > low * self.deviation)
+        return (1 + share * self.excess_noise) ** 0.5
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
         """grad log p_sigma(x), with shape (B, C, H, W)."""

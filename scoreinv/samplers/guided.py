@@ -56,7 +56,6 @@ from scoreinv.samplers.path import (
 
 LOCAL, OTHER = 16, 40  # levels of local steps and of others, if nothing is said
 SPARSE = 2  # levels of local steps from one that is counted in the path integral to the next
-DETAIL = 0.4  # standard deviations of a pixel: levels above lose detail, and are widened
 FINE = 0.1  # of the length that solves of draws leave out may be left out of what the data tell
 
 
@@ -113,9 +112,7 @@ class Following(Twisted):
         if i % SPARSE == 0:
             self._integrate()
         s = self.levels[i + 1]
-        known = self.posterior.prior
-        wider = known.widening if self.s > DETAIL * known.deviation else 1.0
-        self.x = self._drawn(wider) + s * self._white()
+        self.x = self._drawn(self.posterior.prior.widening(self.s)) + s * self._white()
         yield from self._arrive(s)
         return i + 1
 
