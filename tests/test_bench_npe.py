@@ -177,3 +177,8 @@ def test_a_table_is_kept_with_its_page_and_found_again(monkeypatch, tmp_path):
     assert page.count("\n| scoreinv |") == page.count("\n| sbi |") == page.count("## ") == 2
     figure = estimates_figure(json.loads(first.replace("null", "NaN")))
     assert [ax.get_title() for ax in figure.axes] == ["two_moons", "gaussian_mixture"]
+    # with another package there the table is another one
+    monkeypatch.setattr(npe, "missing", lambda package: "gone" if package == "nbi" else "")
+    monkeypatch.setattr(npe, "npe", lambda *_, **__: iter(()))
+    bench(config)
+    assert json.loads((tmp_path / "estimates.json").read_text()) == []

@@ -215,7 +215,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "slcp": _slcp,
 }
 SINE, ROUNDS, A_ROUND = "sine", 3, 2560
-OURS = "scoreinv"
+OURS, NBI = "scoreinv", "nbi"
 GEOMETRY, GALAXIES, IMAGES, WORKERS = "geometry", "galaxy32", 6000, 2
 SPEED, EPOCHS = "speed", 5
 PROBLEMS = (*TASKS, SINE, SPEED, GEOMETRY)
@@ -273,8 +273,8 @@ def _rows(
     elif name == SINE:
         plan = plan or Fitting(epochs=60, batch=256)
         yield sine(seed, OURS, lambda s: _rounds(s, plan))
-        if peers and present("nbi"):
-            yield sine(seed, "nbi", lambda s: _rounds_by_nbi(s, plan))
+        if peers and present(NBI):
+            yield sine(seed, NBI, lambda s: _rounds_by_nbi(s, plan))
     else:
         yield from estimates(name, seed, observations, members, plan, peers)
 

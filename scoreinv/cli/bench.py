@@ -257,8 +257,10 @@ def _npe(config: BenchConfig) -> list[dict[str, Any]]:
     names = config.problems or (npe.QUICK if config.quick else npe.PROBLEMS)
     observations = 3 if config.quick else 5
     records = Records(_store(config), npe.Rows)
+    # a package that was not there is no part of what is kept
+    others = [p for p in (*npe.ESTIMATES, npe.NBI) if config.peers and not npe.missing(p)]
     for name in names:
-        key = f"{name} {config.seed} {observations} {config.members} {config.peers}"
+        key = f"{name} {config.seed} {observations} {config.members} {others}"
         if key not in records:
             found = npe.npe(config.seed, [name], observations, config.members, peers=config.peers)
             records.add(npe.Rows(key, tuple(found)))

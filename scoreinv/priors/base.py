@@ -18,10 +18,8 @@ from scoreinv.kernels import noise_levels
 from scoreinv.priors.turns import Turns
 from scoreinv.streams import stream
 
-DETAIL = (
-    0.15,
-    1.5,
-)  # standard deviations of a pixel: levels between which denoisers lose most detail
+# standard deviations of a pixel: levels between which denoisers lose most detail
+DETAIL = (0.15, 1.5)
 ABOVE = 1 / 3  # of the excess noise, at levels above
 
 
