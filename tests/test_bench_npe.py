@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from scoreinv.bench import document, npe
+from scoreinv.bench import document, npe, tasks
 from scoreinv.bench.figure import estimates_figure
 from scoreinv.bench.peers import estimates as peers
 from scoreinv.cli.bench import BenchConfig, bench
@@ -22,8 +22,8 @@ from scoreinv.streams import stream
 )
 def test_references_are_posteriors(name, monkeypatch):
     """Truths rank uniformly among draws of their posterior: Kolmogorov-Smirnov, false alarms of 1 in 1,000 a parameter."""
-    task = npe.TASKS[name]()
-    monkeypatch.setattr(npe, "SHAPES", 40_000)
+    task = tasks.TASKS[name]()
+    monkeypatch.setattr(tasks, "SHAPES", 40_000)
     theta = task.prior.sample(400, 7)
     x = task.simulate(theta, stream(1))
     draws, known = [], torch.ones(400, dtype=torch.bool)
@@ -48,7 +48,7 @@ def test_references_are_posteriors(name, monkeypatch):
 @pytest.mark.parametrize("name", ["gaussian_linear_uniform", "gaussian_mixture", "slcp"])
 def test_likelihoods_are_those_of_the_simulators(name):
     """exp(log p(x) of one theta - that of another), over simulations of the other, has the mean 1: 4 standard errors."""
-    task = npe.TASKS[name]()
+    task = tasks.TASKS[name]()
     theta = task.prior.sample(1, 5)
     theta = theta.sign() * theta.abs().clamp_min(1.0) * 0.9
     near = theta + (0.02 if name == "gaussian_linear_uniform" else 0.05)
@@ -65,7 +65,7 @@ def test_the_likelihood_of_slcp_is_normal():
     S = torch.tensor([[s1**2, rho * s1 * s2], [rho * s1 * s2, s2**2]]).double()
     x = torch.randn(8, generator=stream(0), dtype=torch.float64)
     expected = MultivariateNormal(theta[0, :2], S).log_prob(x.reshape(4, 2)).sum()
-    torch.testing.assert_close(npe._slcp().log_likelihood(x, theta)[0], expected)
+    torch.testing.assert_close(tasks._slcp().log_likelihood(x, theta)[0], expected)
 
 
 def test_the_table_says_how_good_an_estimate_is(monkeypatch):
@@ -115,7 +115,7 @@ def test_other_packages_are_judged_on_the_same_pairs_and_observations(monkeypatc
         )
     assert (ours["package"], theirs["package"]) == ("scoreinv", "lazy")
     assert theirs["C2ST"] > 0.9 and theirs["missed"] == "-"
-    theta = npe.TASKS["gaussian_mixture"]().prior.sample(500, 0)
+    theta = tasks.TASKS["gaussian_mixture"]().prior.sample(500, 0)
     assert len(given) == 1 and torch.equal(given[0], theta)
 
 
@@ -129,9 +129,9 @@ def test_estimates_of_other_packages_are_better_than_the_prior(
     if reason := peers.missing(package):
         pytest.skip(reason)
     monkeypatch.chdir(tmp_path)
-    prior = npe.box(2, 1.0)
+    prior = tasks.box(2, 1.0)
     theta = prior.sample(2000, 0)
-    x = theta + 0.2 * npe.normal(theta.shape, stream(1))
+    x = theta + 0.2 * tasks.normal(theta.shape, stream(1))
     before = torch.random.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
     draws = peers.ESTIMATES[package](prior, flow, theta, x, 0)(x.new_tensor([0.3, -0.2]), 400)
     assert draws.shape == (400, 2)
