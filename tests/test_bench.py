@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: known answers in, known scores out."""
 
+import json
 import math
 import sys
 import time
@@ -15,7 +16,7 @@ from scoreinv.bench import ranks, rtb, scaling
 from scoreinv.bench.ablation import PARTS, Ablated
 from scoreinv.bench.document import costs
 from scoreinv.bench.exact import Score, problems, row, score, scores
-from scoreinv.bench.figure import error_figure
+from scoreinv.bench.figure import calibration_figure, error_figure
 from scoreinv.bench.imperfect import estimated, learned
 from scoreinv.bench.increments import increments
 from scoreinv.bench.learned import (
@@ -37,6 +38,8 @@ from scoreinv.bench.problems import (
 )
 from scoreinv.bench.records import Records
 from scoreinv.bench.scores import mean_error, sliced_wasserstein, variance_ratio
+from scoreinv.cli.bench import BenchConfig
+from scoreinv.cli.bench import bench as measured
 from scoreinv.operators import gaussian_psf
 from scoreinv.samplers.baselines import DPS, PiGDM
 from scoreinv.streams import stream
@@ -460,6 +463,33 @@ def test_squared_error_of_the_posterior_mean_from_few_draws(n):
     assert found == pytest.approx(0.5, rel=0.05)
     raw = sorted(o.normalised for o in outcomes)[8]
     assert raw == pytest.approx(0.5 * (1 + 1 / n), rel=0.05)
+
+
+def test_calibration_becomes_a_page_and_a_figure(tmp_path):
+    """Each row is found in the page with its sampler's command, and in the figure with the errors of what it shows."""
+    config = BenchConfig(
+        "learned",
+        prior="galaxy32",
+        kinds=("psf",),
+        sources=("prior",),
+        noises=(0.1, 0.01),
+        truths=3,
+        n=2,
+        guided=si.Guided(levels=2),
+        output=str(tmp_path / "calibration.json"),
+    )
+    assert measured(config) == 0
+    page = (tmp_path / "calibration.md").read_text()
+    assert "--guided.levels 2" in page and "(calibration.png)" in page
+    rows = json.loads((tmp_path / "calibration.json").read_text())
+    for one in rows:
+        assert (
+            f"| {one['noise']:.3g} | prior | {one['total']:.3f} +- {one['total_error']:.3f} |"
+            in page
+        )
+    (ax,) = calibration_figure(rows).axes
+    drawn = {bars.get_label(): bars[0].get_ydata()[0] for bars in ax.containers[:2]}
+    assert drawn == {f"noise {one['noise']:g}, of the prior": one["total"] for one in rows}
 
 
 @pytest.mark.slow

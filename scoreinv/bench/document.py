@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from typing import Any
@@ -62,6 +62,25 @@ likelihood, with `n_eff / n` of the draws effective, and Pareto's `k-hat` of the
 with rounds of its own; `geometry` compares estimates of a galaxy's flux, radius and shape with draws of its image. Seconds
 are of the processor, all threads together. sbi runs by its defaults, lampe's flows by the plan of ours without averages,
 nbi by the networks of its example. `missed` names the targets that ours did not meet."""
+
+CALIBRATION = {
+    "noise": "noise / peak",
+    "truths from": "truths from",
+    "total": "total",
+    "bands": "bands",
+    "flux": "flux scores: mean, sd",
+    "likelier": "likelier by [nat]",
+    "normalised_error": "squared error",
+    "evaluations": "evaluations",
+    "seconds": "seconds a truth",
+}
+CALIBRATION_LEGEND = """\
+Posteriors of images, one for each truth. `total`: error of the posterior mean over its predicted standard deviation, rms
+over truths, with its jackknife error; 1 is calibrated, more is too narrow. `bands`: the same in bands of spatial frequency,
+below 3, 8 and 16 cycles per image, and above. Normal scores of the true total flux have mean 0 and standard deviation 1 if
+it is calibrated, with errors of {flux:.2f}. Truths are `likelier` by so much than draws are on average. `squared error` is
+that of the posterior mean over the truth's sum of squares, median. Truths are draws of the prior, which test the inference
+alone, or simulated images that the prior was not trained on, which test the prior with it."""
 
 
 def document(rows: Sequence[dict[str, Any]], command: str, picture: str, suite: int) -> str:
@@ -122,14 +141,41 @@ def estimates(rows: Sequence[dict[str, Any]], command: str, picture: str) -> str
     return "\n\n".join(parts) + "\n"
 
 
+def calibration(rows: Sequence[dict[str, Any]], command: str, picture: str) -> str:
+    """The page of rows of `scoreinv bench learned`, with arguments as those of `document`."""
+    parts = [
+        "# Calibration with a trained prior",
+        f"`{command}`, scoreinv {version('scoreinv')}, {date.today().isoformat()}",
+        f"![Error over predicted standard deviation, in total and by band]({picture})",
+        CALIBRATION_LEGEND.format(flux=1 / math.sqrt(rows[0]["truths"])),
+    ]
+    for problem, group in itertools.groupby(rows, key=lambda row: row["problem"]):
+        lines = [
+            row
+            | {
+                "total": f"{row['total']:.3f} +- {row['total_error']:.3f}",
+                "flux": f"{row['flux_mean']:+.2f}, {row['flux_std']:.2f}",
+                "likelier": f"{row['likelier']:+.1f} +- {row['likelier_error']:.1f}",
+            }
+            for row in group
+        ]
+        parts.append(f"## {problem}, {lines[0]['truths']} truths")
+        parts.append(_table(lines, CALIBRATION))
+    return "\n\n".join(parts) + "\n"
+
+
 def _versions(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Of the packages whose samplers are in the table, ours first."""
     used = [p for p in PEERS if any(str(row["method"]).startswith(f"{p}-") for row in rows)]
     return [f"{name} {version(name)}" for name in ("scoreinv", *used)]
 
 
-def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
-    lines = [columns, ["---"] * len(columns), *([cell(row[c]) for c in columns] for row in rows)]
+def _table(
+    rows: Sequence[dict[str, Any]], columns: Sequence[str] | Mapping[str, str] = COLUMNS
+) -> str:
+    """A table of these keys; a mapping says how to name them."""
+    heads = list(columns.values()) if isinstance(columns, Mapping) else list(columns)
+    lines = [heads, ["---"] * len(heads), *([cell(row[c]) for c in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -8,11 +8,13 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from scoreinv.bench.learned import BANDS
 from scoreinv.samplers.figure import FAINT, INK, TRUE
 
 OURS = ("SMC", "Anneal", "Guided")
@@ -43,6 +45,7 @@ COARSE, FINE = (
 )  # ticks of wide axes and of narrow ones
 LEAST = (0.78, 1.28)  # that an axis of distances covers
 TITLE = 36  # letters in a line
+AIM_TOTAL, AIM_BAND = 0.05, 0.08  # by which errors and predictions may differ
 BACKWARD = 2  # forward passes that a vector-Jacobian product costs
 
 
@@ -108,6 +111,45 @@ def estimates_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     figure.supylabel("C2ST", fontsize=9, color=INK)
     named = {h.get_label(): h for ax in axes for h in ax.get_legend_handles_labels()[0]}
     figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=5, fontsize=8)
+    return figure
+
+
+def calibration_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Error over predicted standard deviation, in total and by band, one panel a problem, one colour a noise.
+
+    Args:
+        rows: From `scoreinv bench learned`.
+
+    Returns:
+        A figure with an Agg canvas.
+    """
+    groups = [list(g) for _, g in itertools.groupby(rows, key=lambda row: row["problem"])]
+    figure = Figure(figsize=(4.2 * len(groups) + 0.4, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    names = ["total", *(f"k {where}" for where in ("< 3", "3 to 8", "8 to 16", "> 16"))]
+    aims = np.array([AIM_TOTAL, *[AIM_BAND] * len(BANDS)])
+    for ax, group in zip(axes, groups, strict=True):
+        noises = sorted({row["noise"] for row in group}, reverse=True)
+        for i, row in enumerate(group):
+            ratio, error = (
+                np.array([row[f"total{end}"], *row[f"bands{end}"]]) for end in ("", "_error")
+            )
+            x = np.arange(len(names)) + 0.6 * ((i + 0.5) / len(group) - 0.5)
+            own = row["truths from"] == "prior"
+            style = {"color": f"C{noises.index(row['noise'])}", "fmt": "o" if own else "s"}
+            label = f"noise {row['noise']:g}, {'of the prior' if own else row['truths from']}"
+            face = None if own else "none"
+            ax.errorbar(x, ratio, error, label=label, ms=4, mfc=face, lw=0.9, **style)
+        x = np.arange(len(names))
+        ax.bar(x, 2 * aims, 0.8, 1 - aims, color=FAINT, alpha=0.2, linewidth=0)
+        ax.axhline(1.0, color=FAINT, linewidth=0.8, linestyle="--")
+        ax.set_xticks(x, names)
+        ax.set_title(group[0]["problem"], fontsize=9, color=INK)
+        ax.tick_params(labelsize=8)
+    figure.supylabel("error / predicted standard deviation", fontsize=9, color=INK)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8)
     return figure
 
 

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 
 import scoreinv as si
 from scoreinv.bench import exact, learned, npe, ranks, rtb, scaling, speed
-from scoreinv.bench.document import cell, costs, document, estimates
-from scoreinv.bench.figure import error_figure, estimates_figure
+from scoreinv.bench.document import calibration, cell, costs, document, estimates
+from scoreinv.bench.figure import calibration_figure, error_figure, estimates_figure
 from scoreinv.bench.peers import Peer
 from scoreinv.bench.records import Records
 from scoreinv.samplers.path import Sampler
@@ -60,7 +60,7 @@ class BenchConfig:
         smc: The sampler.
         guided: Of "learned" and "speed", in its place: the steps that all draws take where weights collapse, no scouts.
         output: JSON file of the rows; the outcomes of all but "speed" and "scaling" are kept beside it and found again.
-            "exact" and "scaling" also write a figure and a page of the same name.
+            "exact", "learned", "npe" and "scaling" also write a figure and a page of the same name.
     """
 
     what: str
@@ -204,9 +204,11 @@ def _changed(config: BenchConfig) -> str:
         if f.name not in ("what", "smc", "guided", "output", "workers")
         and getattr(config, f.name) != f.default
     }
-    for f in fields(config.smc):
-        if getattr(config.smc, f.name) != f.default:
-            changed[f"smc.{f.name}"] = getattr(config.smc, f.name)
+    for section in ("smc", "guided") if config.guided else ("smc",):
+        chosen = getattr(config, section)
+        for f in fields(chosen):
+            if getattr(chosen, f.name) != f.default:
+                changed[f"{section}.{f.name}"] = getattr(chosen, f.name)
     text = lambda v: str(v).lower() if isinstance(v, bool) else str(v)
     joined = lambda v: ",".join(map(text, v)) if isinstance(v, tuple) else text(v)
     return " ".join(f"--{name} {shlex.quote(joined(value))}" for name, value in changed.items())
@@ -306,6 +308,8 @@ def _learned(config: BenchConfig) -> list[dict[str, Any]]:
                 rows.append({"problem": kind, "noise": noise, "truths from": source, **row})
                 print(table(rows[-1:]), end="\n\n", flush=True)
     print(table(rows))
+    if config.output:
+        _publish(config, calibration_figure(rows), partial(calibration, rows))
     return rows
 
 
