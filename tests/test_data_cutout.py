@@ -276,6 +276,26 @@ def test_fwhm_of_a_gaussian(width):
     assert fwhm(gaussian((41, 40), width, (5, 5))) is None
 
 
+def test_images_among_what_is_none(tmp_path):
+    """Names, spectra and empty arrays beside an image are passed over; a scale that is no number is refused."""
+    path, image = tmp_path / "a.h5", gaussian((20, 30), 2.0)
+    with h5py.File(path, "w") as file:
+        file["image"], file["name"], file["pixel_scale_arcsec"] = image, "a star", 0.05
+        file["nothing"] = h5py.Empty("f4")
+    assert inspect(path).shape == image.shape
+    np.testing.assert_allclose(read_cutout(path, noise=1.0, background=0.0).data[0], image)
+    with h5py.File(path, "a") as file:
+        del file["pixel_scale_arcsec"]
+        file["pixel_scale_arcsec"] = [0.05, 0.06]
+    with pytest.raises(ValueError, match="pixel_scale_arcsec has shape .2,., expected one number"):
+        inspect(path)
+    spectrum = fits.PrimaryHDU(np.ones(40))
+    spectrum.header.update(CTYPE1="FREQ", CRVAL1=1e9, CDELT1=1e6, CRPIX1=1)
+    spectrum.writeto(tmp_path / "a.fits")
+    with pytest.raises(ValueError, match="has neither an image nor a table"):
+        inspect(tmp_path / "a.fits")
+
+
 def test_inspection_of_images(tmp_path, rng, image):
     text = str(inspect(image))
     assert "80 x 90" in text and "electron/s" in text and "0.05 arcsec" in text

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from astropy.coordinates import FK4, SkyCoord
 from astropy.io import fits
 
 from scoreinv.data import inspect, read_visibilities
+from scoreinv.data.formats.files import kind_of
 
 ARCSEC = np.pi / 180 / 3600
 LIGHT = 299792458.0
@@ -125,6 +128,76 @@ def test_uvfits_without_if_and_with_linear_or_intensity(tmp_path, uv):
         assert float(vis.weight[0]) == pytest.approx(6.0 if stokes == -5 else 2.0)
 
 
+def with_setup(uv, source=1, setup=1):
+    """As CASA's exportuvfits writes one field or more: positions and setups are in tables, zeros in the header."""
+    hdus = uvfits_hdus(uv)
+    old, header = hdus[0].data, hdus[0].header
+    names = [*old.parnames, "FREQSEL", "SOURCE"]
+    columns = [np.asarray(old.par(i), float) for i in range(len(old.parnames))]
+    columns += [np.broadcast_to(v, 30).astype(float) for v in (setup, source)]
+    data = fits.GroupData(old["DATA"], bitpix=-64, parnames=names, pardata=columns)
+    hdu = fits.GroupsHDU(data)
+    for card in header.cards:
+        if card.keyword[:5] in ("CTYPE", "CRVAL", "CDELT", "CRPIX"):
+            hdu.header[card.keyword] = 0.0 if card.keyword in ("CRVAL6", "CRVAL7") else card.value
+    setups = [
+        fits.Column("FRQSEL", "J", array=[1, 2]),
+        fits.Column("IF FREQ", "2D", array=[OFFSETS, OFFSETS + 1e9]),
+    ]
+    sources = [
+        fits.Column("ID. NO.", "J", array=[1, 2]),
+        fits.Column("RAEPO", "D", array=[252.3137, 252.4]),
+        fits.Column("DECEPO", "D", array=[-14.3692, -14.3]),
+        fits.Column("EPOCH", "D", array=[2000.0, 1950.0]),
+    ]
+    tables = [
+        fits.BinTableHDU.from_columns(columns, name=name)
+        for name, columns in (("AIPS FQ", setups), ("AIPS SU", sources))
+    ]
+    return fits.HDUList([hdu, *tables])
+
+
+def test_uvfits_of_sources_and_setups_in_tables(tmp_path, uv):
+    path = tmp_path / "a.uvfits"
+    with_setup(uv).writeto(path)
+    vis = read_visibilities(path)
+    assert (vis.ra, vis.dec) == (252.3137, -14.3692)
+    with_setup(uv, source=2, setup=2).writeto(path, overwrite=True)
+    other = read_visibilities(path)
+    np.testing.assert_allclose(other.uv[:30], vis.uv[:30] * (1 + 1e9 / FREQUENCY), rtol=1e-12)
+    b1950 = SkyCoord(252.4, -14.3, unit="deg", frame=FK4(equinox="B1950")).icrs
+    assert (other.ra, other.dec) == pytest.approx((b1950.ra.deg, b1950.dec.deg))
+    for wrong in ({"source": 1 + np.arange(30) % 2}, {"setup": 1 + np.arange(30) % 2}):
+        with_setup(uv, **wrong).writeto(path, overwrite=True)
+        with pytest.raises(ValueError, match="has 2 values of .*, expected one; export one at a"):
+            read_visibilities(path)
+    with_setup(uv, source=3).writeto(path, overwrite=True)
+    with pytest.raises(ValueError, match="has 0 rows of ID. NO. 3 in a table, expected one"):
+        read_visibilities(path)
+
+
+@pytest.mark.parametrize(("epoch", "arcsec"), [(1950.0, 2435), ("J2000", 0), (0.0, 0)])
+def test_uvfits_of_another_epoch(tmp_path, uv, epoch, arcsec):
+    """Positions of B1950 lie 0.7 degrees from those of the same numbers in ICRS."""
+    hdus = uvfits_hdus(uv)
+    hdus[0].header["EQUINOX"] = epoch
+    hdus.writeto(tmp_path / "a.uvfits")
+    vis = read_visibilities(tmp_path / "a.uvfits")
+    here, there = (SkyCoord(*p, unit="deg") for p in ((187.7, 12.4), (vis.ra, vis.dec)))
+    assert here.separation(there).arcsec == pytest.approx(arcsec, abs=1)
+
+
+def test_uvfits_may_be_compressed(tmp_path, uv):
+    plain, packed = tmp_path / "a.uvfits", tmp_path / "b.uvfits.gz"
+    uvfits_hdus(uv).writeto(plain)
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert kind_of(packed) == "uvfits"
+    assert torch.equal(read_visibilities(packed).data, read_visibilities(plain).data)
+    packed.write_bytes(packed.read_bytes()[:900])
+    with pytest.raises(ValueError, match="damaged or truncated .* copy or download it again"):
+        read_visibilities(packed)
+
+
 def test_uvfits_errors(tmp_path, uv):
     path = tmp_path / "a.uvfits"
     uvfits_hdus(uv, hands=["RR"]).writeto(path)
@@ -142,6 +215,12 @@ def test_uvfits_errors(tmp_path, uv):
         read_visibilities(path)
     fits.PrimaryHDU(np.ones((9, 9))).writeto(path, overwrite=True)
     with pytest.raises(ValueError, match="read as 'fits', .* images are read with read_cutout"):
+        read_visibilities(path)
+    with pytest.raises(ValueError, match="has no random groups, expected visibilities in UVFITS"):
+        read_visibilities(path, format="uvfits")
+    flags = fits.BinTableHDU.from_columns([fits.Column("SOURCE", "J", array=[1])], name="AIPS FG")
+    fits.HDUList([*uvfits_hdus(uv), flags]).writeto(path, overwrite=True)
+    with pytest.raises(ValueError, match="flags in an AIPS FG table, which is not read; apply"):
         read_visibilities(path)
 
 
@@ -180,6 +259,17 @@ def test_npz_errors(tmp_path, uv):
     np.savez(path, **(table | dict(uu=np.array([None, 1]))))
     with pytest.raises(ValueError, match="holds Python objects"):
         read_visibilities(path)
+    np.savez(path, **(table | dict(weight=np.ones(59))))
+    with pytest.raises(
+        ValueError, match="vv has 60, data has 60, weight has 59 numbers, expected"
+    ):
+        read_visibilities(path, "lambda")
+    np.savez_compressed(path, **table)
+    content = bytearray(path.read_bytes())
+    content[200:260] = bytes(60)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged .npz archive"):
+        read_visibilities(path, "lambda")
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(ValueError, match="damaged .npz archive"):
         read_visibilities(path)
@@ -215,6 +305,9 @@ def test_text_errors(tmp_path, uv):
     ):
         with pytest.raises(ValueError, match=message):
             read_visibilities(path, unit=unit)
+    for frequency in (0.0, -2.3e11):
+        with pytest.raises(ValueError, match="frequency is .* Hz, expected above 0"):
+            read_visibilities(path, unit="m", frequency=frequency)
     with pytest.raises(ValueError, match="read as 'ms', expected visibilities in one of visilens"):
         read_visibilities(path, format="ms")
     for text, message in (

@@ -110,6 +110,8 @@ def _wavelengths(
     if unit == "m":
         if frequency is None:
             raise ValueError("unit='m' needs frequency=... [Hz] to turn metres into wavelengths")
+        if not frequency > 0:
+            raise ValueError(f"frequency is {frequency:g} Hz, expected above 0")
         return frequency / LIGHT
     if unit not in ("lambda", "klambda"):
         raise ValueError(f"unit is {unit!r}, expected 'lambda', 'klambda' or 'm'")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,17 +52,17 @@ def kind_of(path: str | Path) -> str:
         head = file.read(8192)
     if not head:
         raise ValueError(f"{path} is empty (0 bytes); copy or download it again")
-    if head.startswith(b"SIMPLE  ="):
-        return "uvfits" if _has_groups(head) else "fits"
-    for magic, kind in ((b"PK\x03\x04", "npz"), (b"\x93NUMPY", "npy"), (b"\x89HDF", "hdf5")):
-        if head.startswith(magic):
-            return kind
     name = path.name.lower()
     if name.endswith((".tar", ".tgz", ".tar.gz", ".tar.bz2", ".zip")):
         raise ValueError(f"{path} is an archive; unpack it and read a file inside")
-    if name.endswith((".fits.gz", ".fit.gz")):
-        return "fits"
-    if head.startswith((b"\x1f\x8b", b"BZh")):
+    compressed = head.startswith((b"\x1f\x8b", b"BZh"))
+    inside = _head_inside(path) if head.startswith(b"\x1f\x8b") else head
+    if inside.startswith(b"SIMPLE  ="):
+        return "uvfits" if _has_groups(inside) else "fits"
+    for magic, kind in ((b"PK\x03\x04", "npz"), (b"\x93NUMPY", "npy"), (b"\x89HDF", "hdf5")):
+        if head.startswith(magic):
+            return kind
+    if compressed:
         return "text"
     if path.suffix.lower() == ".bin":
         return "visilens"
@@ -91,10 +93,21 @@ def open_fits(path: Path) -> Iterator[HDUList]:
                 for hdu in hdus:
                     _ = hdu.data
                 yield hdus
-        except (OSError, fits.VerifyError, Warning) as error:
+        except (OSError, EOFError, zlib.error, fits.VerifyError, Warning) as error:
             raise ValueError(
                 f"{path} is a damaged or truncated FITS file ({error}); copy or download it again"
             ) from error
+
+
+def _head_inside(path: Path) -> bytes:
+    """The first bytes of what gzip has compressed."""
+    try:
+        with gzip.open(path) as file:
+            return file.read(8192)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{path} is a damaged or truncated gzip file ({error}); copy or download it again"
+        ) from error
 
 
 def _has_groups(head: bytes) -> bool:

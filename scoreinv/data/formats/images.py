@@ -112,7 +112,7 @@ def load_npy(path: Path) -> np.ndarray:
 
 
 def load_hdf5(path: Path) -> dict[str, np.ndarray]:
-    """Arrays of an HDF5 file, by name; groups are not entered.
+    """Arrays of numbers of an HDF5 file, by name; groups are not entered.
 
     Raises:
         ValueError: If the file is damaged.
@@ -122,7 +122,10 @@ def load_hdf5(path: Path) -> dict[str, np.ndarray]:
     try:
         with h5py.File(path) as file:
             items = {k: v for k, v in file.items() if isinstance(v, h5py.Dataset)}
-            return {name: item[()] for name, item in items.items()}
+            numbers = {
+                k: v for k, v in items.items() if v.shape is not None and v.dtype.kind in "biufc"
+            }
+            return {name: np.asarray(item[()]) for name, item in numbers.items()}
     except OSError as error:
         raise ValueError(
             f"{path} is a damaged or truncated HDF5 file ({error}); copy or download it again"
@@ -133,13 +136,17 @@ def stored_scale(arrays: dict[str, np.ndarray]) -> float | None:
     """Pixel scale [arcsec] among named arrays: a number, or lenstronomy's matrix; else None."""
     if "transform_pix2angle" in arrays:
         return float(np.sqrt(abs(np.linalg.det(arrays["transform_pix2angle"]))))
-    scale = float(arrays.get("pixel_scale_arcsec", np.nan))
-    return scale if np.isfinite(scale) else None
+    scale = np.asarray(arrays.get("pixel_scale_arcsec", np.nan))
+    if scale.size != 1:
+        raise ValueError(
+            f"pixel_scale_arcsec has shape {scale.shape}, expected one number; pass pixel_scale=... [arcsec]"
+        )
+    return float(scale) if np.isfinite(scale).all() else None
 
 
 def is_image(hdu: Any) -> bool:
     """True for a FITS HDU that holds an image."""
-    return getattr(hdu, "is_image", False) and hdu.data is not None
+    return getattr(hdu, "is_image", False) and np.ndim(hdu.data) >= 2
 
 
 def _fits_image(path: Path, hdu: int | str) -> tuple[np.ndarray, Header]:
@@ -150,7 +157,7 @@ def _fits_image(path: Path, hdu: int | str) -> tuple[np.ndarray, Header]:
             raise ValueError(f"{path} has no HDU {hdu!r}; it has {_listing(hdus)}") from error
         if not is_image(chosen):
             raise ValueError(f"HDU {hdu!r} of {path} holds no image; it has {_listing(hdus)}")
-        return np.asarray(chosen.data, float), chosen.header
+        return np.asarray(chosen.data), chosen.header
 
 
 def _listing(hdus: HDUList) -> str:
@@ -159,16 +166,15 @@ def _listing(hdus: HDUList) -> str:
 
 
 def _plane(pixels: np.ndarray, plane: int | None, path: Path, hdu: int | str) -> np.ndarray:
-    pixels = np.asarray(pixels, float)
     if pixels.ndim > 2 and set(pixels.shape[:-2]) == {1}:
         pixels = pixels.reshape(pixels.shape[-2:])
     if pixels.ndim == 3 and plane is not None:
         if not 0 <= plane < len(pixels):
             raise ValueError(f"array {hdu!r} of {path} has {len(pixels)} planes, not {plane}")
-        return pixels[plane]
+        pixels = pixels[plane]
     if pixels.ndim != 2:
         raise ValueError(
             f"array {hdu!r} of {path} has shape {pixels.shape}, expected one image (H, W); pass "
             "plane=... to choose one of several"
         )
-    return pixels
+    return np.asarray(pixels, float)

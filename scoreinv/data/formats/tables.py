@@ -14,6 +14,7 @@ import bz2
 import gzip
 import io
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def load_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError) as error:
         raise ValueError(
             f"{path} is a damaged .npz archive or holds Python objects ({error}); expected plain "
             "arrays, as from numpy.savez"
@@ -63,6 +64,10 @@ def read_npz(path: Path) -> VisibilityTable:
         known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in LAYOUTS.items())
         raise ValueError(f"{path} has the keys {', '.join(arrays)}; expected those of {known}")
     u, v, data, weight = (_one_channel(arrays[key], key, path) for key in LAYOUTS[layout])
+    lengths = dict(zip(LAYOUTS[layout], map(len, (u, v, data, weight)), strict=True))
+    if len(set(lengths.values())) > 1:
+        seen = ", ".join(f"{key} has {n}" for key, n in lengths.items())
+        raise ValueError(f"{path}: {seen} numbers, expected as many of each")
     unit = None if layout == "MPoL" else "lambda"
     return VisibilityTable(u, v, data, weight, unit, None, layout, {})
 
@@ -107,7 +112,7 @@ def _decompressed(path: Path) -> str:
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             return file.read()
-    except (EOFError, OSError, UnicodeDecodeError) as error:
+    except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(
             f"{path} is truncated or not a text table ({error}); copy or download it again"
         ) from error

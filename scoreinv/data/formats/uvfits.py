@@ -3,7 +3,8 @@
 u, v are stored in seconds and are multiplied by the frequency of each channel; the date is the
 sum of two parameters; the IF axis may be missing, and its frequency offsets are in the AIPS FQ
 table; weights that are not positive are flags. Stokes I is the mean of the two parallel hands,
-w_I = 4 / (1 / w_a + 1 / w_b).
+w_I = 4 / (1 / w_a + 1 / w_b). Files made for several sources, as CASA's exportuvfits makes them
+even of one, have its position in the AIPS SU table, and zeros in the header.
 
 The exponent is +2 pi i (u l + v m) for u, v as stored. The images say so: with it the jets of
 3C 273, 3C 345 and BL Lac point South-West, West and South, and the ring of M87 is bright in the
@@ -21,7 +22,7 @@ from scoreinv.data.formats.files import open_fits
 from scoreinv.data.formats.visibility_table import VisibilityTable
 
 if TYPE_CHECKING:
-    from astropy.io.fits import HDUList, Header
+    from astropy.io.fits import FITS_rec, HDUList, Header
 
 STOKES = {1: "I", -1: "RR", -2: "LL", -3: "RL", -4: "LR", -5: "XX", -6: "YY", -7: "XY", -8: "YX"}
 AXES = ("IF", "FREQ", "STOKES", "COMPLEX")
@@ -31,15 +32,23 @@ def read(path: Path) -> VisibilityTable:
     """Read Stokes I of every channel of a UVFITS file.
 
     Raises:
-        ValueError: If the file is damaged or has no Stokes I.
+        ValueError: If the file is damaged, has no random groups, no Stokes I, several sources or frequency setups, or
+            flags in a table.
     """
     with open_fits(path) as hdus:
         groups = hdus[0]
+        if getattr(groups.data, "parnames", None) is None:
+            raise ValueError(f"{path} has no random groups, expected visibilities in UVFITS")
+        if "AIPS FG" in hdus:
+            raise ValueError(
+                f"{path} has flags in an AIPS FG table, which is not read; apply them to the weights (in AIPS with UVCOP)"
+            )
         header, parameters = groups.header, groups.data.parnames
         columns = [np.asarray(groups.data.par(i), float) for i in range(len(parameters))]
+        named = _Parameters(parameters, columns, path)
         cells = _cells(groups.data["DATA"], header, path)
-        offsets = _if_offsets(hdus, cells.shape[1], path)
-    named = _Parameters(parameters, columns, path)
+        offsets = _if_offsets(hdus, cells.shape[1], named.single("FREQSEL"), path)
+        centre = _phase_centre(hdus, named.single("SOURCE"), path)
     frequency = (offsets[:, None] + _channels(header, cells.shape[2])).ravel()
     data, weight = _stokes_i(cells, header, path)
     antennas = named.antennas()
@@ -52,7 +61,7 @@ def read(path: Path) -> VisibilityTable:
         "antennas": np.tile(antennas[order], (blocks, 1)),
         "time": None if time is None else np.tile(time[order], blocks),
         "frequency": float(frequency.mean()),
-        **_phase_centre(header),
+        **centre,
     }
     u, v = (np.outer(frequency, named.one(name)[order]).ravel() for name in ("UU", "VV"))
     data, weight = (x[order].reshape(len(x), blocks).T.ravel() for x in (data, weight))
@@ -75,6 +84,16 @@ class _Parameters:
                 f"{self.path} has no group parameter {prefix}; it has {', '.join(self.names)}"
             )
         return found[0]
+
+    def single(self, prefix: str) -> int | None:
+        """The number that all rows have, of a source or of a setup; None where they have none."""
+        kinds = {round(k) for column in self.all(prefix) for k in np.unique(column)}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{self.path} has {len(kinds)} values of {prefix}, expected one; export one at a time (in CASA "
+                "exportuvfits with field=... and spw=...)"
+            )
+        return next(iter(kinds), None)
 
     def date(self) -> np.ndarray | None:
         dates = self.all("DATE")
@@ -131,16 +150,28 @@ def _channels(header: Header, count: int) -> np.ndarray:
     return value + (np.arange(count) + 1 - reference) * step
 
 
-def _if_offsets(hdus: HDUList, count: int, path: Path) -> np.ndarray:
-    """Frequency offsets of the IFs from the reference [Hz]."""
+def _if_offsets(hdus: HDUList, count: int, setup: int | None, path: Path) -> np.ndarray:
+    """Frequency offsets of the IFs of a setup from the reference [Hz]."""
     if "AIPS FQ" not in hdus:
         if count == 1:
             return np.zeros(1)
         raise ValueError(f"{path} has {count} IFs and no AIPS FQ table with their frequencies")
-    offsets = np.atleast_1d(hdus["AIPS FQ"].data["IF FREQ"][0]).astype(float)
+    table = hdus["AIPS FQ"].data
+    row = 0 if setup is None else _row(table, "FRQSEL", setup, path)
+    offsets = np.atleast_1d(table["IF FREQ"][row]).astype(float)
     if len(offsets) != count:
         raise ValueError(f"{path} has {count} IFs, and {len(offsets)} in its AIPS FQ table")
     return offsets
+
+
+def _row(table: FITS_rec, column: str, number: int, path: Path) -> int:
+    """Where this number is in a column of a table."""
+    rows = np.flatnonzero(np.asarray(table[column]) == number)
+    if len(rows) != 1:
+        raise ValueError(
+            f"{path} has {len(rows)} rows of {column} {number} in a table, expected one"
+        )
+    return int(rows[0])
 
 
 def _stokes_i(cells: np.ndarray, header: Header, path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -163,8 +194,27 @@ def _stokes_i(cells: np.ndarray, header: Header, path: Path) -> tuple[np.ndarray
     )
 
 
-def _phase_centre(header: Header) -> dict[str, float]:
+def _phase_centre(hdus: HDUList, source: int | None, path: Path) -> dict[str, float]:
+    """Right ascension and declination [deg, ICRS], where they are known."""
+    header = hdus[0].header
+    epoch = header.get("EPOCH") or header.get("EQUINOX") or 2000.0
+    if "AIPS SU" in hdus and source is not None:
+        table = hdus["AIPS SU"].data
+        star = table[_row(table, "ID. NO.", source, path)]
+        return _icrs(star["RAEPO"], star["DECEPO"], star["EPOCH"] or epoch)
     position = [_axis(header, name) for name in ("RA", "DEC")]
-    if None in position:
+    if None in position or source is not None:
         return {}
-    return {"ra": float(position[0][0]), "dec": float(position[1][0])}
+    return _icrs(position[0][0], position[1][0], epoch)
+
+
+def _icrs(ra: float, dec: float, epoch: float | str) -> dict[str, float]:
+    """A position of the mean equinox of an epoch [yr]; that of 2000 is that of ICRS within 0.03 arcsec."""
+    from astropy.coordinates import FK4, FK5, SkyCoord
+
+    year = float(str(epoch).strip("BJ "))
+    if year == 2000:
+        return {"ra": float(ra), "dec": float(dec)}
+    frame = FK4(equinox=f"B{year}") if year < 1984 else FK5(equinox=f"J{year}")
+    there = SkyCoord(float(ra), float(dec), unit="deg", frame=frame).icrs
+    return {"ra": float(there.ra.deg), "dec": float(there.dec.deg)}
