@@ -418,6 +418,25 @@ def test_information_of_gaussians_is_the_logarithm_of_their_contraction():
     assert abs(sharpness(normal(4000, 20, 3), truths, None, 99, 0).information - found) < 0.1
 
 
+@pytest.mark.parametrize("width", [0.05, 1e-4])
+@pytest.mark.parametrize("offset", [0.0, 59_000.0, 1e6])
+def test_draws_know_as_much_far_from_zero(offset, width):
+    """Posteriors of width w in three dimensions, of data far from zero, such as dates.
+
+    The energy score is w / Gamma(3/2), within 10 % of 60 simulations; a mean of the data
+    themselves is no worse than what it is beside.
+    """
+    y = normal(60, 3)
+    truths = y + width * normal(60, 3, seed=1)
+    draws = y[:, None] + width * normal(60, 60, 3, seed=2)
+    found = sharpness(draws + offset, truths + offset, y + offset, 199, 0)
+    exact = width / math.gamma(1.5)
+    assert found.energy_score == pytest.approx(exact, rel=0.1)
+    assert found.skill == pytest.approx(1, abs=0.05) and found.ignorant < 0.01
+    assert 0.05 < found.behind and abs(found.gain) < 0.1
+    assert coverage(draws + offset, truths + offset, 0, swaps=199).flagged() == []
+
+
 def test_levels_of_highest_density():
     """Ranks of the log density find draws that are too narrow, and leave exact ones alone."""
     g, sd = rng(0), torch.tensor([1.0, 0.3])
@@ -584,6 +603,14 @@ def test_sets_of_any_sizes(test):
     assert test(same(x + 2), same(reference), 0)[1] < 0.01
     with pytest.raises(ValueError, match="not finite"):
         test(x * torch.nan, reference, 0)
+
+
+@pytest.mark.parametrize("test", [c2st, pqmass])
+def test_sets_far_from_zero_are_told_apart_alike(test):
+    """Half as wide again, 10^8 standard deviations from zero: the same as about zero."""
+    x, reference = 1.5 * normal(200, 3), normal(200, 3, seed=1)
+    assert test(x + 1e8, reference + 1e8, 0) == test(x, reference, 0)
+    assert test(x, reference, 0)[1] < 0.01
 
 
 @pytest.mark.parametrize("test", [c2st, pqmass])

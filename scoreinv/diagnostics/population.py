@@ -99,6 +99,11 @@ def _flat(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(both: Tensor) -> Tensor:
-    """In units of each pixel's standard deviation; pixels that never change do not count."""
-    sd = both.std(0)
-    return both / torch.where(sd > 0, sd, 1.0)
+    """About the mean, in units of each pixel's standard deviation; pixels that never change do not count.
+
+    Far from zero, distances by |a|^2 - 2 ab + |b|^2 would lose their digits.
+    """
+    left = both - both[0]
+    left = left - left.mean(0)
+    sd = left.std(0)
+    return left / torch.where(sd > 0, sd, 1.0)

@@ -47,9 +47,14 @@ def sharpness(
     draws: Tensor, truths: Tensor, baseline: Tensor | None, swaps: int, seed: int
 ) -> Sharpness:
     """Of draws (N, L, *shape) for truths (N, *shape), beside estimates (N, *shape) that they should not lose to."""
-    x, t = draws.flatten(2).float(), truths.flatten(1).float()
-    apart = torch.stack([torch.cdist(t, v).mean(1) for v in x], 1)  # (truth, draws)
-    within = torch.stack([torch.cdist(v, v).sum() / (len(v) * (len(v) - 1)) for v in x])
+    # single precision keeps differences only of numbers that are near zero: so does cdist, by |a|^2 - 2 ab + |b|^2
+    middle = truths.mean(0)
+    x, t = (draws - middle).flatten(2).float(), (truths - middle).flatten(1).float()
+    apart = torch.stack(
+        [torch.cdist(t - m, v - m).mean(1) for v, m in zip(x, x.mean(1), strict=True)], 1
+    )  # (truth, draws)
+    left = x - x.mean(1, keepdim=True)
+    within = torch.stack([torch.cdist(v, v).sum() / (len(v) * (len(v) - 1)) for v in left])
     scores = apart.double() - 0.5 * within.double()
     own, N = scores.diagonal().mean(), len(t)
     others = (scores.sum() - scores.diagonal().sum()) / (N * (N - 1))
@@ -63,7 +68,7 @@ def sharpness(
         # the mean of L draws scatters around that of the posterior
         scatter = x.double().var(1).sum(1) / x.shape[1]
         error = (x.mean(1) - t).double().square().sum(1) - scatter
-        reference = (baseline.flatten(1) - t).double().square().sum(1)
+        reference = ((baseline - middle).flatten(1) - t).double().square().sum(1)
         # the mean of squares is what a posterior mean makes least, not that of any other measure of loss
         behind = flipped((error - reference) / reference.mean(), swaps, generator)
         gain = float(1 - error.sum() / reference.sum())
