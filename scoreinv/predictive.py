@@ -18,6 +18,7 @@ from torch import Tensor
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise
 from scoreinv.posterior import Posterior
+from scoreinv.streams import stream
 
 
 def predictive_p(posterior: Posterior, x: Tensor, seed: int) -> float:
@@ -36,13 +37,15 @@ def predictive_p(posterior: Posterior, x: Tensor, seed: int) -> float:
 def held_out(likelihood: Likelihood, share: float, seed: int) -> tuple[Likelihood, Tensor]:
     """The likelihood without a random share of the data, and a mask of these, with shape (*data).
 
+    Data of infinite variance are masked already, and never among them.
+
     Args:
         likelihood: With independent Gaussian noise.
         share: Of the data that are left out, between 0 and 1.
         seed: Decides which.
 
     Raises:
-        ValueError: Noise that is not Gaussian, or shared by several data; a share that is not between 0 and 1.
+        ValueError: Noise that is not Gaussian, or shared by several data; a share not between 0 and 1, or of no data.
     """
     precision = likelihood.noise.pixel_precision if likelihood.gaussian else None
     if precision is None:
@@ -53,8 +56,13 @@ def held_out(likelihood: Likelihood, share: float, seed: int) -> tuple[Likelihoo
     if not 0 < share < 1:
         raise ValueError(f"share is {share}, expected a number between 0 and 1")
     shape = likelihood.operator.data_shape
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(shape, generator=generator) < share
+    # a stream of its own: data simulated with the same seed would be chosen by their noise
+    mask = torch.rand(shape, generator=stream(seed, -4)) < share
+    mask &= (precision > 0).expand(shape)
+    if not bool(mask.any()):
+        raise ValueError(
+            f"a share of {share:g} of {int((precision > 0).expand(shape).sum())} data is none, expected a larger one"
+        )
     kept = (1 / precision).expand(shape).masked_fill(mask, torch.inf)
     return Likelihood(likelihood.operator, GaussianNoise(variance=kept)), mask
 

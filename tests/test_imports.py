@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "scoreinv"
 # information A^T S^-1 A is computed by the operator that knows its own structure.
 ORDER = [
     "streams",
+    "digests",
     "processes",
     "diagnostics",
     "gaussian",

@@ -13,7 +13,9 @@ from matplotlib.text import Text
 
 import scoreinv as si
 from scoreinv.data.grid import Grid
+from scoreinv.gaussian import Fourier, Gaussian
 from scoreinv.priors import GaussianPrior
+from scoreinv.samplers.run import fingerprint
 
 SHAPE = (1, 8, 10)
 GRID = Grid(SHAPE[1:], 0.1, ra=54.0, dec=-52.1, frequency=1.4e11, unit="Jy/pixel")
@@ -154,6 +156,51 @@ def test_islands_of_another_problem(tmp_path, change):
     si.sample(n=4, folder=tmp_path, **problem)
     with pytest.raises(ValueError, match="islands of another problem"):
         si.sample(n=4, folder=tmp_path, **{**problem, **change})
+
+
+class Shrunk(torch.nn.Module):
+    """A network of one weight."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(weight))
+
+    def forward(self, x, _):
+        return self.weight * x
+
+
+def equal_moments(w):
+    """Two Gaussians of weights w and 1 - w; the mean of both is 0 and the variance along ones 2, whatever w is."""
+    means = [math.sqrt((1 - w) / w), -math.sqrt(w / (1 - w))]
+    ones = torch.ones(SHAPE, dtype=torch.float64)
+    return si.MixturePrior([w, 1 - w], [GaussianPrior(m * ones, 1.0) for m in means])
+
+
+def trained(weight):
+    moments = posterior().prior.moments
+    spectrum = Fourier(torch.ones(SHAPE[1:], dtype=torch.float64))
+    return si.ScorePrior(Shrunk(weight), 1.0, Gaussian(moments.mean, spectrum), 0.01, 50.0)
+
+
+def turned(sign):
+    uv = sign * torch.tensor([[3e4, 1e4], [-1e4, 2e4], [2e4, 3e4]], dtype=torch.float64)
+    likelihood = si.Likelihood(si.NUFFT(uv, SHAPE, 0.5), si.GaussianNoise(std=0.5))
+    y = torch.tensor([1 + 1j, 0.5 - 1j, 0.3j], dtype=torch.complex128)
+    return si.Posterior(posterior().prior, likelihood, y)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (turned(1), turned(-1)),
+        (posterior(prior=equal_moments(0.2)), posterior(prior=equal_moments(0.5))),
+        (posterior(prior=trained(0.0)), posterior(prior=trained(0.5))),
+    ],
+    ids=["Fourier sign", "modes", "weights"],
+)
+def test_what_moments_and_amplitudes_do_not_show_is_another_problem(first, second):
+    keys = [fingerprint(p, **SETTINGS) for p in (first, second, first)]
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_truncated_island(tmp_path):

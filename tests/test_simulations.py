@@ -112,8 +112,29 @@ def test_held_out_data_are_predicted(likelihood):
         assert (abs(rms - 1) < 5 / (2 * len(z)) ** 0.5) == (factor == 1.0), rms
     with pytest.raises(ValueError, match="share is 1.5"):
         si.held_out(likelihood, 1.5, 0)
+    with pytest.raises(ValueError, match="a share of 1e-09 of .* data is none, expected a larger"):
+        si.held_out(likelihood, 1e-9, 0)
     with pytest.raises(ValueError, match="cannot be left out one by one"):
         si.held_out(si.Likelihood(IDENTITY, DRIZZLED), 0.5, 0)
+
+
+def test_held_out_data_are_not_chosen_by_their_noise():
+    """A tenth of 20 x 1,024 data, simulated with the same seeds in float32, has noise of rms 1 within five errors."""
+    flat, noise = si.Likelihood(si.Identity((1, 32, 32)), si.GaussianNoise(std=1.0)), []
+    for seed in range(20):
+        y = flat.simulate(torch.zeros(1, 1, 32, 32), seed)[0]
+        noise.append(y[si.held_out(flat, 0.1, seed)[1]])
+    noise = torch.cat(noise)
+    assert float(noise.square().mean().sqrt()) == pytest.approx(1, abs=5 / (2 * len(noise)) ** 0.5)
+
+
+def test_masked_data_are_not_held_out():
+    variance = torch.ones(1, 16, 16)
+    variance[:, :8] = torch.inf
+    masked = si.Likelihood(si.Identity((1, 16, 16)), si.GaussianNoise(variance=variance))
+    rest, mask = si.held_out(masked, 0.5, 0)
+    assert not bool(mask[:, :8].any()) and 30 < int(mask.sum()) < 98
+    assert torch.equal(rest.noise.pixel_precision == 0, mask | variance.isinf())
 
 
 def test_a_simulation_depends_on_its_number_only(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoreinv.digests import rounded
 from scoreinv.gaussian import Covariance, Dense, Diagonal, Fourier, Gaussian, Scalar, blocks
 from scoreinv.kernels import expectation
 from scoreinv.priors.base import Prior
@@ -110,7 +112,12 @@ class MixturePrior(Prior):
         self.moments = _mixture_moments(w / w.sum(), means, covariances)
         widest = float(self.moments.covariance.eigenvalues(self.shape).max()) ** 0.5
         self.sigma_min, self.sigma_max = _levels(self._terms.variances, widest)
-        self.identity = {"prior": f"MixturePrior of {len(w)}"}
+        ramp = torch.linspace(-1, 1, means[0].numel(), dtype=torch.float64).reshape(
+            means[:1].shape
+        )
+        known = [rounded(v) for v in (w / w.sum(), means, *(C.apply(ramp) for C in covariances))]
+        key = hashlib.sha256(" ".join(known).encode()).hexdigest()
+        self.identity = {"prior": f"MixturePrior of {len(w)}", "sha256": key}
 
     def log_components(self, x: Tensor, sigma: float) -> Tensor:
         """log w_k N(x; mu_k, C_k + sigma^2), with shape (B, K)."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from scoreinv.digests import digest
 from scoreinv.gaussian import Fourier, Gaussian, Modulated
 from scoreinv.kernels import noise_levels
 from scoreinv.priors.turns import Turns
@@ -172,6 +174,14 @@ class Prior(abc.ABC):
                 f"images have shape {tuple(x.shape)}, "
                 f"expected (B, {', '.join(map(str, self.shape))})"
             )
+
+
+def of_network(network: Any) -> dict[str, str]:
+    """The identity of a network without a name: its kind, and a hash of its weights where it has some."""
+    name = {"prior": type(network).__name__}
+    if not isinstance(network, nn.Module):
+        return name
+    return {**name, "sha256": digest(network.state_dict().values())}
 
 
 class RescaledPrior(Prior):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from scoreinv.gaussian import Fourier, Gaussian
-from scoreinv.priors.base import Prior
+from scoreinv.priors.base import Prior, of_network
 from scoreinv.priors.unet import ErrorHead
 
 FAINTEST = 0.3  # significance of a pixel, below which a Gamma is not taken to be more skewed
@@ -145,7 +145,7 @@ class ScorePrior(Prior):
         self.sigma_data, self.moments, self.autocast = sigma_data, moments, autocast
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self.shape, self.dtype = tuple(moments.mean.shape), torch.float32
-        self.identity = identity or {"prior": type(network).__name__}
+        self.identity = identity or of_network(network)
         self.error, self.symmetric = error, symmetric
 
     @property

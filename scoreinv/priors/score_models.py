@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from scoreinv.gaussian import Gaussian
-from scoreinv.priors.base import Prior
+from scoreinv.priors.base import Prior, of_network
 
 
 class Schedule(abc.ABC):
@@ -150,7 +150,7 @@ class ScoreModelsPrior(Prior):
         self.network, self.schedule, self.dtype = network, schedule, dtype
         self.sigma_min, self.sigma_max = schedule.sigma_min, schedule.sigma_max
         self.size, self.stride, self._moments = tuple(size), stride, moments
-        self.identity = identity or {"prior": type(network).__name__}
+        self.identity = identity or of_network(network)
         if moments is not None:
             self._check_shape(tuple(moments.mean.shape))
             self.size = tuple(moments.mean.shape)

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scoreinv.data.grid import Grid
+from scoreinv.digests import rounded
 from scoreinv.posterior import Posterior
 from scoreinv.samplers.path import Sampler, Trace, descend_together
 from scoreinv.samplers.samples import Samples
@@ -247,15 +248,8 @@ def fingerprint(posterior: Posterior, sampler: Sampler, seed: int, island: int) 
         seen = likelihood.log_prob(posterior.y, torch.cat([probe, -probe, 0 * probe]))
     moments = posterior.moments
     for values in (seen, moments.mean, moments.covariance.apply(probe)):
-        h.update(_rounded(values).encode())
+        h.update(rounded(values).encode())
     return h.hexdigest()
-
-
-def _rounded(values: Tensor) -> str:
-    """A number that tells arrays apart, to seven digits: the last bits depend on the threads."""
-    values = values.flatten().abs().double()
-    ramp = torch.linspace(1, 2, len(values), dtype=torch.float64)
-    return f"{float((ramp * values.square()).sum()):.7g}"
 
 
 def provenance(posterior: Posterior, sampler: Sampler, seed: int) -> dict[str, Any]:
