@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -20,3 +23,13 @@ def stream(*seed: int) -> torch.Generator:
 def integer(*seed: int) -> int:
     """A seed for code that takes one, for each tuple of integers; different tuples give unrelated ones."""
     return int(torch.randint(2**62, (1,), generator=stream(*seed)))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Code that takes no generator, such as that of new layers, under this seed; the global states are left as they were."""
+    # CUDA is not woken up for this
+    cuda = torch.cuda.is_initialized()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else ()):
+        (torch.manual_seed if cuda else torch.default_generator.manual_seed)(seed)
+        yield

@@ -115,6 +115,21 @@ def test_an_adapted_control_learns_and_is_kept(rank, tmp_path):
     assert found.condition().evidence(50, seed=2) == learned.condition().evidence(50, seed=2)
 
 
+def test_weights_follow_their_seed_and_leave_the_global_generator_alone():
+    chain = PriorChain(prior(), 3)
+    likelihood, found = blurred(chain), []
+    image = data_image(likelihood, chain.prior.moments.mean)
+    with torch.random.fork_rng(devices=[]):
+        for state, seed in ((1, 0), (2, 0), (3, 1)):
+            torch.manual_seed(state)
+            before = torch.get_rng_state()
+            control = AdaptedControl(chain, image, adapted=si.Adapted(rank=3), seed=seed)
+            assert torch.equal(torch.get_rng_state(), before)
+            found.append(list(control.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(*found[1:], strict=True))
+
+
 def test_what_cannot_be_adapted_is_refused():
     gaussian = si.GaussianPrior(torch.zeros(SHAPE), Fourier(torch.ones(16, 16)))
     with pytest.raises(ValueError, match="GaussianPrior has no network to adapt"):

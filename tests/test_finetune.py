@@ -12,7 +12,13 @@ import scoreinv as si
 from scoreinv.finetune import Steered, training
 from scoreinv.finetune import paths as engine_of_paths
 from scoreinv.finetune.amortised import data_image, untrained
-from scoreinv.finetune.control import Control, VectorControl, guidance, guidance_by_gradient
+from scoreinv.finetune.control import (
+    Control,
+    ImageControl,
+    VectorControl,
+    guidance,
+    guidance_by_gradient,
+)
 from scoreinv.finetune.evidence import evidence, extrapolated, k_hat
 from scoreinv.finetune.free import Brownian, OrnsteinUhlenbeck
 from scoreinv.finetune.objectives import ForwardKL, LogVariance, TrajectoryBalance
@@ -26,9 +32,11 @@ from scoreinv.finetune.proposals import (
 )
 from scoreinv.finetune.reference import GaussianStep, PriorChain, TwistedChain, measured_chain
 from scoreinv.finetune.sdes import SamplerControl, sampler_bounds
+from scoreinv.finetune.text import Denoiser
 from scoreinv.finetune.training import Plan, Recipe, train_control
 from scoreinv.gaussian import Dense, Diagonal, Fourier, Scalar
 from scoreinv.operators import gaussian_psf
+from scoreinv.priors.unet import initialise
 from scoreinv.samplers.baselines import DPS, PiGDM
 from scoreinv.samplers.path import descend_together
 from scoreinv.streams import stream
@@ -724,6 +732,50 @@ def test_training_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch):
         )
     with pytest.raises(ValueError, match="all of the reward"):
         Recipe(temper=1.0)
+
+
+def test_weights_follow_their_seed_and_leave_the_global_generator_alone():
+    prior, gaussian_noise = problem(d=4, m=2, modes=3)
+    likelihood = si.Likelihood(gaussian_noise.operator, si.StudentNoise(scale=0.3, dof=3.0))
+    examples = likelihood.simulate(prior.sample(50, seed=1), seed=2)
+    images = PriorChain(si.GaussianPrior(torch.zeros(1, 16, 16), 1.0), 3)
+
+    def made(seed):
+        plan = Plan(iterations=2, simulated=2, groups=2, paths=4, twist=2)
+        recipe = Recipe(TrajectoryBalance(examples, seed=seed))
+        options = {"steps": 3, "plan": plan, "recipe": recipe, "images": prior.sample(50, 1)}
+        learned = si.finetune(prior, likelihood, seed=seed, **options)
+        modules = [learned.control, learned.twist, recipe.objective]
+        modules += [ImageControl(images, seed=seed), Denoiser((3, 4), 8, seed=seed)]
+        return [v.clone() for module in modules for v in module.state_dict().values()]
+
+    found = []
+    with torch.random.fork_rng(devices=[]):
+        for state, seed in ((1, 0), (2, 0), (3, 1)):
+            torch.manual_seed(state)
+            before = torch.get_rng_state()
+            found.append(made(seed))
+            assert torch.equal(torch.get_rng_state(), before)
+            si.load_prior("galaxy64")
+            assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(*found[1:], strict=True))
+
+
+def test_drawn_weights_have_no_biases_and_the_scales_of_normalisations_stay():
+    module = torch.nn.Sequential(
+        torch.nn.LayerNorm(1),
+        torch.nn.Linear(1, 64),
+        torch.nn.LayerNorm(64),
+        torch.nn.Linear(64, 1),
+    )
+    initialise(module, stream(0))
+    scales = [module[0].weight, module[2].weight]
+    assert all(bool((v == 1).all()) for v in scales)
+    assert not any(bool(layer.bias.any()) for layer in module)
+    assert float(module[3].weight.detach().std()) == pytest.approx(
+        1 / 8, rel=0.4
+    )  # 4.5 standard errors
 
 
 def test_a_control_is_kept_and_found_again(tmp_path):

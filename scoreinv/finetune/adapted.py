@@ -36,7 +36,7 @@ from scoreinv.kernels import conditional
 from scoreinv.priors.base import Prior, RescaledPrior
 from scoreinv.priors.network import ScorePrior
 from scoreinv.priors.unet import UNet
-from scoreinv.streams import stream
+from scoreinv.streams import seeded, stream
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class AdaptedControl(LearnedControl):
         ValueError: A prior without such a network.
     """
 
+    @seeded(0)
     def __init__(
         self,
         chain: PriorChain,

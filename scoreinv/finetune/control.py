@@ -28,7 +28,7 @@ from scoreinv.likelihood import Likelihood
 from scoreinv.operators import Generated
 from scoreinv.posterior import SHORT
 from scoreinv.priors.unet import UNet, initialise, sinusoidal
-from scoreinv.streams import stream
+from scoreinv.streams import seeded, stream
 
 SLOPES = 2_000_000  # derivatives of pixels that are held at once
 LONGEST = 10.0  # of guidance, in units of a step's noise
@@ -79,6 +79,7 @@ class LearnedControl(Control):
         examples: Data like those to come, with shape (n, *data), which set the scale of y as numbers; None if y is not told.
     """
 
+    @seeded(0)
     def __init__(
         self, reference: Reference, guide: Guide | None = None, examples: Tensor | None = None
     ) -> None:
@@ -153,6 +154,7 @@ class VectorControl(LearnedControl):
         seed: Of the first weights.
     """
 
+    @seeded(0)
     def __init__(
         self,
         reference: Reference,

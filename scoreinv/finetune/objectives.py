@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from scoreinv.finetune.control import numbers
 from scoreinv.priors.unet import initialise
-from scoreinv.streams import stream
+from scoreinv.streams import seeded, stream
 
 
 class Objective(abc.ABC):
@@ -62,6 +62,7 @@ class TrajectoryBalance(nn.Module, Objective):
         seed: Of the first weights.
     """
 
+    @seeded(0)
     def __init__(self, examples: Tensor | None = None, huber: float = 20.0, seed: int = 0) -> None:
         super().__init__()
         self.huber, self.network = huber, None

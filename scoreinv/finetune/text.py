@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from scoreinv.finetune.absorbing import AbsorbingChain
 from scoreinv.finetune.control import Guide, VectorControl
 from scoreinv.priors.unet import initialise
-from scoreinv.streams import stream
+from scoreinv.streams import seeded, stream
 
 RARE = 1e-30  # probability below which a character is not told from one that cannot be
 
@@ -30,6 +30,7 @@ class Denoiser(nn.Module):
         seed: Of the first weights.
     """
 
+    @seeded(0)
     def __init__(
         self, shape: tuple[int, int], width: int = 256, blocks: int = 2, seed: int = 0
     ) -> None:

@@ -31,7 +31,7 @@ from scoreinv.finetune.reference import PriorChain, foreseen, foreseen_log_prob
 from scoreinv.finetune.training import Plan, Simulate, falling
 from scoreinv.likelihood import Likelihood
 from scoreinv.priors.unet import UNet, initialise, sinusoidal
-from scoreinv.streams import stream
+from scoreinv.streams import seeded, stream
 
 
 class Twist(nn.Module):
@@ -46,6 +46,7 @@ class Twist(nn.Module):
         seed: Of the first weights.
     """
 
+    @seeded(0)
     def __init__(
         self,
         chain: PriorChain,

@@ -35,10 +35,9 @@ from scoreinv.npe.data import (
 )
 from scoreinv.npe.featurizers import Data, Named, featurizer_for
 from scoreinv.npe.fitting import Fitting, Pairs, fit, scores
-from scoreinv.npe.flows import seeded
 from scoreinv.npe.members import Member
 from scoreinv.npe.parameters import ParameterPrior
-from scoreinv.streams import integer, stream
+from scoreinv.streams import integer, seeded, stream
 
 FORMAT = 2  # of the files of an estimator
 FEWEST = 50  # pairs that are worth a fit

@@ -16,9 +16,8 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from scoreinv.npe.data import Inputs, mapped
-from scoreinv.npe.flows import seeded
 from scoreinv.npe.members import Member
-from scoreinv.streams import integer, stream
+from scoreinv.streams import integer, seeded, stream
 
 Fresh = Callable[[Inputs, torch.Generator], Inputs]
 

@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from scoreinv.npe.featurizers import MLP
 from scoreinv.priors.network import preconditioning
+from scoreinv.streams import seeded as seeded
 
 EXPLICIT = ("maf", "nsf", "coupling", "mixture")
 KINDS = (*EXPLICIT, "matching", "score")
@@ -163,11 +162,3 @@ class Score(Transport):
     def _scales(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """c_skip, c_out and c_in, and ln sigma / 4, which the network sees, with shape (..., 1)."""
         return tuple(v.reshape(*s.shape, 1) for v in preconditioning(s.flatten(), 1.0))
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Code that takes no generator under this seed; the global states are left as they were."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from scoreinv.npe.conditioned import CHAINS, Estimated
 from scoreinv.npe.data import ROWS, Inputs, Standardise
 from scoreinv.npe.estimator import Estimator
-from scoreinv.npe.flows import KINDS, Transport, new_flow, seeded
+from scoreinv.npe.flows import KINDS, Transport, new_flow
 from scoreinv.npe.members import Featured
 from scoreinv.npe.parameters import ParameterPrior
-from scoreinv.streams import integer, stream
+from scoreinv.streams import integer, seeded, stream
 
 LOG_TWO_PI = math.log(2 * math.pi)
 

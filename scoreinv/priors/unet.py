@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scoreinv.streams import seeded
+
 
 def sinusoidal(c: Tensor, features: int) -> Tensor:
     """Sines and cosines of a scalar condition, with shape (B, features), for c with shape (B,)."""
@@ -59,6 +61,7 @@ class UNet(nn.Module):
         told: Numbers that each image comes with, such as its class, which join the embedding; none if 0.
     """
 
+    @seeded(0)
     def __init__(
         self,
         channels: int = 1,
@@ -136,6 +139,7 @@ class ErrorHead(nn.Module):
         hidden: Channels between its two convolutions.
     """
 
+    @seeded(0)
     def __init__(
         self, channels: int, bands: int, features: int, embedding: int, hidden: int = 32
     ) -> None:
@@ -165,9 +169,9 @@ def error_head(network: UNet, bands: int) -> ErrorHead:
 
 @torch.no_grad()
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
-    """Draw weights of unit gain; zeros stay zero, and so do biases."""
-    for p in module.parameters():
+    """Draw weights of unit gain, and set biases to zero; weights of zero and scales of normalisations stay as they are."""
+    for name, p in module.named_parameters():
         if p.ndim > 1 and bool(p.any()):
             p.normal_(0, p[0].numel() ** -0.5, generator=generator)
-        elif p.ndim == 1 and not bool((p == p[0]).all()):
+        elif name.rpartition(".")[2] == "bias":
             p.zero_()
