@@ -66,8 +66,11 @@ class Likelihood:
         return self.linear and isinstance(self.noise, GaussianNoise)
 
     def simulate(self, x: Tensor, seed: int) -> Tensor:
-        """Data of each image, with shape (B, *data), for x with shape (B, C, H, W)."""
-        return self.noise.observe(self.operator(x), torch.Generator().manual_seed(seed))
+        """Data of each image, with shape (B, *data), in the precision of x, for x with shape (B, C, H, W)."""
+        # in single precision the phases of visibilities would be off by more than good noise
+        clean = self.operator(x.double())
+        wide = torch.promote_types(x.dtype, torch.complex64) if clean.is_complex() else x.dtype
+        return self.noise.observe(clean.to(wide), torch.Generator().manual_seed(seed))
 
     def log_prob(self, y: Tensor, x: Tensor) -> Tensor:
         """log p(y | x), with shape (B,), in float64.

@@ -75,6 +75,17 @@ def test_simulated_data(likelihood):
     assert p_value(y, gaussian(A @ x.flatten(), S / 1.1)) < 1e-6
 
 
+def test_simulated_visibilities_of_single_precision_are_exact():
+    """A source in the corner of 256 x 256: within the rounding of the numbers, not that of the phases of the transform."""
+    uv = 4e5 * torch.rand(300, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    operator = NUFFT(uv, (1, 256, 256), 0.2)
+    x = torch.zeros(1, 1, 256, 256)
+    x[..., 250, 250] = 1.0
+    y = Likelihood(operator, GaussianNoise(std=1e-12)).simulate(x, seed=0)
+    assert y.dtype == torch.complex64
+    torch.testing.assert_close(y.to(torch.complex128), operator(x.double()), rtol=0.0, atol=3e-7)
+
+
 @each
 def test_simulations_depend_on_the_seed_alone(likelihood):
     x = normal(2, *SHAPE)

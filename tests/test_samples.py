@@ -77,6 +77,18 @@ def test_fits_is_what_a_viewer_expects(samples, tmp_path):
     assert sky.position_angle(east).deg == pytest.approx(90, abs=0.1)
 
 
+def test_names_in_any_alphabet(tmp_path):
+    """FITS headers hold ASCII; the provenance keeps the name."""
+    prior = GaussianPrior(torch.zeros(SHAPE, dtype=torch.float64), 1.0)
+    prior.identity = {"prior": "modèle"}
+    grid = Grid(SHAPE[1:], 0.1, unit="\u00b5Jy/pixel")
+    draws = si.sample(posterior(prior=prior), 4, **SETTINGS, grid=grid)
+    path = draws.write(tmp_path / "a.fits")
+    header = fits.getheader(path)
+    assert (header["PRIOR"], header["BUNIT"]) == ("mod?le", "uJy/pixel")
+    assert si.read_samples(path).meta["prior"]["prior"] == "modèle"
+
+
 def test_nothing_is_overwritten_unasked(samples, tmp_path):
     path = samples.write(tmp_path / "a.fits")
     before = path.read_bytes()

@@ -293,7 +293,7 @@ def _(section: Speckle, shape: tuple[int, ...]) -> Observation:
     )
     likelihood = phaseless(linear)
     y = likelihood.simulate(truth[None], section.seed)[0]
-    grid = si.Grid(shape[-2:], section.pixel_scale, unit="counts/pixel")
+    grid = si.Grid(shape[-2:], section.pixel_scale, unit="count/pixel")
     origin = {"source": f"Simulated {section.kind}, seed {section.seed}"}
     return _visibilities(likelihood, linear, y, grid, origin, truth)
 
@@ -319,9 +319,9 @@ def _(section: SimulatedCutout, shape: tuple[int, ...]) -> Observation:
     return Observation(
         likelihood,
         likelihood.simulate(truth[None], section.seed)[0],
-        si.Grid(shape[-2:], section.pixel_scale, unit="counts/pixel"),
+        si.Grid(shape[-2:], section.pixel_scale, unit="count/pixel"),
         lambda data: data,
-        "counts/pixel",
+        "count/pixel",
         section.noise,
         {"source": f"Simulated {section.kind}, seed {section.seed}"},
         truth,

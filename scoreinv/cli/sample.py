@@ -12,6 +12,7 @@ from scoreinv.cli.data import Observation
 from scoreinv.cli.problem import SampledProblem, chosen, completed, findings, introduce, say
 
 ENDINGS = (".fits", ".h5", ".hdf5")
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class SampleConfig(SampledProblem):
         super().__post_init__()
         if self.path.suffix not in ENDINGS:
             raise ValueError(f"output is {self.output}, expected a name in {', '.join(ENDINGS)}")
+        if self.picture is not None and self.picture.suffix.lower() not in PICTURES:
+            raise ValueError(f"figure is {self.figure}, expected a name in {', '.join(PICTURES)}")
         if self.island < 2 or self.batch < 1:
             raise ValueError(
                 f"island is {self.island} and batch {self.batch}; expected at least 2 and 1"

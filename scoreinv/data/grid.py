@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 PROJECTIONS = {"radio": "SIN", "optical": "TAN"}
 
 
+def ascii_of(text: str) -> str:
+    """What a FITS header can hold of a text."""
+    return text.replace("\u00b5", "u").replace("\u03bc", "u").encode("ascii", "replace").decode()
+
+
 def read_wcs(header: Header) -> WCS:
     """The WCS of a FITS header; what astropy mends in its dates and units is let pass."""
     from astropy.wcs import WCS, FITSFixedWarning
@@ -146,7 +151,7 @@ class Grid:
         if self.frequency is not None:
             cards["RESTFRQ"] = self.frequency
         if self.unit:
-            cards["BUNIT"] = self.unit
+            cards["BUNIT"] = ascii_of(self.unit)
         header = Header()
         header.update(cards)
         return header

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoreinv.data.grid import Grid
+from scoreinv.data.grid import Grid, ascii_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -176,7 +176,7 @@ def _write_fits(samples: Samples, path: Path) -> None:
         hdu = fits.ImageHDU(data.numpy().astype(np.float32), header=wcs.copy(), name=name)
         hdu.header.remove("BUNIT", ignore_missing=True)
         if unit:
-            hdu.header["BUNIT"] = unit
+            hdu.header["BUNIT"] = ascii_of(unit)
         return hdu
 
     first = image(samples.mean, "MEAN")
@@ -211,8 +211,8 @@ def _cards(header: Any, samples: Samples) -> None:
         "NEVAL": (samples.evaluations, "network evaluations per draw"),
         "SECONDS": (samples.seconds, "wall time [s]"),
         "SEED": (samples.meta.get("seed"), "random seed"),
-        "SAMPLER": (str(samples.meta.get("sampler", ""))[:68], ""),
-        "PRIOR": (str(samples.meta.get("prior", {}).get("prior", ""))[:68], ""),
+        "SAMPLER": (ascii_of(str(samples.meta.get("sampler", "")))[:68], ""),
+        "PRIOR": (ascii_of(str(samples.meta.get("prior", {}).get("prior", "")))[:68], ""),
         "PRIORSHA": (str(samples.meta.get("prior", {}).get("sha256", ""))[:64], ""),
         "CREATOR": (f"scoreinv {samples.meta.get('versions', {}).get('scoreinv', '')}", ""),
     }
@@ -220,7 +220,7 @@ def _cards(header: Any, samples: Samples) -> None:
         if isinstance(value, float) and not np.isfinite(value):
             value = str(value)
         header[key] = (value, comment)
-    header.add_comment(f"Weights: {samples.weights}")
+    header.add_comment(ascii_of(f"Weights: {samples.weights}"))
 
 
 def _read_fits(path: Path) -> dict[str, Any]:
