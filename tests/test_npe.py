@@ -7,14 +7,21 @@ import pytest
 import torch
 from torch.distributions import (
     AffineTransform,
+    Cauchy,
+    Exponential,
     ExpTransform,
     Gamma,
+    HalfCauchy,
     HalfNormal,
+    Kumaraswamy,
+    Laplace,
     LogNormal,
     MultivariateNormal,
     Normal,
+    Pareto,
     TransformedDistribution,
     Uniform,
+    Weibull,
 )
 
 from scoreinv.diagnostics import coverage
@@ -116,6 +123,79 @@ def test_no_number_leads_out_of_the_prior(ends):
         out = torch.tensor([[low - 1e-3, 1.0], [high + 1e-3, 1.0], [low, -1.0]])
         assert not bool(prior.inside(out).all(1).any())
         assert bool((prior.log_prob(out) == -math.inf).all())
+
+
+def number(v):
+    return torch.tensor(v, dtype=torch.float64)
+
+
+def log_uniform(low, high):
+    return TransformedDistribution(
+        Uniform(number(math.log(low)), number(math.log(high)), validate_args=False),
+        ExpTransform(),
+        validate_args=False,
+    )
+
+
+WIDE = {
+    "log-uniform of 14 decades": log_uniform(1e-10, 1e4),
+    "log-uniform of a ten-thousandth": log_uniform(1e10, 1.0001e10),
+    "uniform": Uniform(number(1000.0), number(1001.0)),
+    "wide uniform": Uniform(number(-1e300), number(1e-3)),
+    "normal": Normal(number(1e3), number(1e-3)),
+    "log-normal": LogNormal(number(0.0), number(30.0)),
+    "half-normal": HalfNormal(number(2.0)),
+    "half-Cauchy": HalfCauchy(number(1.0)),
+    "Cauchy": Cauchy(number(0.0), number(1.0)),
+    "Laplace": Laplace(number(0.0), number(1.0)),
+    "exponential": Exponential(number(2.0)),
+    "Pareto": Pareto(number(1.0), number(2.0)),
+    "Weibull": Weibull(number(1.0), number(0.5)),
+    "Weibull that vanishes at 0": Weibull(number(1.0), number(3.0)),
+    "Kumaraswamy": Kumaraswamy(number(2.0), number(3.0)),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_priors_of_any_range_keep_their_tails(name):
+    """Numbers are the quantiles that torch knows, no two of 20,000 alike; there and back again.
+
+    The density is torch's own, and neither zero nor infinite anywhere that a number u leads to.
+    """
+    p = WIDE[name]
+    prior = ParameterPrior(a=p)
+    u = torch.linspace(-6, 5, 45).double()[:, None]
+    theta = prior.from_normal(u)
+    torch.testing.assert_close(theta, p.icdf(torch.special.ndtr(u)), rtol=1e-9, atol=0)
+    coarse = name in (
+        "log-uniform of a ten-thousandth",
+        "uniform",
+    )  # far from zero beside its width
+    torch.testing.assert_close(prior.to_normal(theta), u, rtol=0, atol=0.02 if coarse else 1e-6)
+    known, found = p.log_prob(theta)[:, 0], prior.log_prob(theta)
+    there = known.isfinite()  # what is rounded to an end has none
+    assert coarse or bool(there.all())
+    torch.testing.assert_close(found[there], known[there], rtol=1e-9, atol=0)
+    assert coarse or len(prior.sample(20_000, 0).unique()) == 20_000
+    far = prior.from_normal(torch.tensor([-40.0, -8.0, 8.0, 40.0]).double()[:, None])
+    assert bool(prior.inside(far).all()) and bool(prior.log_prob(far).isfinite().all())
+
+
+def test_densities_go_on_where_no_draw_comes():
+    """Of N(0, 1) at 9 and of a Cauchy at 10^15: no share of the prior that counts lies beyond."""
+    for p, far in ((Normal(0.0, 1.0), 9.0), (HalfCauchy(1.0), 1e15)):
+        at = torch.tensor([[far]]).double()
+        expected = p.log_prob(at).double()[0]
+        torch.testing.assert_close(ParameterPrior(a=p).log_prob(at), expected)
+
+
+def test_each_end_of_a_prior_is_known_to_its_own_digits():
+    """One at 10^-4 in single precision, however far the other is."""
+    prior = ParameterPrior(a=log_uniform(1e-4, 1e4))
+    theta = torch.tensor([[-1e-3], [0.0], [9.99e-5], [1e-4], [1e4], [1.0001e4]])
+    assert prior.inside(theta)[:, 0].tolist() == [False, False, False, True, True, False]
+    with pytest.raises(ValueError, match=r"does not allow \(first: -0.001\)"):
+        prior.to_normal(theta)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from torch.distributions import Distribution, TransformedDistribution
 
 from scoreinv.streams import stream
 
-EDGE = 1e-12  # of the range of a parameter: nothing comes nearer to its ends
 FARTHEST = 8.0  # |u|: 1e-15 of the prior lies beyond
 KNOWN_BY = (0.01, 0.25, 0.5, 0.75, 0.99)  # quantiles that tell one prior from another
 
@@ -62,6 +61,11 @@ class ParameterPrior:
                 ) from None
         low, high = torch.stack([p.icdf(ends).reshape(2) for p in self._each], 1).sort(0).values
         self.low, self.high = low, high
+        middle = [p.icdf(0.5 * ends[1:]).reshape(()) for p in self._each]
+        self._first, self._last = (
+            torch.stack([_inwards(*v) for v in zip(self._each, end, middle, strict=True)])
+            for end in (low, high)
+        )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -94,8 +98,9 @@ class ParameterPrior:
     def inside(self, theta: Tensor) -> Tensor:
         """Whether each number is one that the prior allows, up to its rounding, with shape (B, d)."""
         finest = 4 * torch.finfo(theta.dtype).eps if theta.dtype.is_floating_point else 0.0
-        slack = (finest * torch.maximum(self.low.abs(), self.high.abs())).nan_to_num(0.0, 0.0, 0.0)
-        return (theta.double() >= self.low - slack) & (theta.double() <= self.high + slack)
+        slack = lambda end: (finest * end.abs()).nan_to_num(0.0, 0.0)
+        low, high = self.low - slack(self.low), self.high + slack(self.high)
+        return (theta.double() >= low) & (theta.double() <= high)
 
     def to_normal(self, theta: Tensor) -> Tensor:
         """u, with shape (B, d), in float64.
@@ -125,16 +130,22 @@ class ParameterPrior:
 
     def _within(self, theta: Tensor) -> Tensor:
         """Just inside of the ends, where densities are not zero, whatever rounding does to the ends."""
-        margin = (EDGE * (self.high - self.low)).nan_to_num(0.0, 0.0)
-        low = torch.where(margin > 0, self.low + margin, torch.nextafter(self.low, self.high))
-        high = torch.where(margin > 0, self.high - margin, torch.nextafter(self.high, self.low))
-        return torch.maximum(torch.minimum(theta, high), low)
+        return torch.maximum(torch.minimum(theta, self._last), self._first)
 
     def _check_width(self, theta: Tensor) -> None:
         if theta.ndim != 2 or theta.shape[1] != len(self):
             raise ValueError(
                 f"theta has shape {tuple(theta.shape)}, expected (n, {len(self)}): {', '.join(self.names)}"
             )
+
+
+def _inwards(p: Distribution, end: Tensor, middle: Tensor) -> Tensor:
+    """The number next to an end, or further in, by steps that double, whose density is neither zero nor infinite."""
+    near = at = torch.nextafter(end, middle)
+    step = near - end
+    while step.abs() < (at - middle).abs() and not p.log_prob(at).isfinite().all():
+        at, step = near + step, 2 * step
+    return at
 
 
 def _double(p: Distribution) -> Distribution:
