@@ -778,6 +778,47 @@ def test_drawn_weights_have_no_biases_and_the_scales_of_normalisations_stay():
     )  # 4.5 standard errors
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"y": torch.zeros(4).double()}, r"data have shape \(4,\), the operator makes \(2,\)"),
+        ({"y": torch.zeros(1, 2).double()}, r"pass y\[0\]"),
+        ({"y": torch.tensor([math.nan, 0.0])}, "1 of 2 data are not finite"),
+        ({"y": torch.zeros(2, dtype=torch.complex128)}, "the operator makes real data"),
+        ({"images": torch.full((3, 1, 1, 4), math.nan)}, "3 of 3 images hold numbers"),
+        ({"images": torch.ones(3, 1, 1, 4).long()}, "pass images.float()"),
+        ({"images": torch.zeros(0, 1, 1, 4)}, "N at least 1"),
+        ({"images": torch.zeros(3, 1, 4)}, r"expected \(N, 1, 1, 4\)"),
+    ],
+)
+def test_data_and_images_that_do_not_fit_are_refused(wrong, message):
+    prior, likelihood = problem(d=4, m=2, modes=3)
+    plan = Plan(iterations=1, paths=2)
+    with pytest.raises(ValueError, match=message):
+        si.finetune(prior, likelihood, seed=0, steps=3, plan=plan, **wrong)
+    options = {"images": torch.zeros(3, 1, 1, 4).double(), **wrong}
+    with pytest.raises(ValueError, match=message):
+        untrained(prior, likelihood, options.pop("images"), 0, steps=3, **options)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 0}, "steps is 0, expected at least 1"),
+        ({"rate": 0.0}, "rate is 0"),
+        ({"rate": math.nan}, "rate is nan"),
+        ({"rate_log_z": -0.1}, "rate_log_z -0.1"),
+        ({"clip": 0.0}, "clip 0"),
+        ({"ema": 1.0}, "ema is 1, expected 0 <= ema < 1"),
+        ({"ema": -0.5}, "ema is -0.5"),
+    ],
+)
+def test_plans_that_teach_nothing_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(**wrong)
+    Plan(steps=1, rate_log_z=0.0, clip=math.inf, ema=0.0)
+
+
 def test_a_control_is_kept_and_found_again(tmp_path):
     prior, likelihood = problem(d=4, m=2, modes=3)
     plan = Plan(iterations=3, groups=2, paths=4)

@@ -190,8 +190,12 @@ def finetune(
         folder: Where the training is kept, and goes on from after an interruption.
         progress: Show a progress bar.
         share: Number of this process, and of all that train this control together; the first ends with the twist, too.
+
+    Raises:
+        ValueError: Data, images or a control that do not fit, or are not finite.
     """
     check_control(control, prior)
+    check_observation(prior, likelihood, y)  # before images are drawn, which takes long
     images = prior.sample(IMAGES, seed) if images is None else images
     amortised = untrained(
         prior, likelihood, images, seed, steps=steps, y=y, guided=guided, control=control
@@ -212,12 +216,8 @@ def untrained(
     control: Control | Adapted | None = None,
 ) -> Amortised:
     """The posteriors of a control that has learned nothing yet; see `finetune` for the arguments."""
-    if tuple(images.shape[1:]) != tuple(prior.shape):
-        raise ValueError(
-            f"images have shape {tuple(images.shape)}, expected (N, {', '.join(map(str, prior.shape))})"
-        )
-    if y is not None:
-        likelihood.noise.check_data(y)
+    _check_images(images, prior)
+    check_observation(prior, likelihood, y)
     levels = PriorChain(prior, steps).levels
     covariances = measured(prior, levels, images[:PROBES].to(prior.dtype), seed)
     chain = new_chain(prior, covariances, likelihood if guided else None)
@@ -225,6 +225,12 @@ def untrained(
     if not isinstance(control, Control):
         control = control_of(chain, likelihood, examples, guided, control, seed)
     return Amortised(likelihood, chain, control, new_twist(chain, likelihood, examples), y)
+
+
+def check_observation(prior: Prior, likelihood: Likelihood, y: Tensor | None) -> None:
+    """Raise, as `Posterior` does, if y is given and does not fit, or is not finite."""
+    if y is not None:
+        Posterior(prior, likelihood, y)
 
 
 def train(
@@ -391,6 +397,22 @@ def _card(amortised: Amortised) -> dict[str, Any]:
         "prior": dict(chain.prior.identity),
         "likelihood": hashlib.sha256(f"{float(seen):.7g}".encode()).hexdigest()[:16],
     }
+
+
+def _check_images(images: Tensor, prior: Prior) -> None:
+    if tuple(images.shape[1:]) != tuple(prior.shape) or not len(images):
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}, expected (N, {', '.join(map(str, prior.shape))}), N at least 1"
+        )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"images are {images.dtype}, expected floating point; pass images.float()"
+        )
+    bad = ~torch.isfinite(images).flatten(1).all(1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"{int(bad.sum())} of {len(images)} images hold numbers that are not finite; drop those"
+        )
 
 
 def _simulator(likelihood: Likelihood, images: Tensor, y: Tensor | None) -> Simulate:

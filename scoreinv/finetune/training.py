@@ -77,6 +77,20 @@ class Plan:
             raise ValueError(
                 f"groups is {self.groups} and paths {self.paths}, expected at least 1 and 2"
             )
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(
+                f"steps is {self.steps}, expected at least 1; leave it out for all steps of the chain"
+            )
+        # so asked that nan does not pass
+        if not (self.rate > 0 and self.rate_log_z >= 0 and self.clip > 0):
+            raise ValueError(
+                f"rate is {self.rate:g}, rate_log_z {self.rate_log_z:g} and clip {self.clip:g}; expected rate and clip "
+                "above 0, and rate_log_z not below; try the defaults"
+            )
+        if not 0 <= self.ema < 1:
+            raise ValueError(
+                f"ema is {self.ema:g}, expected 0 <= ema < 1; 0 keeps the last weights"
+            )
 
     @property
     def total(self) -> int:
