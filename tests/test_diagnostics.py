@@ -482,6 +482,28 @@ def test_weights_that_change_nothing_raise_no_alarms():
     assert binomial(flagged, 40)
 
 
+@pytest.mark.parametrize("known", [0.0, 0.3, 7.1, -1e5])
+def test_a_coordinate_that_is_known_says_nothing(known):
+    """One of four that is the same in all draws and truths leaves the report of the others, whatever rounding makes of it.
+
+    Draws that are too wide by a third are found, and those that are exact are not called calibrated from no evidence.
+    """
+    draws, truths = vectors(60, 60)
+    beside = lambda v: torch.cat([v, torch.full_like(v[..., :1], known)], -1)
+    for width in (1.0, 1.33):
+        middle = draws.mean(1, keepdim=True)
+        wide = middle + width * (draws - middle)
+        alone = coverage(wide, truths, 0, swaps=199)
+        report = coverage(beside(wide), beside(truths), 0, swaps=199)
+        assert report.dispersion == pytest.approx(alone.dispersion, rel=1e-6)
+        assert report.detectable == pytest.approx(alone.detectable, rel=0.1)
+        assert report.verdict.split(":")[0] == alone.verdict.split(":")[0]
+        assert report.flagged() == alone.flagged()
+        assert report.sharpness.information == pytest.approx(alone.sharpness.information, rel=1e-6)
+        assert math.isnan(report.bias["coordinate 4"].value) and float(report.z[3]) == 0
+    assert "too wide" in report.verdict
+
+
 def test_extra_quantities_and_covariates_follow_the_weights():
     """Draws in three dimensions with a density and a covariate: the same draws are kept of each."""
     draws, truths = vectors(100, 200)

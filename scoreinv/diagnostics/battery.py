@@ -321,7 +321,9 @@ def coverage(
     )
     scalars = [k for k in range(K) if found.families[k] in ("scalars", "extra")]
     radius = found.of("whitened distance" if image else "distance in units of sd")
-    mean, sd = draws.double().mean(1), draws.double().std(1)
+    first = draws[:, 0].double()
+    left = draws.double() - first[:, None]  # of equal draws nothing, without rounding
+    mean, sd = first + left.mean(1), left.std(1)
     sharp = sharpness(draws, truths, baseline, swaps, seed)
     L = members - 1
     # t-scores: the mean of L draws is uncertain, and so is their variance

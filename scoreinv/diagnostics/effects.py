@@ -42,7 +42,9 @@ def squared(draws: Tensor, truths: Tensor) -> tuple[Tensor, Tensor]:
     """
     L, ratios = draws.shape[1], []
     for x, t in zip(draws, truths, strict=True):
-        m = x.mean(0)
+        m = x[0] + (x - x[0]).mean(
+            0
+        )  # of equal numbers that number, which their mean may miss by its rounding
         if x.ndim >= 3:
             error, count = band_power((t - m)[None])
             spread = band_power(x - m)[0].sum(0)
@@ -60,10 +62,13 @@ def squared(draws: Tensor, truths: Tensor) -> tuple[Tensor, Tensor]:
 def dispersion(ratio: Tensor, count: Tensor) -> Effect:
     """Width of the posterior over the width it should have, from `squared`, by jackknife over simulations.
 
+    Groups without any error, such as coordinates that are known, do not count.
+
     Args:
         ratio: With shape (N, groups).
         count: Numbers of each group.
     """
+    count = count * (ratio > 0).any(0)
     each = (ratio * count).sum(1) / count.sum()
     N, total = len(each), float(each.sum())
     if not total > 0:
@@ -80,9 +85,10 @@ def bias(values: Tensor) -> Effect:
     Args:
         values: Of truth and draws, with shape (N, L + 1).
     """
-    draws = values[:, 1:].double()
+    left = (values - values[:, 1:2]).double()  # of equal draws nothing, without rounding
+    draws = left[:, 1:]
     sd = draws.std(1)
-    z = (values[:, 0].double() - draws.mean(1)) / sd.clamp_min(torch.finfo(torch.float64).tiny)
+    z = (left[:, 0] - draws.mean(1)) / sd.clamp_min(torch.finfo(torch.float64).tiny)
     z = z[sd > 0]
     if len(z) < 2:
         return Effect(math.nan, math.nan, math.nan)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from scoreinv.diagnostics.quantities import about_mean
 from scoreinv.streams import stream
 
 NEIGHBOURS = 10
@@ -103,7 +104,6 @@ def _scaled(both: Tensor) -> Tensor:
 
     Far from zero, distances by |a|^2 - 2 ab + |b|^2 would lose their digits.
     """
-    left = both - both[0]
-    left = left - left.mean(0)
+    left = about_mean(both)
     sd = left.std(0)
     return left / torch.where(sd > 0, sd, 1.0)

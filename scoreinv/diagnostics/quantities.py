@@ -83,7 +83,7 @@ def _kind(members: Tensor) -> Named:
 def _any(members: Tensor, reference: Tensor, directions: Tensor) -> Named:
     """Distances and projections, which need no pixels."""
     flat = members.flatten(1)
-    r = flat - flat.mean(0)
+    r = about_mean(flat)
     z2 = r.square() / r.var(0).clamp_min(torch.finfo(r.dtype).tiny)
     yield ("distance", "distance to mean"), r.square().sum(1)
     yield ("distance", "distance in units of sd"), z2.sum(1)
@@ -106,12 +106,18 @@ def _image(members: Tensor) -> Named:
     flat = members.flatten(1, -3).sum(1) if members.ndim > 3 else members
     for name, v in zip(SHAPES, morphology(flat), strict=True):
         yield ("scalars", name), v
-    power, count = band_power(members - members.mean(0))
+    power, count = band_power(about_mean(members))
     for name, v in zip(band_names(*members.shape[-2:]), power.T, strict=True):
         yield ("power spectrum", name), v
     # each band in units of its own mean: the residual as if it were white
     scale = power.mean(0).clamp_min(torch.finfo(power.dtype).tiny)
     yield ("distance", "whitened distance"), (power * count / scale).sum(1)
+
+
+def about_mean(x: Tensor, dim: int = 0) -> Tensor:
+    """What is left of the mean along one axis; nothing at all of equal numbers, whose mean may be rounded."""
+    left = x - x.narrow(dim, 0, 1)
+    return left - left.mean(dim, keepdim=True)
 
 
 def morphology(image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scoreinv.diagnostics.exchange import CHUNK
-from scoreinv.diagnostics.quantities import band_power
+from scoreinv.diagnostics.quantities import about_mean, band_power
 from scoreinv.streams import stream
 
 
@@ -89,8 +89,7 @@ def information(draws: Tensor, truths: Tensor) -> float:
     Each power is averaged before its logarithm is taken: posteriors of very different widths gain more than this.
     """
     N, L = draws.shape[:2]
-    prior = truths - truths.mean(0)
-    own = (draws - draws.mean(1, keepdim=True)).flatten(0, 1)
+    prior, own = about_mean(truths), about_mean(draws, 1).flatten(0, 1)
     if truths.ndim >= 3:
         (before, count), (after, _) = band_power(prior), band_power(own)
         count = count * math.prod(truths.shape[1:-2])
