@@ -725,6 +725,52 @@ def test_a_local_classifier_finds_what_averages_hide():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"observed": torch.zeros(4)}, r"its summary \(4,\); expected .*\(m,\)"),
+        ({"observed": torch.zeros(())}, r"its summary \(\); expected"),
+        ({"summaries": torch.zeros(60), "observed": torch.zeros(1)}, r"summaries \(60,\)"),
+        ({"draws": torch.zeros(60), "truths": torch.zeros(60)}, r"v\[:, None\]"),
+        ({"at": torch.zeros(50)}, r"at the observation \(50,\)"),
+        ({"at": torch.zeros(0, 2)}, r"at the observation \(0, 2\)"),
+        ({"at": torch.full((50, 2), torch.nan)}, "at has values that are not finite"),
+    ],
+)
+def test_one_observation_needs_what_fits_it(change, message):
+    given = {
+        "draws": normal(60, 2),
+        "truths": normal(60, 2, seed=1),
+        "summaries": normal(60, 3, seed=2),
+        "at": normal(50, 2, seed=3),
+        "observed": torch.zeros(3),
+    }
+    with pytest.raises(ValueError, match=message):
+        lc2st(**{**given, **change}, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("draws", "truth", "levels", "message"),
+    [
+        (torch.full((20, 4), torch.nan), torch.zeros(4), (0.5,), "80 of 80 values of the draws"),
+        (torch.zeros(20, 4), torch.full((4,), torch.inf), (0.5,), "4 of 4 values of the truth"),
+        (torch.zeros(0, 4), torch.zeros(4), (0.5,), "one draw and one pixel at least"),
+        (torch.zeros(20, 4), torch.zeros(4), (0.5, 1.5), "levels has 1.5"),
+    ],
+)
+def test_pixels_that_no_interval_can_hold_are_refused(draws, truth, levels, message):
+    with pytest.raises(ValueError, match=message):
+        pixel_coverage(draws, truth, levels)
+
+
+def test_statistics_that_are_not_numbers_have_no_p_value():
+    one_bad = lambda who: torch.stack([who.double().mean(1), who[:, 0] / 0], 1)
+    with pytest.raises(ValueError, match=r"1 of 2 statistics are not finite \(first: number 1\)"):
+        exchange_test(one_bad, 10, 5, 99, 0)
+    with pytest.raises(ValueError, match=r"have shape \(100,\), expected \(100, S\)"):
+        exchange_test(lambda who: who.double().mean(1), 10, 5, 99, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         (lambda d, t: (d.transpose(0, 1), t), "transpose the first two axes"),
         (lambda d, t: (d[:, :, 0], t), r"expected \(N, L, \*shape\)"),
         (lambda d, t: (d[:5], t[:5]), "5 simulations of 20 draws, expected at least 10"),

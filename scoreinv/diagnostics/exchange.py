@@ -75,11 +75,24 @@ def exchange_test(
         members: Truth and draws of each, L + 1.
         swaps: Draws B of the null; no p-value is below 1 / (B + 1).
         seed: Of the swaps.
+
+    Raises:
+        ValueError: Statistics that are not finite, or of another shape.
     """
     generator = stream(seed, 5)
     who = torch.randint(members, (swaps, sims), generator=generator)
     who = torch.cat([torch.zeros(1, sims, dtype=torch.long), who])
     values = torch.cat([statistic(part) for part in who.split(CHUNK)]).double()
+    if values.ndim != 2 or len(values) != swaps + 1:
+        raise ValueError(
+            f"statistics of {swaps + 1} swaps have shape {tuple(values.shape)}, expected ({swaps + 1}, S)"
+        )
+    wrong = (~values.isfinite()).any(0)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"{int(wrong.sum())} of {len(wrong)} statistics are not finite (first: number {int(wrong.nonzero()[0])}), and "
+            "have no p-value; find out why first"
+        )
     # truth and swaps are treated alike, so that the test stays exact
     spread = values.std(0)
     values = (values - values.mean(0)) / torch.where(spread > 0, spread, 1.0)

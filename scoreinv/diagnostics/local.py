@@ -32,14 +32,23 @@ def lc2st(
         seed: Of the swaps.
 
     Raises:
-        ValueError: Shapes that do not fit.
+        ValueError: Shapes that do not fit, values that are not finite.
     """
-    N, k = truths.shape
-    if draws.shape != truths.shape or len(summaries) != N or at.shape[1] != k:
+    flat = truths.ndim == draws.ndim == summaries.ndim == at.ndim == 2 and observed.ndim == 1
+    if (
+        not flat
+        or draws.shape != truths.shape
+        or at.shape[1:] != truths.shape[1:]
+        or len(summaries) != len(truths)
+        or observed.shape != summaries.shape[1:]
+        or min(len(truths), len(at)) < 1
+    ):
         raise ValueError(
             f"draws have shape {tuple(draws.shape)}, truths {tuple(truths.shape)}, summaries {tuple(summaries.shape)}, "
-            f"draws at the observation {tuple(at.shape)}; expected (N, k), (N, k), (N, m), (n, k)"
+            f"draws at the observation {tuple(at.shape)}, its summary {tuple(observed.shape)}; expected (N, k), (N, k), "
+            "(N, m), (n, k), (m,): one number is v[:, None]"
         )
+    N = len(truths)
     for name, v in (
         ("draws", draws),
         ("truths", truths),

@@ -30,12 +30,23 @@ def pixel_coverage(
         seed: Of the places.
 
     Raises:
-        ValueError: Shapes that do not fit.
+        ValueError: Shapes that do not fit, no draws, values that are not finite, levels that are no probabilities.
     """
     if tuple(draws.shape[1:]) != tuple(truth.shape):
         raise ValueError(
             f"draws have shape {tuple(draws.shape)}, truth {tuple(truth.shape)}; expected (n, *shape) and (*shape)"
         )
+    if not len(draws) or not truth.numel():
+        raise ValueError(
+            f"draws have shape {tuple(draws.shape)}; expected one draw and one pixel at least"
+        )
+    for name, v in (("draws", draws), ("truth", truth)):
+        if bad := int((~torch.isfinite(v)).sum()):
+            raise ValueError(
+                f"{bad} of {v.numel()} values of the {name} are not finite; find out why first"
+            )
+    if wrong := [p for p in levels if not 0 < p < 1]:
+        raise ValueError(f"levels has {wrong[0]:g}, expected probabilities between 0 and 1")
     # the rank of an exchangeable value among n draws is uniform on 0 .. n
     below, equal = (draws < truth).double().sum(0), (draws == truth).double().sum(0)
     place = torch.rand(truth.shape, generator=stream(seed), dtype=torch.float64)
