@@ -11,7 +11,7 @@ import torch
 import scoreinv as si
 from scoreinv.finetune import Steered, training
 from scoreinv.finetune import paths as engine_of_paths
-from scoreinv.finetune.amortised import data_image, untrained
+from scoreinv.finetune.amortised import control_of, data_image, new_twist, untrained
 from scoreinv.finetune.control import (
     Control,
     ImageControl,
@@ -36,7 +36,7 @@ from scoreinv.finetune.text import Denoiser
 from scoreinv.finetune.training import Plan, Recipe, train_control
 from scoreinv.gaussian import Dense, Diagonal, Fourier, Scalar
 from scoreinv.operators import gaussian_psf
-from scoreinv.priors.unet import initialise
+from scoreinv.priors.unet import UNet, initialise
 from scoreinv.samplers.baselines import DPS, PiGDM
 from scoreinv.samplers.path import descend_together
 from scoreinv.streams import stream
@@ -817,6 +817,55 @@ def test_plans_that_teach_nothing_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Plan(**wrong)
     Plan(steps=1, rate_log_z=0.0, clip=math.inf, ema=0.0)
+
+
+def learners(device, side):
+    """Control and twist of a trained prior on a device, and what they say of four images."""
+    base = si.GaussianPrior(torch.zeros(1, side, side), 1.0)
+    prior = si.ScorePrior(UNet(1, (8, 16), embedding=16), 1.0, base.moments, 0.01, 10.0)
+    chain = PriorChain(prior.rescaled(3.0), 4)
+    psf = si.PSFConvolution(torch.ones(3, 3) / 9, base.shape)
+    likelihood = si.Likelihood(psf, si.StudentNoise(scale=0.3, dof=3.0))
+    y = likelihood.simulate(base.sample(4, 0), 0)
+    prior.to(device)
+    control = control_of(chain, likelihood, y, guided=True)
+    twist = new_twist(chain, likelihood, y)
+    x, k = base.sample(4, 1).float(), torch.arange(4)
+    return control, twist, lambda: (control(x, 0.5 * x, 0.1 * x, k, y), twist(x, 0.5 * x, k, y))
+
+
+@pytest.mark.parametrize("side", [8, 16], ids=["perceptron", "U-Net"])
+def test_controls_and_twists_run_where_the_prior_does(side):
+    """On a device without numbers: weights are there and inputs arrive; for answers it has none, others are put."""
+    control, twist, say = learners("meta", side)
+    networks = [control.last if side == 8 else control.network, twist.network]
+    arrived = []
+
+    def answered(module, seen, said):
+        arrived.extend(v.device.type for v in seen if v is not None)
+        return torch.zeros(said.shape)
+
+    for network in networks:
+        assert {p.device.type for p in network.parameters()} == {"meta"}
+        network.register_forward_hook(answered)
+    u, h = say()
+    assert set(arrived) == {"meta"}
+    assert u.device.type == h.device.type == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("side", [8, 16], ids=["perceptron", "U-Net"])
+def test_a_gpu_says_what_the_cpu_does(side):
+    found = []
+    for device in ("cpu", "cuda"):
+        control, twist, say = learners(device, side)
+        for last in (control.last if side == 8 else control.network.last, twist.network):
+            for p in last.parameters():
+                torch.nn.init.constant_(p, 0.01)
+        found.append([v.detach() for v in say()])
+        assert all(v.device.type == "cpu" for v in found[-1])
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-2, atol=1e-2)
 
 
 def test_a_control_is_kept_and_found_again(tmp_path):

@@ -175,14 +175,16 @@ class VectorControl(LearnedControl):
         self.last = nn.Linear(width, d)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
+        self.body.to(reference.device)
+        self.last.to(reference.device)
 
     def correction(
         self, inputs: list[Tensor], k: Tensor, features: Tensor, y: Tensor | None
     ) -> Tensor:
         told = self.told(y)
         known = [*inputs, features] if told is None else [*inputs, features, told]
-        flat = [v.flatten(1) for v in known]
-        return self.last(self.body(torch.cat(flat, 1))).reshape(inputs[0].shape)
+        flat = torch.cat([v.flatten(1) for v in known], 1)
+        return answer(nn.Sequential(self.body, self.last), flat).reshape(inputs[0].shape)
 
 
 class ImageControl(LearnedControl):
@@ -217,6 +219,7 @@ class ImageControl(LearnedControl):
         numbered = len(self.middle)
         self.network = UNet(stacked, widths, embedding=64, outputs=channels, told=numbered)
         initialise(self.network, stream(seed))
+        self.network.to(reference.device)
 
     def correction(
         self, inputs: list[Tensor], k: Tensor, features: Tensor, y: Tensor | None
@@ -224,7 +227,7 @@ class ImageControl(LearnedControl):
         if self._image is not None:
             inputs = [*inputs, self._image(y).float()]
         clock = self.reference.clock(k).float()
-        slope = self.network(torch.cat(inputs, 1), clock, self.told(y))
+        slope = answer(self.network, torch.cat(inputs, 1), clock, self.told(y))
         last = self.reference.scale(torch.full_like(k, self.reference.steps))
         return self.reference.steered(slope / last.float().reshape(-1, 1, 1, 1), k)
 
@@ -232,6 +235,13 @@ class ImageControl(LearnedControl):
 def convolves(shape: Sequence[int]) -> bool:
     """Whether a U-Net suits images of this shape: it halves them a few times."""
     return math.prod(shape) > FEW and all(n % 2 ** len(WIDTHS) == 0 for n in shape[-2:])
+
+
+def answer(network: nn.Module, x: Tensor, *others: Tensor | None) -> Tensor:
+    """What a network says of its inputs, on the device of the first; it may run on another."""
+    device = next(network.parameters()).device
+    seen = (None if v is None else v.to(device) for v in (x, *others))
+    return network(*seen).to(x.device)
 
 
 def numbers(y: Tensor) -> Tensor:

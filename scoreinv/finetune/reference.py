@@ -24,7 +24,9 @@ from scoreinv.gaussian import Covariance, dot, selected
 from scoreinv.kernels import conditional, noise_levels, reverse_covariance
 from scoreinv.likelihood import Likelihood
 from scoreinv.operators.information import white
-from scoreinv.priors.base import Prior
+from scoreinv.priors.base import Prior, RescaledPrior
+from scoreinv.priors.network import ScorePrior
+from scoreinv.priors.score_models import ScoreModelsPrior
 from scoreinv.samplers.smc import DIFFERENCE, local_covariance
 from scoreinv.streams import stream
 
@@ -125,6 +127,11 @@ class Reference(abc.ABC):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where its network runs, and where those of controls are to; states and data stay on the CPU."""
+        return torch.device("cpu")
+
     @abc.abstractmethod
     def start(self, n: int, y: Tensor | None) -> Step:
         """The law of n states x_0, given data (n, *data) if there are any."""
@@ -204,6 +211,14 @@ class PriorChain(Reference):
             for C, a, b in zip(self.covariances, *self._spans, strict=True)
         ]
         self._pixel = moments.covariance.marginal_variance(self.shape)
+
+    @property
+    def device(self) -> torch.device:
+        prior = self.prior
+        while isinstance(prior, RescaledPrior):
+            prior = prior.prior
+        apart = isinstance(prior, ScorePrior | ScoreModelsPrior)
+        return prior.device if apart else super().device
 
     def start(self, n: int, y: Tensor | None) -> GaussianStep:
         mean = self.prior.moments.mean.to(self.dtype).expand(n, *self.shape)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from scoreinv.finetune.control import TIMES, numbers
+from scoreinv.finetune.control import TIMES, answer, numbers
 from scoreinv.finetune.paths import Engine, Paths, chunk
 from scoreinv.finetune.reference import PriorChain, foreseen, foreseen_log_prob
 from scoreinv.finetune.training import Plan, Simulate, falling
@@ -74,6 +74,7 @@ class Twist(nn.Module):
         else:
             self.network = UNet(3 * chain.shape[0], (16, 32), embedding=64, outputs=1)
             initialise(self.network, stream(seed, 2))
+        self.network.to(chain.device)
 
     @property
     def knows(self) -> bool:
@@ -111,12 +112,12 @@ class Twist(nn.Module):
         ]
         if self._image is not None:
             inputs.append(self._image(y).float())
-            h = self.network(torch.cat(inputs, 1), clock)
+            h = answer(self.network, torch.cat(inputs, 1), clock)
             return h.double().flatten(1).sum(1) / math.sqrt(self._d)
         flat = [*(v.flatten(1) for v in inputs), sinusoidal(clock, TIMES)]
         if len(self.middle):
             flat.append((numbers(y) - self.middle) / self.unit)
-        return self.network(torch.cat(flat, 1))[:, 0].double()
+        return answer(self.network, torch.cat(flat, 1))[:, 0].double()
 
 
 def learn_twist(
