@@ -217,6 +217,45 @@ def test_mistakes_in_rounds():
         sequential(lambda: NRE(NARROW), shown, torch.zeros(2), rounds=2, n=100, seed=0)
 
 
+def test_kept_rounds_are_taken_up_by_the_same_call_alone(tmp_path):
+    """Or by one for more rounds; another is told what differs."""
+    made = 0
+
+    def simulate(theta, generator):
+        nonlocal made
+        made += 1
+        return shown(theta, generator)
+
+    def go(x=(0.5, 0.75), prior=NARROW, **options):
+        given = {"rounds": 1, "n": 100, "seed": 0, "plan": Fitting(epochs=1), **options}
+        x = torch.tensor(x).double()
+        return sequential(lambda: NPE(prior, "maf"), simulate, x, folder=tmp_path, **given)
+
+    first = go().given.sample(10, 0)
+    assert torch.equal(go().given.sample(10, 0), first) and made == 1
+    go(rounds=2)
+    assert made == 2
+    other = ParameterPrior(a=Normal(0.0, 1.0), b=Uniform(-3.0, 3.0))
+    for options, said in (
+        (
+            {"x": (0.5, -0.75)},
+            r"rounds with observation {'x': '\(2,\) \w+'}, expected observation",
+        ),
+        ({"prior": other}, "rounds with parameters"),
+        ({"n": 120}, "rounds with n 100, expected n 120; choose another folder"),
+        ({"seed": 1}, "rounds with seed 0, expected seed 1"),
+        ({"share": 0.01}, "rounds with share 0.001, expected share 0.01"),
+        ({"proposal": Clipped()}, "with proposal 'Truncated', expected proposal 'Clipped'"),
+        ({"plan": Fitting(epochs=2)}, "rounds with plan"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            go(**options)
+    assert made == 2
+    (tmp_path / "round-0/pairs.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="cannot be read"):
+        go()
+
+
 # --- what is kept --------------------------------------------------------------------------------
 
 

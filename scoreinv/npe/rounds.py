@@ -23,17 +23,20 @@ before, the rounds end, and the best estimate is taken.
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from scoreinv.digests import digest
 from scoreinv.npe.conditioned import Estimated, Weighted
 from scoreinv.npe.data import ALONE, joined, mapped, named
 from scoreinv.npe.estimator import Estimator
@@ -137,17 +140,44 @@ class Clipped(Proposal):
 PROPOSALS: dict[str, Proposal] = {"truncated": Truncated(), "clipped": Clipped()}
 
 
-def _kept(file: Path, made: Callable[[], tuple[Tensor, Data]]) -> tuple[Tensor, Data]:
-    """Parameters u and simulations of a round, made now or found again."""
+def _kept(file: Path, card: dict, made: Callable[[], tuple[Tensor, Data]]) -> tuple[Tensor, Data]:
+    """Parameters u and simulations of a round, made now or found again.
+
+    Args:
+        file: Of the round.
+        card: What tells these rounds from others; values of JSON.
+        made: Makes them.
+
+    Raises:
+        ValueError: A file of other rounds, or a broken one.
+    """
     if not file.exists():
         u, x = made()
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
-        save_file({"u": u, **{f"x-{k}": v.contiguous() for k, v in named(x).items()}}, part)
+        arrays = {"u": u, **{f"x-{k}": v.contiguous() for k, v in named(x).items()}}
+        save_file(arrays, part, {"card": json.dumps(card)})
         part.replace(file)
-    kept = load_file(file)
+    try:
+        with safe_open(file, "pt") as read:
+            kept = {k: read.get_tensor(k) for k in read.keys()}  # noqa: SIM118  not a dictionary
+            of = json.loads((read.metadata() or {}).get("card", "{}"))
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}); remove its folder to make this round anew"
+        ) from error
+    if other := [k for k, v in card.items() if of.get(k) != v]:
+        said = lambda card: ", ".join(f"{k} {card.get(k)!r}" for k in other)
+        raise ValueError(
+            f"{file} is of rounds with {said(of)}, expected {said(card)}; choose another folder, or remove this one"
+        )
     x = {k.removeprefix("x-"): v for k, v in kept.items() if k != "u"}
     return kept["u"], x[ALONE] if set(x) == {ALONE} else x
+
+
+def _said(x: Tensor) -> str:
+    """What tells data from others."""
+    return f"{tuple(x.shape)} {digest([x.double()])[:16]}"
 
 
 def _inside(u: Tensor, regions: list[Region]) -> Tensor:
@@ -207,10 +237,12 @@ def sequential(
         share: Of the draws of an estimate that the next round may leave out.
         device: Where the networks are fitted.
         progress: Show a progress bar.
-        folder: Where the simulations and the estimate of each round are kept, from which the same call goes on.
+        folder: Where the simulations and the estimate of each round are kept, from which the same call goes on,
+            also for more rounds.
 
     Raises:
-        ValueError: No round, a share that is none, a posterior that `Truncated` cannot reach.
+        ValueError: No round, a share that is none, a posterior that `Truncated` cannot reach; a folder of rounds for another
+            observation, or with another prior, seed, number, proposal or plan.
     """
     if rounds < 1 or not 0 < share < 1:
         raise ValueError(
@@ -219,7 +251,16 @@ def sequential(
     blank = new()
     if not blank.posterior:
         raise ValueError(f"rounds are for NPE, and {type(blank).__name__} learns no posterior")
-    proposal, result = proposal or Truncated(), None
+    proposal, plan, result = proposal or Truncated(), plan or Fitting(), None
+    card = {
+        "observation": mapped(named(x), _said),
+        "parameters": blank.prior.card,
+        "n": n,
+        "seed": seed,
+        "share": share,
+        "proposal": type(proposal).__name__,
+        "plan": asdict(plan),
+    }
     regions: list[Region] = []
     u, seen = torch.empty(0, len(blank.prior), dtype=torch.float64), {}
     for i in tqdm(range(rounds), disable=not progress, unit="round"):
@@ -231,7 +272,7 @@ def sequential(
             u = proposal.draw(regions, n, first) if i else prior.to_normal(prior.sample(n, first))
             return u, simulate(prior.from_normal(u), stream(seed, 1, i))
 
-        more, simulated = made() if own is None else _kept(own / PAIRS, made)
+        more, simulated = made() if own is None else _kept(own / PAIRS, card, made)
         u, seen = torch.cat([u, more]), joined(seen, named(simulated))
         w = proposal.weights(u, regions, [n] * (i + 1)) if regions else torch.ones(n).double()
         used = w > 0
