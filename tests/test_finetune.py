@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import scoreinv as si
+from scoreinv.cli import main
 from scoreinv.finetune import Steered, training
 from scoreinv.finetune import paths as engine_of_paths
 from scoreinv.finetune.amortised import control_of, data_image, new_twist, untrained
@@ -37,6 +38,7 @@ from scoreinv.finetune.training import Plan, Recipe, train_control
 from scoreinv.gaussian import Dense, Diagonal, Fourier, Scalar
 from scoreinv.operators import gaussian_psf
 from scoreinv.priors.unet import UNet, initialise
+from scoreinv.priors.zoo import save_prior
 from scoreinv.samplers.baselines import DPS, PiGDM
 from scoreinv.samplers.path import descend_together
 from scoreinv.streams import stream
@@ -866,6 +868,38 @@ def test_a_gpu_says_what_the_cpu_does(side):
         assert all(v.device.type == "cpu" for v in found[-1])
     for here, there in zip(*found, strict=True):
         torch.testing.assert_close(here, there, rtol=1e-2, atol=1e-2)
+
+
+def test_the_report_of_the_command_is_json(tmp_path):
+    """No image is known to have made an observation, so that its bound from above is not known, either: null."""
+    network = {"channels": 1, "widths": (8, 16), "blocks": 1, "embedding": 16}
+    moments = si.GaussianPrior(torch.zeros(1, 16, 16), Fourier(torch.ones(1, 16, 16))).moments
+    prior = si.ScorePrior(UNet(**network), 1.0, moments, 0.01, 20.0)
+    card = {"name": "white", "network": network, "sigma_data": 1.0, "sigma_min": 0.01}
+    card |= {"sigma_max": 20.0, "trained_images": 1, "training": {"data": {"size": 16}}}
+    save_prior(tmp_path / "prior", prior, {**card, "held_out": {}})
+    content = {
+        "exposure": {"kind": "disc", "flux": 20.0, "fwhm": 2.5, "noise": 0.2},
+        "prior": str(tmp_path / "prior"),
+        "amplitude": 1.0,
+        "steps": 4,
+        "plan": {"iterations": 1, "groups": 1, "paths": 2},
+        "images": 10,
+        "sims": 1,
+        "paths": 10,
+        "n": 2,
+        "output": str(tmp_path / "control"),
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(content))  # JSON is YAML
+    assert main(["finetune", "--config", str(tmp_path / "c.yaml")]) == 0
+
+    def refused(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    said = (tmp_path / "control" / "report.json").read_text()
+    report = json.loads(said, parse_constant=refused)
+    assert report["observation"]["eubo"] is None
+    assert math.isfinite(report["observation"]["elbo"] + report["after"][0]["eubo"])
 
 
 def test_a_control_is_kept_and_found_again(tmp_path):

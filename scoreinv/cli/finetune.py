@@ -181,7 +181,9 @@ def finetune(config: FinetuneConfig) -> None:
         "parameters": parameters,
         "galaxy": asdict(galaxy) if config.latent else None,
     }
-    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    # JSON knows no nan, such as the bound from above of an observation
+    known = json.loads(json.dumps(report), parse_constant=lambda _: None)
+    (folder / REPORT).write_text(json.dumps(known, indent=1) + "\n")
     for name, file in (("draws", DRAWS), ("report", REPORT), ("figure", PICTURE)):
         say(name, folder / file)
 
