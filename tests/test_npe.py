@@ -662,6 +662,67 @@ def test_a_fit_goes_on_where_it_was_interrupted(pairs, tmp_path):
         go(checkpoint=tmp_path)
 
 
+class Odd(torch.nn.Module):
+    """Features that do not tell their layers from others."""
+
+    features = M
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(shape))
+
+    def forward(self, x):
+        return self.scale.mean() * x
+
+
+MAF, RATIO = (lambda **o: NPE(GAUSSIAN, "maf", **o)), (lambda **o: NRE(GAUSSIAN, **o))
+HALF = (torch.arange(100) % 2 + 0.5).double()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ((RATIO, {}), (RATIO, {"balance": 100.0}), "'balance': 0.0}, expected {'balance': 100.0}"),
+        ((RATIO, {}), (RATIO, {"contrasts": 4}), "'contrasts': 1}, expected {'contrasts': 4}"),
+        ((MAF, {}), (RATIO, {}), "'kind': 'npe'.* expected .*'kind': 'nre'"),
+        (
+            (MAF, {}),
+            (lambda: NPE(GAUSSIAN, "nsf"), {}),
+            "'flow': 'maf'.* expected .*'flow': 'nsf'",
+        ),
+        (
+            (MAF, {}),
+            (MAF, {"pair_weights": HALF}),
+            "{'pair weights': '.*'}, expected {'pair weights",
+        ),
+        (
+            (MAF, {"featurizer": lambda: MLP(M)}),
+            (MAF, {"featurizer": lambda: WithDropout(M)}),
+            r"'network': '\d+ weights, \w+'}, expected {'network'",
+        ),
+        (
+            (MAF, {"featurizer": lambda: Odd(2, 6)}),
+            (MAF, {"featurizer": lambda: Odd(3, 4)}),
+            r"another network \(Error\(s\) in loading",
+        ),
+    ],
+)
+def test_a_fit_does_not_go_on_as_another(one, other, said, pairs, tmp_path):
+    """What is fitted, how its pairs count and what looks at the data: told apart, if it is not the same call."""
+    theta, x = pairs[0][:100], pairs[1][:100]
+
+    def go(make, options):
+        w = {k: v for k, v in options.items() if k == "pair_weights"}
+        estimator = make(**{k: v for k, v in options.items() if k not in w})
+        return estimator.fit(theta, x, 0, Fitting(epochs=1), checkpoint=tmp_path, **w)
+
+    assert go(*one).history == go(*one).history
+    with pytest.raises(
+        ValueError, match=f"(?s)member-0.pt is of the fit.*{said}.* remove it to begin"
+    ):
+        go(*other)
+
+
 @pytest.mark.parametrize("kind", [pytest.param("likelihood", marks=pytest.mark.slow), "marginals"])
 def test_others_are_kept_and_found_again(kind, others, pairs, tmp_path):
     others(kind).save(tmp_path)

@@ -181,13 +181,16 @@ class Estimator(ABC):
         members = nn.ModuleList([self._new(integer(seed, 5, i)) for i in range(self.size)])
         for name, v in seen.items():
             members[0].units[name].measure(v, name)
-        history = []
+        # a member is the same in an ensemble of any size
+        history, about = [], {k: v for k, v in self._card.items() if k != "members"}
         for i, member in enumerate(members):
             member.units.load_state_dict(members[0].units.state_dict())
             state = None if checkpoint is None else Path(checkpoint) / f"member-{i}.pt"
             own = integer(seed, 6, i)
             pairs = Pairs(u, inputs, w, held_out, fresh)
-            history.append(fit(member, pairs, plan or Fitting(), own, device, progress, state))
+            history.append(
+                fit(member, pairs, plan or Fitting(), own, device, progress, state, about)
+            )
         x_held = fresh(mapped(inputs, lambda v: v[held_out]), stream(seed, 7))
         if self.size > 1:
             own = integer(seed, 8)

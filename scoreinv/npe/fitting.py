@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from scoreinv.digests import digest, rounded
 from scoreinv.npe.data import Inputs, mapped
 from scoreinv.npe.members import Member
 from scoreinv.streams import integer, seeded, stream
@@ -86,6 +88,7 @@ def fit(
     device: str = "cpu",
     progress: bool = False,
     checkpoint: Path | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Minimise the mean of `member.loss`; the member ends on the CPU, in its best state on held-out pairs.
 
@@ -97,6 +100,7 @@ def fit(
         device: Where it is fitted.
         progress: Show a progress bar.
         checkpoint: File in which the state is kept after each epoch, and from which the fit goes on.
+        about: What tells the member from others, beside its network; values of JSON.
 
     Returns:
         For each epoch the losses of both sets and the learning rate.
@@ -118,8 +122,16 @@ def fit(
         optimiser, factor=0.5, patience=max(1, plan.patience // 2), threshold_mode="abs"
     )
     progressed = Progress(member.state_dict())
-    data = _hash(pairs.u, *x_held.values())
-    card = {"seed": seed, "pairs": len(pairs.u), "data": data, **asdict(plan)}
+    card = {
+        **(about or {}),
+        "network": _drawn(member),
+        "seed": seed,
+        "pairs": len(pairs.u),
+        # those of other simulations have others held out, so that all need not be read
+        "data": digest([pairs.u, *x_held.values()])[:16],
+        "pair weights": rounded(pairs.w),
+        **asdict(plan),
+    }
     keeper = Keeper(checkpoint, card)
     keeper.restore(member, running, optimiser, falling, progressed)
     with tqdm(total=plan.epochs, disable=not progress, unit="epoch") as bar:
@@ -231,22 +243,29 @@ class Keeper:
                 f"{self.file} cannot be read ({error}); remove it to begin anew"
             ) from error
         if card != self.card:
+            other = [k for k in {**card, **self.card} if card.get(k) != self.card.get(k)]
+            seen, expected = ({k: c.get(k) for k in other} for c in (card, self.card))
             raise ValueError(
-                f"{self.file} is of the fit {card}, expected {self.card}; remove it to begin anew"
+                f"{self.file} is of the fit {seen}, expected {expected}; remove it to begin anew"
             )
-        member.load_state_dict(state["member"])
-        running.load_state_dict(state["running"])
-        optimiser.load_state_dict(state["optimiser"])
-        falling.load_state_dict(state["falling"])
+        try:
+            member.load_state_dict(state["member"])
+            running.load_state_dict(state["running"])
+            optimiser.load_state_dict(state["optimiser"])
+            falling.load_state_dict(state["falling"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{self.file} is of the fit of another network ({error}); remove it to begin anew"
+            ) from None
         vars(progressed).update(state["progress"])
 
 
-def _hash(*values: Tensor) -> str:
-    """Of parameters and held-out data: those of other simulations have another, without reading all of them."""
-    found = hashlib.sha256()
-    for v in values:
-        found.update(v.contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+def _drawn(member: nn.Module) -> str:
+    """How large a network is, and a hash of its layers and their options."""
+    # an address in memory is another each time
+    layers = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(member))
+    size = sum(v.numel() for v in member.parameters())
+    return f"{size} weights, {hashlib.sha256(layers.encode()).hexdigest()[:16]}"
 
 
 def _batches(rows: Tensor, size: int) -> tuple[Tensor, ...]:
