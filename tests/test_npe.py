@@ -37,6 +37,7 @@ from scoreinv.npe import (
     ResNet1D,
     ResNet2D,
 )
+from scoreinv.npe.data import Standardise
 from scoreinv.npe.estimator import stacked
 from scoreinv.npe.fitting import recent
 from scoreinv.npe.flows import KINDS, new_flow, seeded
@@ -861,6 +862,10 @@ HOLED = torch.where(torch.arange(60)[:, None] < 3, math.nan, X)
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: NPE(GAUSSIAN).fit(THETA, X, 0, validation=0.999),
+            "validation is 0.999, which leaves 0 of 60 pairs to learn from, expected 25",
+        ),
         (fit(THETA, X[:30]), "60 parameters and 30 data"),
         (fit(THETA[:10], X[:10]), "10 pairs, expected at least 50"),
         (
@@ -895,6 +900,41 @@ HOLED = torch.where(torch.arange(60)[:, None] < 3, math.nan, X)
 def test_mistakes_in_fits(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def holed(share):
+    """Noise that loses a number of some data."""
+
+    def noise(x, generator):
+        lost = torch.rand(len(x), generator=generator) < share
+        return torch.where(lost[:, None] & (torch.arange(M) == 1), math.nan, x)
+
+    return noise
+
+
+@pytest.mark.parametrize("share", [0.01, 1.0])
+def test_noise_is_held_to_the_policy_for_missing_numbers(pairs, share):
+    """A few data that it spoils, in whichever epoch, or all; where they may be masked, and some are left, that is a fit."""
+    theta, x = pairs[0][:400], pairs[1][:400]
+    for invalid, said in (
+        ("raise", r"noise made \d+ of \d+ data of x that are not finite, .*mend `noise`, or pass"),
+        ("drop", r"noise made \d+ of \d+ data of x .* pairs cannot be dropped from one epoch"),
+    ):
+        make = lambda invalid=invalid: NPE(GAUSSIAN, "maf", invalid=invalid)
+        with pytest.raises(ValueError, match=said):
+            make().fit(theta, x, 0, Fitting(epochs=3), noise=holed(share))
+    masking = NPE(GAUSSIAN, "maf", invalid="mask")
+    if share < 1:
+        masking.fit(theta, x, 0, Fitting(epochs=1), noise=holed(share))
+        assert masking.condition(x[0]).sample(5, 0).isfinite().all()
+
+
+def test_numbers_too_large_are_not_called_equal(pairs):
+    for most in (1e200, math.inf):
+        x = torch.cat([pairs[1][:60], most * torch.linspace(-1, 1, 60).double()[:, None]], 1)
+        measure = lambda x=x: Standardise([M + 1]).measure(x, "x")
+        with pytest.raises(ValueError, match="1 of 5 features of x are not finite, or too large"):
+            measure()
 
 
 def test_dropped_simulations_are_counted_and_odd_data_refused():

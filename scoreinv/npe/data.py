@@ -85,6 +85,26 @@ def usable(theta: Tensor, x: Inputs, invalid: str) -> tuple[Tensor, Inputs, Tens
     return (theta[ok], mapped(x, lambda v: v[ok]), ok) if lost else (theta, x, ok)
 
 
+def whole(x: Inputs, invalid: str) -> Inputs:
+    """Data that noise has made, if the policy allows them.
+
+    Raises:
+        ValueError: Numbers that are not finite, but where they are masked: an epoch has no pair to lose.
+    """
+    for name, v in () if invalid == "mask" else x.items():
+        if bad := int((~v.isfinite()).flatten(1).any(1).sum()):
+            hint = (
+                "pairs cannot be dropped from one epoch and not from another: mend `noise`, apply it to the simulations "
+                "before the fit, or pass invalid='mask'"
+                if invalid == "drop"
+                else "mend `noise`, or pass invalid='mask' if numbers of the data are missing"
+            )
+            raise ValueError(
+                f"noise made {bad} of {len(v)} data of {name} that are not finite, expected none of invalid={invalid!r}; {hint}"
+            )
+    return x
+
+
 def masked(x: Tensor) -> Tensor:
     """Missing numbers as zeros, and where they are as channels more, with shape (B, 2 C, ...)."""
     missing = ~x.isfinite()
@@ -125,6 +145,11 @@ class Standardise(nn.Module):
             sums[1] += left.square().sum(over, keepdim=True)
         mean = sums[0] / number.clamp_min(1)
         unit = (sums[1] / number.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
+        if bad := int((~unit.isfinite()).sum()):
+            raise ValueError(
+                f"{bad} of {unit.numel()} features of {name} are not finite, or too large for their squares; expected "
+                "numbers below 1e150: drop or mask missing ones, or take logarithms"
+            )
         still = ~(unit > 1e-12 * (1e-300 + (first + mean).abs())).flatten()
         if bool(still.any()):
             raise ValueError(

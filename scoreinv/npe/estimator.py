@@ -32,6 +32,7 @@ from scoreinv.npe.data import (
     masked,
     named,
     usable,
+    whole,
 )
 from scoreinv.npe.featurizers import Data, Named, featurizer_for
 from scoreinv.npe.fitting import Fitting, Pairs, fit, scores
@@ -118,14 +119,16 @@ class Estimator(ABC):
             seed: Decides everything random.
             plan: How long and how fast.
             validation: Share of the pairs that are held out, which stop the fit and weigh the members.
-            noise: Makes data of stored ones, anew in every epoch: of a batch like x, and a generator, one like it.
+            noise: Makes data of stored ones, anew in every epoch: of a batch like x, and a generator, one like it. What it
+                makes must be finite, unless `invalid` is mask: no pair is dropped from a batch.
             pair_weights: Prior over what theta was drawn from, up to a factor, with shape (n,).
             device: Where the networks are fitted; data stay where they are, but for a batch.
             progress: Show a progress bar.
             checkpoint: Folder in which the state of the fit is kept, from which the same call goes on.
 
         Raises:
-            ValueError: Lengths that differ, too few pairs, parameters outside of the prior, features that never change.
+            ValueError: Lengths that differ, too few pairs, parameters outside of the prior, features that never change,
+                numbers that are not finite where `invalid` does not allow them.
         """
         theta, inputs = torch.as_tensor(theta), named(x)
         if theta.ndim != 2:
@@ -166,12 +169,18 @@ class Estimator(ABC):
         w = (w / w.mean()).float()
         held_out = torch.zeros(len(u), dtype=torch.bool)
         share = max(HELD_OUT, round(validation * len(u)))
+        if len(u) - share < FEWEST // 2:
+            raise ValueError(
+                f"validation is {validation:g}, which leaves {len(u) - share} of {len(u)} pairs to learn from, expected "
+                f"{FEWEST // 2} or more; 0.1 is usual"
+            )
         held_out[torch.randperm(len(u), generator=stream(seed))[:share]] = True
         self.alone = not isinstance(x, Mapping)
 
         def fresh(some: Inputs, generator: torch.Generator) -> Inputs:
             if noise is not None:
                 some = named(noise(some[ALONE] if self.alone else some, generator))
+                some = whole(some, self.invalid)
             return mapped(some, masked) if self.invalid == "mask" else some
 
         # what units and usual features are of
