@@ -278,6 +278,34 @@ def test_weights_make_an_estimate_exact(fitted, pairs):
     assert float(error.abs().max()) < 5 / found.n_eff**0.5
 
 
+def test_arrays_count_like_tensors(fitted, pairs):
+    """A log-likelihood and weights of pairs in NumPy."""
+    theta, x = pairs[0][:200], pairs[1][:200]
+    known, given = log_likelihood(x[3]), fitted.condition(x[3].float())
+    one = given.reweighted(lambda theta: known(theta).numpy(), 100, seed=2)
+    assert torch.equal(one.log_w, given.reweighted(known, 100, seed=2).log_w)
+    w, plan = torch.linspace(0.5, 1.5, 200).double(), Fitting(epochs=1)
+    fits = [NPE(GAUSSIAN, "maf").fit(theta, x, 0, plan, pair_weights=v) for v in (w, w.numpy())]
+    assert fits[0].history == fits[1].history
+
+
+def test_no_draws_and_no_numbers_are_refused(fitted, others, pairs):
+    """Of an estimate that draws at once, and of one that has to be tempered."""
+    nothing = torch.tensor([[0.0, 1.0], [math.nan, 0.0]]).double()
+    for estimator in (fitted, others("marginals")):
+        given = estimator.condition(pairs[1][3].float())
+        for n in (0, -1):
+            with pytest.raises(ValueError, match=f"n is {n}, expected 1 draw or more"):
+                given.sample(n, seed=0)
+        with pytest.raises(ValueError, match="n is 1, expected 10 draws or more"):
+            given.reweighted(log_likelihood(pairs[1][3]), 1, seed=0)
+        with pytest.raises(ValueError, match="1 of 2 parameters are nan"):
+            given.log_prob(nothing)
+    infinite = torch.tensor([[math.inf, 1.0], [-math.inf, 0.0]]).double()
+    wide = ParameterPrior(a=LogNormal(0.0, 1.0), b=Weibull(1.0, 3.0))
+    assert bool((wide.log_prob(infinite.abs()) == -math.inf).all())
+
+
 def test_draws_that_the_likelihood_forbids_weigh_nothing(fitted, pairs):
     given = fitted.condition(pairs[1][3].float())
     half = lambda theta: torch.where(theta[:, 0] > theta[:, 0].median(), 0.0, -math.inf)

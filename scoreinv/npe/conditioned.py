@@ -40,6 +40,7 @@ MOVES = 15  # at each temperature
 LEAPS = 0.1  # of the moves, from mode to mode
 JITTER = 1e-3  # of a standard deviation of the chains
 LOG_TWO_PI = math.log(2 * math.pi)
+LEAST = 10  # draws that prove an evidence
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,13 @@ class Estimated(ABC):
         return self.estimator.prior
 
     def sample(self, n: int, seed: int) -> Tensor:
-        """n draws of theta, with shape (n, d), in float64; all of them in the prior's support."""
+        """n draws of theta, with shape (n, d), in float64; all of them in the prior's support.
+
+        Raises:
+            ValueError: No draws.
+        """
+        if n < 1:
+            raise ValueError(f"n is {n}, expected 1 draw or more")
         return self.prior.from_normal(self._draw(n, seed)[0])
 
     @abstractmethod
@@ -95,6 +102,9 @@ class Estimated(ABC):
         """log q(theta | x), with shape (B,), in float64; -inf outside of the prior's support.
 
         Of a learned likelihood or ratio up to a constant, `log_evidence`.
+
+        Raises:
+            ValueError: Another shape, or nan.
         """
         log_p = self.prior.log_prob(theta)
         found, inside = torch.full_like(log_p, -math.inf), log_p > -math.inf
@@ -112,10 +122,16 @@ class Estimated(ABC):
     def reweighted(
         self, log_likelihood: Callable[[Tensor], Tensor], n: int, seed: int
     ) -> Weighted:
-        """n draws, weighted by log p(x | theta), which takes theta with shape (n, d) and answers with shape (n,) [nat]."""
+        """n draws, weighted by log p(x | theta), which takes theta with shape (n, d) and answers with shape (n,) [nat].
+
+        Raises:
+            ValueError: Too few draws; a log-likelihood of another shape, nan, +inf, or -inf for all draws.
+        """
+        if n < LEAST:
+            raise ValueError(f"n is {n}, expected {LEAST} draws or more, better thousands")
         u, log_z = self._draw(n, seed)
         theta = self.prior.from_normal(u)
-        log_l = log_likelihood(theta).double()
+        log_l = torch.as_tensor(log_likelihood(theta)).double()
         if tuple(log_l.shape) != (n,):
             raise ValueError(f"the log-likelihood has shape {tuple(log_l.shape)}, expected ({n},)")
         wrong = log_l.isnan() | (log_l == math.inf)

@@ -100,7 +100,8 @@ def whole(x: Inputs, invalid: str) -> Inputs:
                 else "mend `noise`, or pass invalid='mask' if numbers of the data are missing"
             )
             raise ValueError(
-                f"noise made {bad} of {len(v)} data of {name} that are not finite, expected none of invalid={invalid!r}; {hint}"
+                f"noise made {bad} of {len(v)} data of {name} that are not finite, expected none for invalid={invalid!r}; "
+                f"{hint}"
             )
     return x
 

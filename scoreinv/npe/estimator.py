@@ -131,6 +131,8 @@ class Estimator(ABC):
                 numbers that are not finite where `invalid` does not allow them.
         """
         theta, inputs = torch.as_tensor(theta), named(x)
+        if pair_weights is not None:
+            pair_weights = torch.as_tensor(pair_weights)
         if theta.ndim != 2:
             raise ValueError(
                 f"theta has shape {tuple(theta.shape)}, expected (n, {len(self.prior)})"

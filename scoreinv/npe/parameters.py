@@ -87,13 +87,22 @@ class ParameterPrior:
         return self.from_normal(u)
 
     def log_prob(self, theta: Tensor) -> Tensor:
-        """log p, with shape (B,), in float64, for theta with shape (B, d); -inf outside of the support."""
+        """log p, with shape (B,), in float64, for theta with shape (B, d); -inf outside of the support.
+
+        Raises:
+            ValueError: Another shape, or nan.
+        """
         self._check_width(theta)
+        if wrong := int(theta.isnan().any(1).sum()):
+            raise ValueError(
+                f"{wrong} of {len(theta)} parameters are nan, which no density is of; find out why first"
+            )
         columns = self._within(theta.double()).unbind(1)
         each = [
             p.log_prob(t).reshape(len(theta)) for p, t in zip(self._each, columns, strict=True)
         ]
-        return torch.where(self.inside(theta).all(1), torch.stack(each, 1).sum(1), -math.inf)
+        inside = self.inside(theta) & theta.isfinite()
+        return torch.where(inside.all(1), torch.stack(each, 1).sum(1), -math.inf)
 
     def inside(self, theta: Tensor) -> Tensor:
         """Whether each number is one that the prior allows, up to its rounding, with shape (B, d)."""
