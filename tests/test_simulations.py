@@ -137,6 +137,53 @@ def test_masked_data_are_not_held_out():
     assert torch.equal(rest.noise.pixel_precision == 0, mask | variance.isinf())
 
 
+def watched():
+    """A sampler, and of every island that it made the posterior, the stream and the first numbers of that."""
+    seen = []
+
+    class Watched(si.Anneal):
+        def island(self, posterior, n, generator):
+            again = torch.Generator()
+            again.set_state(generator.get_state())
+            first = torch.randn(20, generator=again, dtype=torch.float64)
+            seen.append((posterior, generator.initial_seed(), first))
+            return super().island(posterior, n, generator)
+
+    return Watched(2), seen
+
+
+def test_truths_are_independent_of_the_noise_of_their_draws():
+    """No correlation, within 5 / sqrt(n), of a truth's component with the size of the first numbers of its particles."""
+    (shape, sims), (sampler, seen) = ((1, 1, 2), 300), watched()
+    mixture = si.MixturePrior(
+        [0.5, 0.5], [si.GaussianPrior(m * torch.ones(shape), 0.1) for m in (-1, 1)]
+    )
+    flat = si.Likelihood(si.Identity(shape), si.GaussianNoise(std=1.0))
+    truths = si.sample_simulations(mixture, flat, sims, 2, sampler, seed=0).truths
+    component = truths.mean((1, 2, 3)).sign().double()
+    first = torch.stack([first for _, _, first in seen])
+    assert len(first) == sims
+    rows = torch.cat([component[None], first.T, first.abs().T])
+    assert float(torch.corrcoef(rows)[0, 1:].abs().max()) < 5 / sims**0.5
+
+
+def test_seeds_of_an_observation_are_not_those_of_its_simulations():
+    """Neither the noise of data simulated with seed 3 nor the streams of draws with seed 0 come again."""
+    x, (sampler, seen) = PRIOR.sample(1, 7), watched()
+    y = white(1.0).simulate(x, 3)[0]
+    posterior = si.Posterior(PRIOR, white(1.0), y)
+    truths = si.sample(posterior, 80, sampler, seed=0).x[:5]
+    own = {seed for _, seed, _ in seen}
+    seen.clear()
+    si.sample_again(posterior, truths, 80, sampler, seed=0)
+    assert len(own) == 5 and len(seen) == 25
+    assert own.isdisjoint(seed for _, seed, _ in seen)
+    joined = torch.stack([p.y for p, _, _ in seen[::5]])
+    noise = (2 * joined - y - truths).flatten(1)
+    rows = torch.cat([(y - x).flatten(1), noise]).double()
+    assert float(torch.corrcoef(rows)[0, 1:].abs().max()) < 5 / 8  # of 64 numbers
+
+
 def test_a_simulation_depends_on_its_number_only(tmp_path):
     options = {"sampler": si.SMC(4), "seed": 3}
     one = si.sample_simulations(PRIOR, white(0.5), 12, 16, folder=tmp_path / "a", **options)

@@ -25,8 +25,11 @@ from scoreinv.priors.base import Prior
 from scoreinv.samplers.path import Sampler
 from scoreinv.samplers.run import fingerprint, sample
 from scoreinv.samplers.smc import SMC
+from scoreinv.streams import integer
 
 ISLAND = 16
+# a seed for each in a simulation, and none that users take: what shares random numbers is not independent
+TRUTH, DATA, DRAWS = range(3)
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,10 @@ def sample_simulations(
         if truths is not None:
             return truths[i]
         # the last bits of what a network draws again would depend on the threads
-        return prior.sample(1, _seed(seed, i))[0] if kept is None else kept
+        return prior.sample(1, integer(seed, i, TRUTH))[0] if kept is None else kept
 
     def posterior(truth: Tensor, i: int) -> Posterior:
-        y = likelihood.simulate(truth[None], _seed(seed, i))[0]
+        y = likelihood.simulate(truth[None], integer(seed, i, DATA))[0]
         return Posterior(prior, believed or likelihood, y)
 
     return _sampled(truth, posterior, sims, n, sampler or SMC(), seed, folder, progress, share)
@@ -167,7 +170,7 @@ def sample_again(
     both = Likelihood(likelihood.operator, halved)
 
     def joined(truth: Tensor, i: int) -> Posterior:
-        y = likelihood.simulate(truth[None], _seed(seed, i))[0]
+        y = likelihood.simulate(truth[None], integer(seed, i, DATA))[0]
         return Posterior(posterior.prior, both, 0.5 * (y + posterior.y))
 
     sims = len(truths)
@@ -196,9 +199,10 @@ def _sampled(
         key, record = (None, None) if path is None else _read(path)
         truth = truths(i, None if record is None else record["truths"])
         posterior = problem(truth, i)
-        wanted = fingerprint(posterior, sampler, _seed(seed, i), n)
+        own = integer(seed, i, DRAWS)
+        wanted = fingerprint(posterior, sampler, own, n)
         if record is None:
-            record = _simulation(posterior, truth, n, sampler, _seed(seed, i))
+            record = _simulation(posterior, truth, n, sampler, own)
             if path is not None:
                 _keep(path, wanted, record)
         elif key != wanted:
@@ -260,10 +264,6 @@ def _simulation(
         "evaluations": torch.tensor(draws.evaluations, dtype=torch.float64),
         "seconds": torch.tensor(draws.seconds, dtype=torch.float64),
     }
-
-
-def _seed(seed: int, i: int) -> int:
-    return 100_003 * seed + i
 
 
 def _keep(path: Path, key: str, record: dict[str, Tensor]) -> None:
