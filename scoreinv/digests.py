@@ -1,9 +1,11 @@
-"""Whether two arrays are the same, without keeping both."""
+"""Whether two arrays, or two settings, are the same, without keeping both."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,11 @@ def digest(values: Iterable[Tensor]) -> str:
     for v in values:
         found.update(v.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
+
+
+def digest_of_json(*parts: Any) -> str:
+    """SHA-256 of what JSON can say, as 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def rounded(values: Tensor) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scoreinv.cli.bench import table
 from scoreinv.cli.problem import say
+from scoreinv.digests import digest_of_json
 from scoreinv.npe.data import named
 from scoreinv.npe.estimator import Estimator
 from scoreinv.npe.featurizers import Data
@@ -27,7 +28,7 @@ from scoreinv.npe.stages import (
     train,
     validate,
 )
-from scoreinv.npe.store import Store, digest, load_simulator, simulated, source
+from scoreinv.npe.store import Store, load_simulator, simulated, source
 from scoreinv.samplers.run import installed
 
 STAGES = ("data", "train", "validate", "observe", "run", "rounds")
@@ -178,7 +179,7 @@ def _validate(config: NpeConfig) -> None:
     name, estimator = best(config.store, config.training, config.fits)
     report, sizes = config.folder / "validation.json", (config.sims, config.draws, config.swaps)
     row = json.loads((config.fits / name / "row.json").read_text())
-    of = digest(row["of"], name, sizes, config.seed)
+    of = digest_of_json(row["of"], name, sizes, config.seed)
     if report.exists() and not config.overwrite:
         if json.loads(report.read_text())["meta"]["of"] == of:
             say("validation", f"{report}, found")
@@ -204,7 +205,7 @@ def _observe(config: NpeConfig) -> None:
     simulator = load_simulator(config.simulator)
     x, truth, seen = _seen(config, simulator)
     row = json.loads((config.fits / name / "row.json").read_text())
-    of = digest(row["of"], name, seen, config.samples, config.seed)
+    of = digest_of_json(row["of"], name, seen, config.samples, config.seed)
     folder = config.folder / "posterior"
     kept = folder / POSTERIOR
     if kept.exists() and not config.overwrite:
@@ -223,7 +224,7 @@ def _rounds(config: NpeConfig) -> None:
         raise ValueError(f"methods has {method}, which learns no posterior; rounds take a flow")
     # more rounds go on from fewer
     made = config.simulator, source(config.simulator), config.n, config.seed
-    of = digest(*made, config.proposal, asdict(config.training), seen)
+    of = digest_of_json(*made, config.proposal, asdict(config.training), seen)
     folder, known = config.folder / "rounds", simulator.log_likelihood
     card = folder / "rounds.json"
     if config.overwrite and card.exists():
@@ -258,7 +259,7 @@ def _rounds(config: NpeConfig) -> None:
         rows.append(row)
     print(table(rows))
     name = f"{method} of round {found.best}"
-    estimator, of = found.estimators[found.best], digest(of, config.samples)
+    estimator, of = found.estimators[found.best], digest_of_json(of, config.samples)
     _posterior(config, estimator, simulator, x, truth, name, of, folder / "posterior")
 
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from scoreinv.digests import digest
 from scoreinv.finetune.adapted import Adapted, AdaptedControl, check_control, new_control
 from scoreinv.finetune.control import (
     Control,
@@ -78,11 +79,9 @@ class Amortised:
 
     def __str__(self) -> str:
         """Its kind and a hash of its weights, for the provenance of draws and to find them again."""
-        h = hashlib.sha256()
-        for module in (self.control, self.twist):
-            for v in module.state_dict().values():
-                h.update(v.cpu().contiguous().numpy().tobytes())
-        return f"{type(self.control).__name__} {h.hexdigest()[:12]}"
+        both = (self.control.state_dict(), self.twist.state_dict())
+        found = digest(v for state in both for v in state.values())
+        return f"{type(self.control).__name__} {found[:12]}"
 
     @property
     def engine(self) -> Engine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from scoreinv.digests import digest
 from scoreinv.finetune.objectives import LogVariance, Objective
 from scoreinv.finetune.paths import Engine, Paths
 from scoreinv.finetune.proposals import OnPolicy, Proposal
@@ -245,10 +245,7 @@ class _State:
     @property
     def signature(self) -> dict[str, float]:
         """What processes that train together must have in common."""
-        digest = hashlib.sha256()
-        for p in self.control.parameters():
-            digest.update(p.detach().cpu().contiguous().numpy().tobytes())
-        weights = int(digest.hexdigest()[:8], 16)
+        weights = int(digest(self.control.parameters())[:8], 16)
         return {"step": self.step, "first paths": self.probe, "weights' hash": weights}
 
     def follow(self, found: dict[str, float]) -> None:

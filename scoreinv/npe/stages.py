@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scoreinv.diagnostics import Coverage, coverage
+from scoreinv.digests import digest_of_json
 from scoreinv.npe.conditioned import Weighted
 from scoreinv.npe.data import ALONE, mapped, named, usable
 from scoreinv.npe.estimator import Estimator
@@ -38,7 +39,7 @@ from scoreinv.npe.nle import NLE
 from scoreinv.npe.nre import NRE
 from scoreinv.npe.posterior import NPE
 from scoreinv.npe.simulator import Simulator
-from scoreinv.npe.store import Store, digest, load_simulator
+from scoreinv.npe.store import Store, load_simulator
 from scoreinv.processes import shared
 from scoreinv.streams import integer, stream
 
@@ -109,7 +110,7 @@ def train(
     Returns:
         The table: a row for each fit, the best first, and what all are of.
     """
-    of = digest(store.hash, asdict(training) | {"methods": None, "fits": None}, seed)
+    of = digest_of_json(store.hash, asdict(training) | {"methods": None, "fits": None}, seed)
     if missing := len(store.missing()):
         raise ValueError(
             f"{missing} batches of {store.folder} are not simulated yet; the data stage goes on with them"

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from scoreinv.digests import digest_of_json
 from scoreinv.npe.data import ALONE, Inputs, count, named
 from scoreinv.npe.examples import EXAMPLES
 from scoreinv.npe.featurizers import Data
@@ -64,7 +64,7 @@ class Store:
     @property
     def hash(self) -> str:
         """Of what was simulated: the same for the same parameters, simulator and seed."""
-        return digest(self.card)
+        return digest_of_json(self.card)
 
     @property
     def theta(self) -> Tensor:
@@ -84,11 +84,6 @@ class Store:
     def _read(self, name: str) -> Tensor:
         # copied where it is written to, which never reaches the file
         return torch.from_numpy(np.load(self.folder / f"{name}.npy", mmap_mode="c"))
-
-
-def digest(*parts: Any) -> str:
-    """A hash of values of JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def load_simulator(name: str) -> Simulator:
