@@ -89,6 +89,14 @@ def test_names_in_any_alphabet(tmp_path):
     assert si.read_samples(path).meta["prior"]["prior"] == "modèle"
 
 
+def test_one_draw_has_no_spread(tmp_path):
+    """It is written and drawn all the same; warnings are errors here."""
+    draws = si.sample(posterior(), 1, **SETTINGS, grid=GRID)
+    assert bool(draws.std.isnan().all())
+    draws.write(tmp_path / "a.fits")
+    draws.plot().savefig(tmp_path / "a.png")
+
+
 def test_nothing_is_overwritten_unasked(samples, tmp_path):
     path = samples.write(tmp_path / "a.fits")
     before = path.read_bytes()

@@ -78,8 +78,9 @@ class Samples:
 
     @property
     def std(self) -> Tensor:
-        """Posterior standard deviation of each pixel, with shape (C, H, W)."""
-        return self.x.double().std(0)
+        """Posterior standard deviation of each pixel, with shape (C, H, W); nan of one draw."""
+        x = self.x.double()
+        return x.std(0) if len(x) > 1 else torch.full_like(x[0], math.nan)
 
     def with_(self, **changes: Any) -> Samples:
         """A copy with these fields changed."""
