@@ -40,8 +40,8 @@ from scoreinv.npe import (
 from scoreinv.npe.data import Standardise
 from scoreinv.npe.estimator import stacked
 from scoreinv.npe.fitting import recent
-from scoreinv.npe.flows import KINDS, new_flow, seeded
-from scoreinv.streams import stream
+from scoreinv.npe.flows import KINDS, new_flow
+from scoreinv.streams import seeded, stream
 
 D, M, NOISE = 2, 4, 0.5
 A = torch.tensor([[1.0, 0.3], [-0.5, 1.0], [0.8, 0.8], [0.2, -1.0]], dtype=torch.float64)

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from scoreinv.npe.featurizers import MLP
 from scoreinv.priors.network import preconditioning
-from scoreinv.streams import seeded as seeded
 
 EXPLICIT = ("maf", "nsf", "coupling", "mixture")
 KINDS = (*EXPLICIT, "matching", "score")
