@@ -42,9 +42,8 @@ def squared(draws: Tensor, truths: Tensor) -> tuple[Tensor, Tensor]:
     """
     L, ratios = draws.shape[1], []
     for x, t in zip(draws, truths, strict=True):
-        m = x[0] + (x - x[0]).mean(
-            0
-        )  # of equal numbers that number, which their mean may miss by its rounding
+        # of equal numbers that number, which their mean may miss by its rounding
+        m = x[0] + (x - x[0]).mean(0)
         if x.ndim >= 3:
             error, count = band_power((t - m)[None])
             spread = band_power(x - m)[0].sum(0)
