@@ -154,7 +154,7 @@ class Coverage:
             off = 1 - width.value if narrow else width.value - 1
             return f"too {'narrow' if narrow else 'wide'} by {100 * off:.0f} %{self._also()}"
         f = self.worst
-        return f"not calibrated: {f.statistic} of the {f.quantity} (p = {f.adjusted:.2g})"
+        return f"not calibrated: {f.statistic} of the ranks of the {f.quantity} (p = {f.adjusted:.2g})"
 
     def _calibrated(self) -> str:
         if not 1 / WANTED <= self.detectable[0] <= self.detectable[1] <= WANTED:

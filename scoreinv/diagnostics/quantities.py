@@ -88,7 +88,7 @@ def _any(members: Tensor, reference: Tensor, directions: Tensor) -> Named:
     yield ("distance", "distance to mean"), r.square().sum(1)
     yield ("distance", "distance in units of sd"), z2.sum(1)
     yield ("distance", "distance to the others"), torch.cdist(r, r).mean(1)
-    yield ("pixels", "beyond 2 sd"), (z2 > 4).sum(1)
+    yield ("pixels", "number beyond 2 sd"), (z2 > 4).sum(1)
     yield ("pixels", "largest in units of sd"), z2.max(1).values
     yield ("TARP", "distance to reference"), (flat - reference.flatten()).square().sum(1)
     # truths go with their data; draws that ignore them do not
