@@ -56,12 +56,12 @@ def held_out(likelihood: Likelihood, share: float, seed: int) -> tuple[Likelihoo
     if not 0 < share < 1:
         raise ValueError(f"share is {share}, expected a number between 0 and 1")
     shape = likelihood.operator.data_shape
+    known = (precision > 0).expand(shape)
     # a stream of its own: data simulated with the same seed would be chosen by their noise
-    mask = torch.rand(shape, generator=stream(seed, -4)) < share
-    mask &= (precision > 0).expand(shape)
+    mask = known & (torch.rand(shape, generator=stream(seed, -4)) < share)
     if not bool(mask.any()):
         raise ValueError(
-            f"a share of {share:g} of {int((precision > 0).expand(shape).sum())} data is none, expected a larger one"
+            f"a share of {share:g} of {int(known.sum())} data is none, expected a larger one"
         )
     kept = (1 / precision).expand(shape).masked_fill(mask, torch.inf)
     return Likelihood(likelihood.operator, GaussianNoise(variance=kept)), mask

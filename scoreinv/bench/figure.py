@@ -127,7 +127,8 @@ def calibration_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(4.2 * len(groups) + 0.4, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
-    names = ["total", *(f"k {where}" for where in ("< 3", "3 to 8", "8 to 16", "> 16"))]
+    inner = [f"k {low} to {high}" for low, high in BANDS[1:-1]]
+    names = ["total", f"k < {BANDS[0][1]}", *inner, f"k > {BANDS[-1][0]}"]
     aims = np.array([AIM_TOTAL, *[AIM_BAND] * len(BANDS)])
     for ax, group in zip(axes, groups, strict=True):
         noises = sorted({row["noise"] for row in group}, reverse=True)

@@ -24,9 +24,7 @@ from scoreinv.gaussian import Covariance, dot, selected
 from scoreinv.kernels import conditional, noise_levels, reverse_covariance
 from scoreinv.likelihood import Likelihood
 from scoreinv.operators.information import white
-from scoreinv.priors.base import Prior, RescaledPrior
-from scoreinv.priors.network import ScorePrior
-from scoreinv.priors.score_models import ScoreModelsPrior
+from scoreinv.priors.base import Prior
 from scoreinv.samplers.smc import DIFFERENCE, local_covariance
 from scoreinv.streams import stream
 
@@ -214,11 +212,7 @@ class PriorChain(Reference):
 
     @property
     def device(self) -> torch.device:
-        prior = self.prior
-        while isinstance(prior, RescaledPrior):
-            prior = prior.prior
-        apart = isinstance(prior, ScorePrior | ScoreModelsPrior)
-        return prior.device if apart else super().device
+        return self.prior.device
 
     def start(self, n: int, y: Tensor | None) -> GaussianStep:
         mean = self.prior.moments.mean.to(self.dtype).expand(n, *self.shape)

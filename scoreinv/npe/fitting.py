@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from scoreinv.digests import digest, rounded
+from scoreinv.digests import digest, digest_of_json, rounded
 from scoreinv.npe.data import Inputs, mapped
 from scoreinv.npe.members import Member
 from scoreinv.streams import integer, seeded, stream
@@ -266,7 +265,7 @@ def _drawn(member: nn.Module) -> str:
         layers = repr(member)
     layers = re.sub(r" at 0x[0-9a-fA-F]+", "", layers)  # an address in memory is another each time
     size = sum(v.numel() for v in member.parameters())
-    return f"{size} weights, {hashlib.sha256(layers.encode()).hexdigest()[:16]}"
+    return f"{size} weights, {digest_of_json(layers)[:16]}"
 
 
 def _batches(rows: Tensor, size: int) -> tuple[Tensor, ...]:

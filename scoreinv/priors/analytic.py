@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoreinv.digests import rounded
+from scoreinv.digests import digest_of_json, rounded
 from scoreinv.gaussian import Covariance, Dense, Diagonal, Fourier, Gaussian, Scalar, blocks
 from scoreinv.kernels import expectation
 from scoreinv.priors.base import Prior
@@ -116,8 +115,7 @@ class MixturePrior(Prior):
             means[:1].shape
         )
         known = [rounded(v) for v in (w / w.sum(), means, *(C.apply(ramp) for C in covariances))]
-        key = hashlib.sha256(" ".join(known).encode()).hexdigest()
-        self.identity = {"prior": f"MixturePrior of {len(w)}", "sha256": key}
+        self.identity = {"prior": f"MixturePrior of {len(w)}", "sha256": digest_of_json(*known)}
 
     def log_components(self, x: Tensor, sigma: float) -> Tensor:
         """log w_k N(x; mu_k, C_k + sigma^2), with shape (B, K)."""

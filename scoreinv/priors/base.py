@@ -50,6 +50,11 @@ class Prior(abc.ABC):
     excess_noise: float = 0.0
     symmetric: bool = False
 
+    @property
+    def device(self) -> torch.device:
+        """Where its network runs; particles stay where they are."""
+        return torch.device("cpu")
+
     @abc.abstractmethod
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         """E[x_0 | x_sigma = x].
@@ -198,6 +203,10 @@ class RescaledPrior(Prior):
         self.moments = prior.moments.rescaled(amplitude)
         self.identity = {**prior.identity, "amplitude": f"{amplitude:.9g}"}
         self.excess_noise, self.symmetric = prior.excess_noise, prior.symmetric
+
+    @property
+    def device(self) -> torch.device:
+        return self.prior.device
 
     def sample(self, n: int, seed: int, steps: int = 40, churn: float = 0.1) -> Tensor:
         """amplitude times the draws of the prior, with shape (n, C, H, W)."""

@@ -185,7 +185,6 @@ class ScorePrior(Prior):
 
     @property
     def device(self) -> torch.device:
-        """Where the network runs; particles stay where they are."""
         return next(self.network.parameters()).device
 
     def to(self, device: torch.device | str) -> ScorePrior:

@@ -200,10 +200,9 @@ class ScoreModelsPrior(Prior):
 
     @property
     def device(self) -> torch.device:
-        """Where the network runs; particles stay where they are."""
         if isinstance(self.network, nn.Module):
             return next(self.network.parameters()).device
-        return torch.device("cpu")
+        return super().device
 
     def to(self, device: torch.device | str) -> ScoreModelsPrior:
         """Move the network; returns the prior itself."""

@@ -19,6 +19,7 @@ from scoreinv.gaussian import Scalar
 from scoreinv.posterior import Posterior
 from scoreinv.samplers.baselines.chain import Baseline
 from scoreinv.samplers.path import Descent, Island, Request, Trace
+from scoreinv.streams import seeded
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,7 @@ class Foreign(Island):
         yield from ()
 
     def _step(self, i: int) -> Generator[Request, Tensor, int]:
-        with torch.random.fork_rng(devices=()):
-            # particles live on the CPU; torch.manual_seed would set the streams of GPUs too, which are not put back
-            seed = int(torch.randint(2**31, (1,), generator=self.generator))
-            torch.default_generator.manual_seed(seed)
+        with seeded(int(torch.randint(2**31, (1,), generator=self.generator))):
             self.x = self.options.draws(self.posterior, self.n, self.trace)
         yield from ()
         return i + 1
