@@ -97,7 +97,7 @@ class LocalConditioned:
         Args:
             m: Means before the data are known, with shape (B, C, H, W).
             generator: Of the draws.
-            wider: Factor by which draws are wider than that Gaussian, about the same mean.
+            wider: Factor by which draws are wider than that Gaussian where the data say little.
             suspected: Where the data doubted these images at the level before; nowhere if not given.
         """
         K = self.tilted(m)
@@ -108,7 +108,7 @@ class LocalConditioned:
             return x - off, torch.zeros_like(m, dtype=torch.bool)
         missed = self.conditioner.misfit(x, n)
         # what is missed has the noise of the data and that of the draw
-        scatter = math.sqrt(1 + wider**2) * self.noise
+        scatter = math.sqrt(1 + wider) * self.noise
         enough = DOUBT if suspected is None else torch.where(suspected, AGAIN, DOUBT)
         doubted = (missed.abs() > enough * scatter) & (self.noise > 0)
         again = doubted.flatten(1).any(1)
@@ -150,10 +150,13 @@ class LocalConditioned:
     ) -> tuple[Tensor, Tensor]:
         """Draws by Matheron's rule, and the noise that the data were perturbed by for them.
 
-        With both perturbations enlarged, what comes out is wider about the same mean.
+        With both perturbations enlarged, what comes out is wider about the same mean, and fits good data worse than the
+        truth does. With K widened it follows them more closely than it should. Each takes the root of the factor.
         """
-        x = m + wider * bent(K.draw(generator), K.deviation, g)
-        n = wider * self.conditioner.noise(len(m), generator)
+        half = math.sqrt(wider)
+        K = K.widened(torch.full_like(m, half))
+        x = m + half * bent(K.draw(generator), K.deviation, g)
+        n = half * self.conditioner.noise(len(m), generator)
         u = respond(K, self.conditioner.inform, self.conditioner.misfit(x, n), self.length)
         return x + u, n
 
