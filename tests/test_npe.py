@@ -540,6 +540,20 @@ def test_a_likelihood_knows_the_evidence_in_the_units_of_the_data(others, pairs)
     assert less[0] - less[1] == pytest.approx(M * math.log(10), abs=0.01)
 
 
+def test_inputs_may_come_in_any_order(pairs, tmp_path):
+    """A likelihood takes all numbers as one list; its inputs by name are the same data in whatever order, and once kept."""
+    theta, x = pairs[0][:500], {"first": pairs[1][:500, :1], "rest": pairs[1][:500, 1:]}
+    estimator = NLE(GAUSSIAN).fit(theta, x, seed=0, plan=Fitting(epochs=2, batch=200))
+    estimator.save(tmp_path)
+    again = NLE(GAUSSIAN).load(tmp_path)
+    one = {name: v[0] for name, v in x.items()}
+    turned = dict(reversed(one.items()))
+    expected = estimator.condition(one).log_prob(theta)
+    for given in (estimator.condition(turned), again.condition(turned)):
+        torch.testing.assert_close(given.log_prob(theta), expected, rtol=0, atol=0)
+        assert given.strangeness() == estimator.condition(one).strangeness()
+
+
 def test_marginals_are_those_of_the_joint_posterior(others):
     """Over 20 data: means within half a standard deviation and widths within a third."""
     estimator, off, width = others("marginals"), [], []

@@ -48,8 +48,8 @@ class Member(nn.Module, ABC):
         return 0.0
 
     def standard(self, x: Inputs) -> Inputs:
-        """Data in their units."""
-        return {name: self.units[name](v) for name, v in x.items()}
+        """Data in their units, in the order of the fit, whatever that of x."""
+        return {name: unit(x[name]) for name, unit in self.units.items()}
 
     @torch.no_grad()
     def many_features(self, x: Inputs) -> Tensor:
