@@ -292,6 +292,20 @@ def test_records_of_another_table_are_refused(tmp_path):
         Records(store, Score)
 
 
+def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path):
+    store = tmp_path / "a.jsonl"
+    kept = Records(store, ranks.Rank)
+    kept.add(ranks.Rank("a", 0.1))
+    with store.open("a") as f:
+        f.write('{"key": "b", "ra')
+    for key, value in (("b", 0.2), ("c", 0.3)):
+        again = Records(store, ranks.Rank)
+        assert key not in again
+        again.add(ranks.Rank(key, value))
+    found = Records(store, ranks.Rank)
+    assert [found[key].rank for key in "abc"] == [0.1, 0.2, 0.3]
+
+
 def test_weights_that_were_dropped_now_and_then_show_in_the_row():
     """Effective sizes are of the runs that have weights, in whatever order they come."""
     one = score(FIELDS["blur"], si.SMC(levels=3), n=20, seed=0, island=20)

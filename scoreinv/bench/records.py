@@ -27,7 +27,10 @@ class Records(Generic[T]):
 
     def __init__(self, path: Path | None, kind: type[T]) -> None:
         self.path, self._known = path, {}
-        for line in path.read_text().splitlines() if path is not None and path.exists() else []:
+        text = path.read_text() if path is not None and path.exists() else ""
+        # what was cut off must not run into the next record
+        self._due = "\n" if text and not text.endswith("\n") else ""
+        for line in text.splitlines():
             try:
                 fields = json.loads(line)
             except json.JSONDecodeError:
@@ -52,4 +55,5 @@ class Records(Generic[T]):
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as f:
-                f.write(json.dumps(asdict(record)) + "\n")
+                f.write(self._due + json.dumps(asdict(record)) + "\n")
+            self._due = ""
