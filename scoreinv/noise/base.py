@@ -25,7 +25,7 @@ class Noise(abc.ABC):
 
     @abc.abstractmethod
     def misfit(self, y: Tensor, clean: Tensor) -> Tensor:
-        """chi^2: squared residuals over their variance, with shape (B,), in float64."""
+        """chi^2: squared residuals over their variance, 1 on average for each real number, with shape (B,), in float64."""
 
     @abc.abstractmethod
     def nearby(self, y: Tensor, clean: Tensor) -> tuple[GaussianNoise, Tensor]:

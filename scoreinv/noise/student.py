@@ -48,7 +48,9 @@ class StudentNoise(Noise):
         return each.flatten(1).sum(1)
 
     def misfit(self, y: Tensor, clean: Tensor) -> Tensor:
-        return (_parts(y - clean) / self._scale(clean)).square().flatten(1).sum(1)
+        square = (_parts(y - clean) / self._scale(clean)).square()
+        # over the variance that each residual calls for: 1 on average for any nu, chi^2 for a large one
+        return ((self.dof + 1) * square / (self.dof + square)).flatten(1).sum(1)
 
     def nearby(self, y: Tensor, clean: Tensor) -> tuple[GaussianNoise, Tensor]:
         square = ((y - clean) / self.scale).abs().square().mean(0) / (2 if y.is_complex() else 1)
