@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -790,6 +791,7 @@ def test_features_of_every_kind_of_data():
     }
     named = Named(set=sets, image=images, series=series)
     assert named(x).shape == (5, 24) == (5, named.features)
+    assert torch.equal(Named(**{"self": sets})({"self": x["set"]}), sets(x["set"]))
     order = torch.randperm(7)
     torch.testing.assert_close(sets(x["set"]), sets(x["set"][:, order]))
     assert MLP(4, 6)(torch.randn(3, 4)).shape == (3, 6)
@@ -928,7 +930,10 @@ HOLED = torch.where(torch.arange(60)[:, None] < 3, math.nan, X)
         (fit(THETA[:, 0], X), r"theta has shape \(60,\), expected \(n, 2\)"),
         (fit(THETA, X[:, 0]), r"x has shape \(60,\), expected \(n, numbers\)"),
         (fit(THETA, X + 1j), "x is complex; give its real and imaginary parts"),
-        (fit(THETA, {"type": X}), "an input cannot be called 'type'"),
+        *(
+            (fit(THETA, {name: X}), f"an input cannot be called {re.escape(repr(name))}, for")
+            for name in ("type", "training", "_modules", "a.b", "a/b", "", 3)
+        ),
         (fit(THETA, X, featurizer=MLP(4)), "featurizer is a module, expected a function"),
         (
             fit(THETA, X, featurizer=lambda: torch.nn.Linear(4, 3)),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from scoreinv.npe.featurizers import Data
 
 INVALID = ("raise", "drop", "mask")
+TAKEN = nn.ModuleDict()  # an instance, whose attributes are more than those of its class
 ROWS = 1000  # that are looked at together
 Inputs = dict[str, Tensor]
 ALONE = "x"  # name of the only input
@@ -27,8 +28,15 @@ def named(x: Data) -> Inputs:
             raise ValueError(
                 f"{name} is complex; give its real and imaginary parts as channels, as torch.view_as_real makes them"
             )
-        if hasattr(nn.ModuleDict, name) or "." in name:
-            raise ValueError(f"an input cannot be called {name!r}; choose another name")
+        if (
+            not isinstance(name, str)
+            or not name
+            or set("./\\") & set(name)
+            or hasattr(TAKEN, name)
+        ):
+            raise ValueError(
+                f"an input cannot be called {name!r}, for which modules or files have no place; choose another name"
+            )
     return x
 
 

@@ -117,7 +117,7 @@ class DeepSet(nn.Module):
 class Named(nn.Module):
     """Several inputs by name, such as an image, its noise map and the times, each with a featurizer of its own."""
 
-    def __init__(self, **parts: nn.Module) -> None:
+    def __init__(self, /, **parts: nn.Module) -> None:
         super().__init__()
         self.parts = nn.ModuleDict(parts)
         self.features = sum(part.features for part in parts.values())
