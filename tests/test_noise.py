@@ -265,7 +265,10 @@ def test_noise_with_outliers_has_the_quartiles_of_students_t():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_the_misfit_of_each_datum_with_outliers_is_one(dof, dtype):
     """The mean of 400,000 has a standard error of at most 0.22 %, whatever the tail; with few outliers it is chi^2."""
-    noise, clean = StudentNoise(torch.tensor([0.1, 7.0]), dof), torch.zeros(200_000, 2, dtype=dtype)
+    noise, clean = (
+        StudentNoise(torch.tensor([0.1, 7.0]), dof),
+        torch.zeros(200_000, 2, dtype=dtype),
+    )
     y = noise.observe(clean, torch.Generator().manual_seed(0))
     parts = 2 if dtype.is_complex else 1
     assert float(noise.misfit(y, clean).mean()) / 2 / parts == pytest.approx(1.0, rel=0.01)
