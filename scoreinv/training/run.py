@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -97,20 +98,31 @@ class TrainingRun:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        data, network, (low, high) = self.data, self.network, self.data.amplitude
+        data, network, plan = self.data, self.network, self.optimisation
+        low, high = data.amplitude
         smallest = 2 ** len(network.widths)
         for wrong, message in (
-            (data.size % smallest, f"size is {data.size}, expected a multiple of {smallest}: {len(network.widths)} "
-             "levels of the network each halve the image"),
-            (any(w % 8 for w in network.widths), f"widths are {network.widths}, expected multiples of 8"),
+            (data.size < 1 or data.size % smallest, f"size is {data.size}, expected a multiple of {smallest}: "
+             f"{len(network.widths)} levels of the network each halve the image"),
+            (not network.widths or any(w < 1 or w % 8 for w in network.widths), f"widths are {network.widths}, expected "
+             "multiples of 8, one or more"),
+            (network.blocks < 1 or network.embedding < 2 or network.embedding % 2, f"blocks is {network.blocks} and "
+             f"embedding {network.embedding}, expected at least 1 and an even number above 0"),
             (data.images < 1 or data.held_out < 2, f"images is {data.images} and held_out {data.held_out}, "
              "expected at least 1 and 2"),
-            (not 0 < low <= high, f"amplitude is {data.amplitude}, expected 0 < lowest <= highest"),
+            (not 0 < low <= high < math.inf, f"amplitude is {data.amplitude}, expected 0 < lowest <= highest < inf"),
+            (data.shift < 0, f"shift is {data.shift}, expected 0 or more pixels"),
             ((data.kind == "folder") != (data.folder is not None), f"kind is {data.kind!r} and folder {data.folder}, "
              "expected a folder for the kind 'folder', and for no other"),
-            (self.optimisation.warmup < 1, f"warmup is {self.optimisation.warmup}, expected at least 1 step"),
-            (not 0 < self.sigma_min < self.sigma_max, f"sigma goes from {self.sigma_min:g} to {self.sigma_max:g}, "
-             "expected 0 < sigma_min < sigma_max"),
+            (min(plan.steps, plan.batch, plan.warmup, plan.save_every) < 1, f"steps is {plan.steps}, batch {plan.batch}, "
+             f"warmup {plan.warmup} and save_every {plan.save_every}, expected at least 1 of each"),
+            (not plan.rate > 0 or not 0 <= plan.ema < 1, f"rate is {plan.rate:g} and ema {plan.ema:g}, "
+             "expected a rate above 0 and 0 <= ema < 1"),
+            (not plan.log_sigma[1] > 0, f"log_sigma is {plan.log_sigma}, expected a mean and a deviation above 0"),
+            (min(self.draws, self.error_steps) < 0, f"draws is {self.draws} and error_steps {self.error_steps}, "
+             "expected 0 or more"),
+            (not 0 < self.sigma_min < self.sigma_max < math.inf, f"sigma goes from {self.sigma_min:g} to "
+             f"{self.sigma_max:g}, expected 0 < sigma_min < sigma_max"),
         ):  # fmt: skip
             if wrong:
                 raise ValueError(message)
