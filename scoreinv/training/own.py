@@ -110,16 +110,17 @@ def _stack(pixels: np.ndarray, path: Path) -> np.ndarray:
 
 def _square(image: np.ndarray, size: int, path: Path) -> np.ndarray:
     """The central square at this size, over its peak."""
-    peak = float(image.max()) if image.size and np.isfinite(image).all() else 0.0
-    if not peak > 0:
-        raise ValueError(
-            f"an image of {path} has pixels that are not finite, or none above 0; mend it or take it away"
-        )
     side = min(image.shape)
     top, left = ((n - side) // 2 for n in image.shape)
     square = torch.from_numpy(image[top : top + side, left : left + side].copy())
-    if side != size:
+    finite = side > 0 and bool(np.isfinite(image).all())
+    if finite and side != size:
         square = F.interpolate(square[None, None], (size, size), mode="bilinear", antialias=True)[
             0, 0
         ]
+    if not finite or not bool(square.max() > 0):
+        raise ValueError(
+            f"images of {path} have pixels that are not finite, or none above 0 in their central square; mend them or take "
+            "them away"
+        )
     return (square / square.max()).numpy()
