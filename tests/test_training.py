@@ -471,6 +471,12 @@ def test_a_prior_of_ones_own_images(folder, tmp_path):
     draws = prior.sample(32, seed=0)
     left, right = (v.mean((1, 2, 3)) for v in draws.split(8, dim=-1))
     assert bool((right > left + 0.2).all())
+    np.save(folder / "stack.npy", ramp(3, 20, 24))  # written anew, and the same
+    train(run, tmp_path / "own", progress=False)
+    np.save(folder / "stack.npy", ramp(3, 20, 24)[..., ::-1])
+    with pytest.raises(ValueError, match="other images than this run began with"):
+        train(run, tmp_path / "own", progress=False)
+    np.save(folder / "stack.npy", ramp(3, 20, 24))
     few = replace(run, data=replace(data, images=7))
     with pytest.raises(ValueError, match=r"holds 9 images, expected at least .* = 10"):
         train(few, tmp_path / "few", progress=False)

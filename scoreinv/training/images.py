@@ -76,7 +76,8 @@ def load_images(run: TrainingRun, folder: Path, progress: bool) -> tuple[Tensor,
     """Training and held-out images, simulated or read once and kept beside the checkpoints; both (n, 1, H, W), float16.
 
     Raises:
-        ValueError: A folder with fewer images than asked for, or with files that are none.
+        ValueError: A folder with fewer images than asked for, with files that are none, or with other images than the
+            run began with.
     """
     data = run.data
     n = data.images + data.held_out
@@ -92,6 +93,12 @@ def load_images(run: TrainingRun, folder: Path, progress: bool) -> tuple[Tensor,
             raise ValueError(
                 f"{data.folder} holds {len(images)} images, expected at least images + held_out = {n}"
             )
+        for known in folder.glob(f"images-{'?' * len(key)}.npy"):
+            if not np.array_equal(np.load(known), images[:n]):
+                raise ValueError(
+                    f"{data.folder} holds other images than this run began with, which {known} keeps; put those back, or "
+                    "choose another output folder for these"
+                )
         partial = path.with_suffix(".part.npy")
         np.save(partial, images[:n])
         partial.rename(path)
