@@ -66,7 +66,10 @@ class Likelihood:
         return self.linear and isinstance(self.noise, GaussianNoise)
 
     def simulate(self, x: Tensor, seed: int) -> Tensor:
-        """Data of each image, with shape (B, *data), in the precision of x, for x with shape (B, C, H, W)."""
+        """Data of each image, with shape (B, *data), for x with shape (B, C, H, W).
+
+        In the precision of x; counts and data with outliers are in float64.
+        """
         # in single precision the phases of visibilities would be off by more than good noise
         clean = self.operator(x.double())
         wide = torch.promote_types(x.dtype, torch.complex64) if clean.is_complex() else x.dtype
