@@ -39,6 +39,7 @@ from scoreinv.kernels import conditional, expectation, inverse
 from scoreinv.likelihood import Likelihood
 from scoreinv.operators.information import white
 from scoreinv.priors.base import Prior
+from scoreinv.tensors import as_tensor
 
 ROUNDS = 8  # of conditioning that find the Gaussian likelihood near data that are not Gaussian
 SHORT = 0.2  # of the noise of one pixel: what iterative solves for a whole image may leave out under it
@@ -114,6 +115,7 @@ class Posterior:
     def __init__(
         self, prior: Prior, likelihood: Likelihood, y: Tensor, tolerance: float = 0.05
     ) -> None:
+        y = as_tensor(y)
         _check(prior, likelihood, y)
         self.prior, self.likelihood, self.y = prior, likelihood, y
         self.tolerance = tolerance
@@ -269,6 +271,7 @@ def amplitude_by_evidence(prior: Prior, likelihood: Likelihood, y: Tensor) -> tu
         raise ValueError(
             "the amplitude is found by the evidence of linear data; give a number instead"
         )
+    y = as_tensor(y)
     near, data = likelihood.nearby(y, torch.zeros(1, *prior.shape, dtype=torch.float64))
     best = _likeliest(prior, near, data)
     for _ in range(0 if likelihood.gaussian else AMPLITUDES):

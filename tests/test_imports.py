@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "scoreinv"
 ORDER = [
     "streams",
     "digests",
+    "tensors",
     "processes",
     "diagnostics",
     "gaussian",
@@ -38,7 +39,7 @@ ORDER = [
     "__main__",
 ]
 # These may import less: only what is named here.
-RESTRICTED = {"diagnostics": {"streams"}, "simulators": {"data"}}
+RESTRICTED = {"diagnostics": {"streams", "tensors"}, "simulators": {"data"}}
 # These may import `scoreinv` itself, that is, the public names.
 USERS = {"bench", "cli"}
 HEAVY = {"torchvision", "score_models", "accelerate"}

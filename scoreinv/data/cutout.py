@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from scoreinv.data.grid import Grid
-from scoreinv.data.visibilities import as_tensor
+from scoreinv.data.visibilities import copied
 
 ENOUGH_PIXELS = 100
 
@@ -58,7 +58,7 @@ class Cutout:
     sha256: str = ""
 
     def __post_init__(self) -> None:
-        data = as_tensor(self.data).double()
+        data = copied(self.data).double()
         if data.shape != (1, *self.grid.shape):
             raise ValueError(
                 f"data has shape {tuple(data.shape)}, expected {(1, *self.grid.shape)}, one image "
@@ -67,11 +67,11 @@ class Cutout:
         _check_pixels(data)
         object.__setattr__(self, "data", data)
         if self.psf is not None:
-            psf = as_tensor(self.psf).double()
+            psf = copied(self.psf).double()
             _check_psf(psf, self.grid.shape)
             object.__setattr__(self, "psf", psf)
         if self.noise_spectrum is not None:
-            spectrum = as_tensor(self.noise_spectrum).double()
+            spectrum = copied(self.noise_spectrum).double()
             if spectrum.shape != data.shape or not (spectrum > 0).all():
                 raise ValueError(
                     f"noise_spectrum has shape {tuple(spectrum.shape)} and minimum "
@@ -81,7 +81,7 @@ class Cutout:
         if self.std is not None and not self.std > 0:
             raise ValueError(f"std is {self.std}, expected a positive number [{self.grid.unit}]")
         if self.mask is not None:
-            mask = as_tensor(self.mask).bool()
+            mask = copied(self.mask).bool()
             if mask.shape != data.shape:
                 raise ValueError(
                     f"mask has shape {tuple(mask.shape)}, expected {tuple(data.shape)}"

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from scoreinv.data.grid import Grid
+from scoreinv.tensors import as_tensor
 
 ARCSEC = math.pi / 180 / 3600
 
@@ -71,11 +72,11 @@ class Visibilities:
     flagged: int = 0
 
     def __post_init__(self) -> None:
-        uv = as_tensor(self.uv)
+        uv = copied(self.uv)
         if uv.ndim != 2 or uv.shape[1] != 2:
             hint = "; transpose it?" if uv.ndim == 2 and uv.shape[0] == 2 else ""
             raise ValueError(f"uv has shape {tuple(uv.shape)}, expected (N, 2){hint}")
-        data = as_tensor(self.data)
+        data = copied(self.data)
         if not data.is_complex():
             raise ValueError(
                 f"data has dtype {data.dtype}, expected complex visibilities; pass real + 1j * "
@@ -84,12 +85,12 @@ class Visibilities:
         values = {
             "uv": uv.double(),
             "data": data.to(torch.complex128),
-            "weight": as_tensor(self.weight).double(),
+            "weight": copied(self.weight).double(),
         }
         if self.antennas is not None:
-            values["antennas"] = as_tensor(self.antennas).long()
+            values["antennas"] = copied(self.antennas).long()
         if self.time is not None:
-            values["time"] = as_tensor(self.time).double()
+            values["time"] = copied(self.time).double()
         _check_shapes(values)
         for name in ("uv", "data", "weight"):
             _check_finite(name, values[name])
@@ -233,12 +234,9 @@ class Visibilities:
         return len(rows) - len(torch.unique(rows, dim=0))
 
 
-def as_tensor(value: Tensor | ArrayLike) -> Tensor:
-    """The value as a tensor; arrays are copied, in any byte order and also when read-only."""
-    if torch.is_tensor(value):
-        return value
-    array = np.asarray(value)
-    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+def copied(value: Tensor | ArrayLike) -> Tensor:
+    """The value as a tensor; arrays are copied, also read-only ones."""
+    return value if torch.is_tensor(value) else as_tensor(np.array(value))
 
 
 def _check_shapes(values: dict[str, Tensor]) -> None:

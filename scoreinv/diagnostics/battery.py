@@ -38,6 +38,7 @@ from scoreinv.diagnostics.ranks import (
 )
 from scoreinv.diagnostics.sharpness import Sharpness, sharpness
 from scoreinv.streams import stream
+from scoreinv.tensors import as_tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -350,7 +351,7 @@ def coverage(
 
 def _real(name: str, values: Any, shape: tuple[int, ...] | None = None) -> Tensor:
     """Values as real, finite numbers of this shape, without a gradient."""
-    v = torch.as_tensor(values).detach()
+    v = as_tensor(values).detach()
     if v.is_complex():
         raise ValueError(f"{name} are {v.dtype}, expected real numbers")
     if shape is not None and tuple(v.shape) != shape:
@@ -375,7 +376,7 @@ def _noisy(
     draws: Tensor, std: float | Tensor, shape: tuple[int, ...], unit: float, seed: int
 ) -> Tensor:
     """Draws with noise of their own, like that of their truths."""
-    std = torch.as_tensor(std)
+    std = as_tensor(std)
     if not bool((std >= 0).all() and torch.isfinite(std).all()):
         raise ValueError("truth_noise is negative or not finite, expected a standard deviation")
     if not bool((std > 0).any()):

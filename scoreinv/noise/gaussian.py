@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scoreinv.gaussian import Covariance, Dense, Diagonal, Fourier, Scalar
 from scoreinv.noise.base import Noise
+from scoreinv.tensors import as_tensor
 
 
 class GaussianNoise(Noise):
@@ -61,7 +62,7 @@ class GaussianNoise(Noise):
             self.covariance = Fourier(positive(spectrum, "spectrum"))
         else:
             if not isinstance(covariance, Covariance):
-                covariance = Dense(torch.as_tensor(covariance, dtype=torch.float64))
+                covariance = Dense(as_tensor(covariance, dtype=torch.float64))
             self.covariance = covariance.map(lambda v: positive(v, "covariance", infinite=True))
         self._precision = self.covariance.map(torch.reciprocal)
         self._whitener = self.covariance.map(torch.rsqrt)
@@ -184,7 +185,7 @@ def _parts(C: Covariance, r: Tensor) -> Tensor:
 
 def positive(value: float | Tensor, name: str, infinite: bool = False) -> Tensor:
     """The value in float64; raises if it is not positive and finite, or positive where it may be infinite."""
-    value = torch.as_tensor(value, dtype=torch.float64)
+    value = as_tensor(value, dtype=torch.float64)
     bad = ~(value > 0) if infinite else ~(value > 0) | value.isinf()
     if bool(bad.any()):
         raise ValueError(

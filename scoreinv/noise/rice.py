@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scoreinv.noise.base import Noise
 from scoreinv.noise.gaussian import GaussianNoise
+from scoreinv.tensors import as_tensor
 
 
 class RiceNoise(Noise):
@@ -28,7 +29,7 @@ class RiceNoise(Noise):
     """
 
     def __init__(self, std: float | Tensor) -> None:
-        if bool(torch.as_tensor(std).isinf().any()):
+        if bool(as_tensor(std).isinf().any()):
             raise ValueError("an amplitude without weight has an infinite std; drop it")
         self.parts = GaussianNoise(std=std)
 

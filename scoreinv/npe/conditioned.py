@@ -29,6 +29,7 @@ from scoreinv.finetune.evidence import Evidence, evidence
 from scoreinv.npe.data import Inputs
 from scoreinv.samplers.tempering import Propose, temper
 from scoreinv.streams import stream
+from scoreinv.tensors import as_tensor
 
 if TYPE_CHECKING:
     from scoreinv.npe.estimator import Estimator
@@ -131,7 +132,7 @@ class Estimated(ABC):
             raise ValueError(f"n is {n}, expected {LEAST} draws or more, better thousands")
         u, log_z = self._draw(n, seed)
         theta = self.prior.from_normal(u)
-        log_l = torch.as_tensor(log_likelihood(theta)).double()
+        log_l = as_tensor(log_likelihood(theta)).double()
         if tuple(log_l.shape) != (n,):
             raise ValueError(f"the log-likelihood has shape {tuple(log_l.shape)}, expected ({n},)")
         wrong = log_l.isnan() | (log_l == math.inf)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from scoreinv.npe.featurizers import Data
+from scoreinv.tensors import as_tensor
 
 INVALID = ("raise", "drop", "mask")
 TAKEN = nn.ModuleDict()  # an instance, whose attributes are more than those of its class
@@ -22,7 +23,7 @@ def named(x: Data) -> Inputs:
     Raises:
         ValueError: Complex numbers, no axis of simulations and one of numbers, or a name that a module cannot have.
     """
-    x = {k: torch.as_tensor(v) for k, v in (x if isinstance(x, Mapping) else {ALONE: x}).items()}
+    x = {k: as_tensor(v) for k, v in (x if isinstance(x, Mapping) else {ALONE: x}).items()}
     for name, v in x.items():
         if v.is_complex():
             raise ValueError(

@@ -39,6 +39,7 @@ from scoreinv.npe.fitting import Fitting, Pairs, fit, scores
 from scoreinv.npe.members import Member
 from scoreinv.npe.parameters import ParameterPrior
 from scoreinv.streams import integer, seeded, stream
+from scoreinv.tensors import as_tensor
 
 FORMAT = 2  # of the files of an estimator
 FEWEST = 50  # pairs that are worth a fit
@@ -130,9 +131,9 @@ class Estimator(ABC):
             ValueError: Lengths that differ, too few pairs, parameters outside of the prior, features that never change,
                 numbers that are not finite where `invalid` does not allow them.
         """
-        theta, inputs = torch.as_tensor(theta), named(x)
+        theta, inputs = as_tensor(theta), named(x)
         if pair_weights is not None:
-            pair_weights = torch.as_tensor(pair_weights)
+            pair_weights = as_tensor(pair_weights)
         if theta.ndim != 2:
             raise ValueError(
                 f"theta has shape {tuple(theta.shape)}, expected (n, {len(self.prior)})"

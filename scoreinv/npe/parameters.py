@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import Distribution, TransformedDistribution
 
 from scoreinv.streams import stream
+from scoreinv.tensors import as_tensor
 
 FARTHEST = 8.0  # |u|: 1e-15 of the prior lies beyond
 KNOWN_BY = (0.01, 0.25, 0.5, 0.75, 0.99)  # quantiles that tell one prior from another
@@ -166,7 +167,7 @@ def _double(p: Distribution) -> Distribution:
 
 
 def _decimal(v: Tensor) -> Tensor:
-    v = torch.as_tensor(v).detach()
+    v = as_tensor(v).detach()
     if v.dtype != torch.float32:
         return v.double()
     shortest = [float(str(np.float32(x))) for x in v.flatten().tolist()]

@@ -42,6 +42,7 @@ from scoreinv.npe.simulator import Simulator
 from scoreinv.npe.store import Store, load_simulator
 from scoreinv.processes import shared
 from scoreinv.streams import integer, stream
+from scoreinv.tensors import as_tensor
 
 SPARE = 10  # times as many simulations as are wanted, where some may be dropped
 JUDGED = 100  # fresh simulations by which estimators are compared
@@ -347,9 +348,9 @@ def read_observation(file: str | Path) -> Data:
         arrays = {ALONE: read} if path.suffix == ".npy" else {k: read[k] for k in read.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    if wrong := [k for k, v in arrays.items() if v.dtype.kind not in "fiub"]:
+    if wrong := [k for k, v in arrays.items() if v.dtype.kind not in "fiub" or v.itemsize > 8]:
         raise ValueError(
-            f"{wrong[0]} of {file} is of type {arrays[wrong[0]].dtype}, expected real numbers"
+            f"{wrong[0]} of {file} is of type {arrays[wrong[0]].dtype}, expected real numbers of 64 bits or fewer"
         )
-    tensors = {k: torch.from_numpy(v) for k, v in arrays.items()}
+    tensors = {k: as_tensor(v) for k, v in arrays.items()}
     return tensors[ALONE] if path.suffix == ".npy" else tensors

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from scoreinv.operators.base import LinearOperator
+from scoreinv.tensors import as_tensor
 
 
 class PSFConvolution(LinearOperator):
@@ -41,7 +42,7 @@ class PSFConvolution(LinearOperator):
         boundary: str = "zero",
         normalise: bool = False,
     ) -> None:
-        psf = torch.as_tensor(psf, dtype=torch.float64)
+        psf = as_tensor(psf, dtype=torch.float64)
         psf = psf[None] if psf.ndim == 2 else psf
         _check_psf(psf, shape)
         if boundary not in ("zero", "circular"):

@@ -27,6 +27,7 @@ from scoreinv.gaussian import Fourier
 from scoreinv.noise.gaussian import GaussianNoise
 from scoreinv.operators.base import LinearOperator
 from scoreinv.operators.information import Information, white
+from scoreinv.tensors import as_tensor
 
 DRAW_TOLERANCE = 1e-4  # of random draws: far below what their covariance can show
 MATRIX = 4096  # pixels up to which H is factorised as a matrix, in seconds and 0.3 GB
@@ -58,7 +59,7 @@ class NUFFT(LinearOperator):
         pixel_scale: float,
         tolerance: float = 1e-12,
     ) -> None:
-        uv = torch.as_tensor(uv, dtype=torch.float64)
+        uv = as_tensor(uv, dtype=torch.float64)
         _check_uv(uv, shape, pixel_scale)
         self.uv, self.shape, self.pixel_scale = uv, tuple(shape), float(pixel_scale)
         self.data_shape, self.tolerance = (len(uv),), tolerance

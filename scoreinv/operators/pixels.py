@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scoreinv.operators.base import LinearOperator
+from scoreinv.tensors import as_tensor
 
 
 class Identity(LinearOperator):
@@ -45,6 +46,7 @@ class Mask(LinearOperator):
     """
 
     def __init__(self, mask: Tensor) -> None:
+        mask = as_tensor(mask)
         if mask.dtype != torch.bool:
             raise ValueError(
                 f"mask has dtype {mask.dtype}, expected torch.bool (True where data exist)"
@@ -74,7 +76,7 @@ class DenseOperator(LinearOperator):
     """
 
     def __init__(self, matrix: Tensor, shape: tuple[int, ...]) -> None:
-        d = math.prod(shape)
+        matrix, d = as_tensor(matrix), math.prod(shape)
         if matrix.ndim != 2 or matrix.shape[1] != d:
             hint = "; transpose it?" if matrix.ndim == 2 and matrix.shape[0] == d else ""
             raise ValueError(
