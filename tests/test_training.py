@@ -15,7 +15,7 @@ from scoreinv.gaussian import Fourier, Modulated
 from scoreinv.kernels import noise_levels
 from scoreinv.priors.network import ErrorModel, preconditioning
 from scoreinv.priors.unet import UNet
-from scoreinv.priors.zoo import save_prior
+from scoreinv.priors.zoo import prior_card, save_prior
 from scoreinv.streams import stream
 from scoreinv.training import (
     Network,
@@ -157,6 +157,16 @@ def test_damaged_and_foreign_weights_are_refused(trained, tmp_path):
     card = json.loads((tmp_path / "card.json").read_text())
     (tmp_path / "card.json").write_text(json.dumps({**card, "format": 99}))
     with pytest.raises(ValueError, match="format 99"):
+        si.load_prior(tmp_path)
+    for text in (json.dumps(card)[:-10], "[]"):
+        (tmp_path / "card.json").write_text(text)
+        with pytest.raises(ValueError, match="card.json is no card of a prior"):
+            si.load_prior(tmp_path)
+        with pytest.raises(ValueError, match="card.json is no card of a prior"):
+            prior_card(tmp_path)
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    weights.unlink()
+    with pytest.raises(ValueError, match="weights.safetensors is not there"):
         si.load_prior(tmp_path)
     with pytest.raises(ValueError, match="no prior 'galaxy65'"):
         si.load_prior("galaxy65")

@@ -37,7 +37,7 @@ def prior_card(source: str | Path) -> dict[str, Any]:
     shipped, path = shipped_priors(), Path(source) / "card.json"
     if str(source) in shipped:
         return shipped[str(source)]
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return _card(path) if path.is_file() else {}
 
 
 def load_prior(source: str | Path, device: torch.device | str = "cpu") -> Prior:
@@ -102,11 +102,13 @@ def save_prior(folder: Path, prior: ScorePrior, card: dict[str, Any]) -> str:
 
 
 def _load(weights: Path, card_path: Path) -> ScorePrior:
-    card = json.loads(card_path.read_text())
+    card = _card(card_path)
     if card.get("format") != FORMAT:
         raise ValueError(
             f"{card_path} has format {card.get('format')!r}, this version reads {FORMAT}; train or fetch it again"
         )
+    if not weights.is_file():
+        raise ValueError(f"{weights} is not there; copy it beside its card, or train it again")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     if digest != card["sha256"]:
         raise ValueError(
@@ -132,6 +134,18 @@ def _load(weights: Path, card_path: Path) -> ScorePrior:
         error=_error(network, tensors),
         symmetric=card.get("symmetric", False),
     )
+
+
+def _card(path: Path) -> dict[str, Any]:
+    try:
+        card = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no card of a prior ({error}); copy it again") from error
+    if not isinstance(card, dict):
+        raise ValueError(
+            f"{path} is no card of a prior, but a {type(card).__name__}; copy it again"
+        )
+    return card
 
 
 def _error(network: UNet, tensors: dict[str, Tensor]) -> ErrorModel | None:
