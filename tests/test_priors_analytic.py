@@ -258,7 +258,11 @@ def test_streams_are_unrelated():
             lambda: MixturePrior([1, 1], [GaussianPrior(normal(1, 4, n), 1.0) for n in (4, 5)]),
             r"components have shapes \[\(1, 4, 4\), \(1, 4, 5\)\]",
         ),
-        (lambda: GAUSSIANS["dense"].rescaled(-2.0), "amplitude is -2, expected a number > 0"),
+        (
+            lambda: GAUSSIANS["dense"].rescaled(-2.0),
+            "amplitude is -2, expected a finite number > 0",
+        ),
+        (lambda: GAUSSIANS["dense"].rescaled(math.inf), "amplitude is inf, expected a finite"),
     ],
 )
 def test_refusals(build, message):

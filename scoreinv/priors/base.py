@@ -8,6 +8,7 @@ and Selection Bias, 2011).
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -193,9 +194,9 @@ class RescaledPrior(Prior):
     """The prior of a x, with the denoiser D(x, sigma) = a D_0(x / a, sigma / a)."""
 
     def __init__(self, prior: Prior, amplitude: float) -> None:
-        if not amplitude > 0:
+        if not 0 < amplitude < math.inf:
             raise ValueError(
-                f"amplitude is {amplitude:g}, expected a number > 0 [sky unit per model unit]"
+                f"amplitude is {amplitude:g}, expected a finite number > 0 [sky unit per model unit]"
             )
         self.prior, self.amplitude = prior, float(amplitude)
         self.shape, self.dtype = prior.shape, prior.dtype
