@@ -343,6 +343,14 @@ def test_stages_lead_from_a_simulator_to_a_posterior(mine, tmp_path, capsys, mon
     assert npe("observe", *given, *seen, "--overwrite") in (0, 2)
     said = capsys.readouterr()
     assert "STRANGER" in said.out or "-inf" in said.err
+    # the only input may be named
+    np.save(tmp_path / "one.npy", np.array([0.1, 0.0, 0.2]))
+    np.savez(tmp_path / "one.npz", x=np.array([0.1, 0.0, 0.2]))
+    for name in ("one.npy", "one.npz"):
+        words = ("--observation", str(tmp_path / name), "--overwrite")
+        assert npe("observe", *given, *words) == 0
+        assert "of the draws are effective" in capsys.readouterr().out
+        assert npe("observe", *given, *words[:2]) == 0
     (tmp_path / "broken.npz").write_bytes(b"PK broken")
     assert npe("observe", *given, "--observation", str(tmp_path / "broken.npz")) == 2
     assert "cannot be read" in capsys.readouterr().err
@@ -353,6 +361,21 @@ def test_stages_lead_from_a_simulator_to_a_posterior(mine, tmp_path, capsys, mon
     assert npe("validate", *given, "--sims", "40") == 2
     assert npe("validate", *given, "--sims", "30") == 0
     assert "found" in capsys.readouterr().out
+    # what was cut off is named, and made again once it is removed
+    for name in ("data/done.npy", "train/maf-0/row.json", "validation.json"):
+        whole = (out / name).read_bytes()
+        for size in (0, len(whole) // 2):
+            (out / name).write_bytes(whole[:size])
+            assert npe("run", *given) == 2
+            assert f"{out / name} cannot be read" in capsys.readouterr().err
+        (out / name).write_bytes(whole)
+    kept = out / "posterior/posterior.npz"
+    for size in (0, 100):
+        kept.write_bytes(kept.read_bytes()[:size])
+        assert npe("observe", *given) == 2
+        assert f"{kept} cannot be read" in capsys.readouterr().err
+    kept.unlink()
+    assert npe("observe", *given) == 0
     # nor is a simulator that was changed since
     path = tmp_path / "mine.py"
     path.write_text(path.read_text().replace("0.3 * torch", "0.6 * torch"))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from scoreinv.cli.bench import table
 from scoreinv.cli.problem import say
 from scoreinv.digests import digest_of_json
-from scoreinv.npe.data import named
+from scoreinv.npe.data import ALONE, mapped, named
 from scoreinv.npe.estimator import Estimator
 from scoreinv.npe.featurizers import Data
 from scoreinv.npe.rounds import PROPOSALS, sequential
@@ -24,11 +24,12 @@ from scoreinv.npe.stages import (
     Training,
     best,
     observe,
+    posterior_of,
     read_observation,
     train,
     validate,
 )
-from scoreinv.npe.store import Store, load_simulator, simulated, source
+from scoreinv.npe.store import Store, load_simulator, read_json, simulated, source
 from scoreinv.samplers.run import installed
 
 STAGES = ("data", "train", "validate", "observe", "run", "rounds")
@@ -178,10 +179,10 @@ def _validate(config: NpeConfig) -> None:
     _check(config)
     name, estimator = best(config.store, config.training, config.fits)
     report, sizes = config.folder / "validation.json", (config.sims, config.draws, config.swaps)
-    row = json.loads((config.fits / name / "row.json").read_text())
+    row = read_json(config.fits / name / "row.json")
     of = digest_of_json(row["of"], name, sizes, config.seed)
     if report.exists() and not config.overwrite:
-        if json.loads(report.read_text())["meta"]["of"] == of:
+        if read_json(report)["meta"]["of"] == of:
             say("validation", f"{report}, found")
             return
         raise FileExistsError(f"{report} is of another fit or other sizes; pass --overwrite")
@@ -204,15 +205,14 @@ def _observe(config: NpeConfig) -> None:
     name, estimator = best(config.store, config.training, config.fits)
     simulator = load_simulator(config.simulator)
     x, truth, seen = _seen(config, simulator)
-    row = json.loads((config.fits / name / "row.json").read_text())
+    row = read_json(config.fits / name / "row.json")
     of = digest_of_json(row["of"], name, seen, config.samples, config.seed)
     folder = config.folder / "posterior"
     kept = folder / POSTERIOR
-    if kept.exists() and not config.overwrite:
-        if json.loads(str(np.load(kept)["meta"]))["of"] != of:
-            raise FileExistsError(
-                f"{kept} is of another observation, fit or number of draws; move it away, or pass --overwrite"
-            )
+    if kept.exists() and not config.overwrite and posterior_of(kept) != of:
+        raise FileExistsError(
+            f"{kept} is of another observation, fit or number of draws; move it away, or pass --overwrite"
+        )
     _posterior(config, estimator, simulator, x, truth, name, of, folder)
 
 
@@ -229,7 +229,7 @@ def _rounds(config: NpeConfig) -> None:
     card = folder / "rounds.json"
     if config.overwrite and card.exists():
         shutil.rmtree(folder)
-    if card.exists() and json.loads(card.read_text())["of"] != of:
+    if card.exists() and read_json(card)["of"] != of:
         raise FileExistsError(
             f"{folder} holds rounds for another observation or of another plan; pass --overwrite, or choose another output"
         )
@@ -265,12 +265,12 @@ def _rounds(config: NpeConfig) -> None:
 
 def _seen(config: NpeConfig, simulator: Simulator) -> tuple[Data, Tensor | None, dict]:
     """The observation, the truth if it is a simulation, and its numbers by name."""
-    if config.observation is None:
-        truth = simulator.prior.sample(1, config.seed)
-        x = simulator.data(truth, config.seed)
-        x = {k: v[0] for k, v in x.items()} if isinstance(x, dict) else x[0]
-    else:
-        truth, x = None, read_observation(config.observation)
+    truth = simulator.prior.sample(1, config.seed)
+    x = mapped(named(made := simulator.data(truth, config.seed)), lambda v: v[0])
+    if config.observation is not None:
+        truth, x = None, named(read_observation(config.observation))
+    if not isinstance(made, Mapping) and set(x) == {ALONE}:
+        x = x[ALONE]
     return x, truth, {k: v.double().flatten().tolist() for k, v in named(x).items()}
 
 

@@ -39,7 +39,7 @@ from scoreinv.npe.nle import NLE
 from scoreinv.npe.nre import NRE
 from scoreinv.npe.posterior import NPE
 from scoreinv.npe.simulator import Simulator
-from scoreinv.npe.store import Store, load_simulator
+from scoreinv.npe.store import Store, load_simulator, read_json
 from scoreinv.processes import shared
 from scoreinv.streams import integer, stream
 from scoreinv.tensors import as_tensor
@@ -143,7 +143,7 @@ def _fitted(
     """Fit one estimator, and judge it by fresh simulations; its row of the table."""
     card = folder / "row.json"
     if card.exists():
-        row = json.loads(card.read_text())
+        row = read_json(card)
         if row["of"] != of:
             raise ValueError(
                 f"{folder} was fitted to other simulations or with another plan; pass --overwrite, or choose another output"
@@ -330,6 +330,21 @@ def fresh_pairs(
         raise ValueError(f"{len(theta)} of {draws} simulations are finite, expected {n} or more")
     each = [mapped(inputs, lambda v, i=i: v[i]) for i in range(n)]
     return theta[:n], [one[ALONE] for one in each] if isinstance(x, Tensor) else each
+
+
+def posterior_of(file: Path) -> str:
+    """What the draws that are kept in posterior.npz are of.
+
+    Raises:
+        ValueError: Other content, or half of it.
+    """
+    try:
+        with np.load(file) as kept:
+            return json.loads(str(kept["meta"]))["of"]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}); remove it, and it is made again"
+        ) from error
 
 
 def read_observation(file: str | Path) -> Data:

@@ -79,11 +79,39 @@ class Store:
 
     def missing(self) -> list[int]:
         """Batches that are not finished."""
-        return np.flatnonzero(np.load(self.folder / "done.npy") == 0).tolist()
+        return np.flatnonzero(self.array("done", "r") == 0).tolist()
+
+    def array(self, name: str, mode: str) -> np.ndarray:
+        """One of its arrays, left on the disc; `mode` as `numpy.memmap` takes it.
+
+        Raises:
+            ValueError: Not there, or cut off.
+        """
+        file = self.folder / f"{name}.npy"
+        try:
+            return np.load(file, mmap_mode=mode)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"{file} cannot be read ({error}); simulate again, by `scoreinv npe data --overwrite`"
+            ) from error
 
     def _read(self, name: str) -> Tensor:
         # copied where it is written to, which never reaches the file
-        return torch.from_numpy(np.load(self.folder / f"{name}.npy", mmap_mode="c"))
+        return torch.from_numpy(self.array(name, "c"))
+
+
+def read_json(file: Path) -> dict:
+    """What a stage has left.
+
+    Raises:
+        ValueError: Nothing, or half of it.
+    """
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}); remove it, and it is made again"
+        ) from error
 
 
 def load_simulator(name: str) -> Simulator:
@@ -214,9 +242,9 @@ def _simulate(name: str, folder: str, i: int) -> None:
             f"{name} made {count(inputs)} simulations of {len(theta)} parameters, expected as many"
         )
     for key, values in {"theta": theta, **{f"x-{k}": v for k, v in inputs.items()}}.items():
-        array = np.load(store.folder / f"{key}.npy", mmap_mode="r+")
+        array = store.array(key, "r+")
         array[rows] = values.numpy()
         array.flush()
-    done = np.load(store.folder / "done.npy", mmap_mode="r+")
+    done = store.array("done", "r+")
     done[i] = 1
     done.flush()
