@@ -403,6 +403,27 @@ def test_scaling_runs_along_every_axis(monkeypatch):
     torch.testing.assert_close(fine, coarse, rtol=1e-5, atol=0)
 
 
+def test_pages_that_speak_of_one_thread_are_of_one_thread(monkeypatch):
+    """Seconds of the exact suite, and the table of costs; other work keeps the threads that it had."""
+    threads, seen = torch.get_num_threads(), []
+
+    def noted(*args, **options):
+        seen.append(torch.get_num_threads())
+        return si.sample(*args, **options)
+
+    monkeypatch.setattr(bench, "sample", noted)
+    monkeypatch.setattr(scaling, "sample", noted)
+    small = power_law_mixture(8, 4, 0)
+    seen_through = small.posterior.prior, small.posterior.likelihood
+    torch.set_num_threads(2)
+    try:
+        score(small, si.SMC(2), 10, 0, 10)
+        scaling.cost(*seen_through, si.Guided(2), 2)
+        assert seen == [1, 1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_every_problem_of_the_suite_has_a_name_of_its_own():
     assert len(problems()) == 31 and set(bench.QUICK) < set(problems())
 

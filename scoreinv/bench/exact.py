@@ -32,6 +32,7 @@ from scoreinv.bench.problems import (
 )
 from scoreinv.bench.records import Records
 from scoreinv.bench.scores import mean_error, sliced_wasserstein, variance_ratio
+from scoreinv.bench.speed import one_thread
 from scoreinv.bench.tempered import amplitudes, counts, outliers
 from scoreinv.conditioning.iterative import IterativeConditioner
 from scoreinv.diagnostics.population import c2st
@@ -167,7 +168,7 @@ def score(
     """Run a sampler on a problem and score it against exact draws, which are made if not given."""
     against = against or reference(problem, n, seed)
     posterior = problem.posterior
-    with peak_memory() as peak:
+    with one_thread(), peak_memory() as peak:
         began = time.perf_counter()
         draws = sample(posterior, n, sampler, seed=seed, island=island)
         seconds = time.perf_counter() - began

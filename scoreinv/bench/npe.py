@@ -29,6 +29,7 @@ from scoreinv.bench.peers.estimates import (
     missing,
     rounds_by_nbi,
 )
+from scoreinv.bench.speed import one_thread
 from scoreinv.npe import NPE, Clipped, Fitting, sequential
 from scoreinv.npe.images import geometry, geometry_prior, image_pairs
 from scoreinv.posterior import Posterior
@@ -96,13 +97,9 @@ def npe(
         plan: Of the fits.
         peers: Rows of sbi, lampe and nbi, too, where they are installed.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for name in names or PROBLEMS:
             yield from _rows(name, seed, observations, members, plan, peers)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _rows(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scoreinv.bench.learned import psf_problem, uv_problem
 from scoreinv.bench.memory import peak_memory
-from scoreinv.bench.speed import timed
+from scoreinv.bench.speed import one_thread, timed
 from scoreinv.gaussian import Fourier, Gaussian
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise
@@ -66,10 +66,11 @@ def scaling(prior: ScorePrior) -> Iterator[dict[str, Any]]:
             yield {"axis": AXES[3], "value": levels, "line": f"{title} PSF", **found}
 
 
+@one_thread()
 def cost(prior: ScorePrior, likelihood: Likelihood, sampler: Sampler, n: int) -> dict[str, float]:
     """Wall time over bare forward passes, and peak memory over what was there and what the draws take, of one run.
 
-    Forward passes before and after it, so that a drift of the machine's speed cancels.
+    All on one thread, with forward passes before and after it, so that a drift of the machine's speed cancels.
     """
     y = likelihood.simulate(prior.sample(1, seed=0, steps=8), seed=1)[0]
     island = 16

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -25,26 +26,34 @@ def timed(f: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def gradient(size: int = 256, repeats: int = 50) -> list[dict]:
-    """Median time of one gradient of a visibility likelihood, D - H x (here D = x), on one core and in float32."""
-    rows, threads = [], torch.get_num_threads()
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The block runs on one thread of torch, however many there are."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for count in (1_000, 100_000):
-            uv = 2e5 * (torch.rand(count, 2, generator=stream(0), dtype=torch.float64) - 0.5)
-            H = NUFFT(uv, (1, size, size), 0.5).information(GaussianNoise(std=1.0), torch.float32)
-            x = torch.randn(1, 1, size, size, generator=stream(1))
-            H.apply(x)
-            times = [timed(lambda H=H, x=x: x - H.apply(x)) for _ in range(repeats)]
-            rows.append(
-                {
-                    "gradient": f"{size} x {size}",
-                    "visibilities": count,
-                    "time [ms]": 1e3 * statistics.median(times),
-                }
-            )
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+@one_thread()
+def gradient(size: int = 256, repeats: int = 50) -> list[dict]:
+    """Median time of one gradient of a visibility likelihood, D - H x (here D = x), on one core and in float32."""
+    rows = []
+    for count in (1_000, 100_000):
+        uv = 2e5 * (torch.rand(count, 2, generator=stream(0), dtype=torch.float64) - 0.5)
+        H = NUFFT(uv, (1, size, size), 0.5).information(GaussianNoise(std=1.0), torch.float32)
+        x = torch.randn(1, 1, size, size, generator=stream(1))
+        H.apply(x)
+        times = [timed(lambda H=H, x=x: x - H.apply(x)) for _ in range(repeats)]
+        rows.append(
+            {
+                "gradient": f"{size} x {size}",
+                "visibilities": count,
+                "time [ms]": 1e3 * statistics.median(times),
+            }
+        )
     return rows
 
 
