@@ -169,6 +169,10 @@ def test_scale_is_checked(uv):
     vis = Visibilities(1000 * vis.uv, vis.data, vis.weight)
     vis.check_scale(0.1, (1, 64, 64))
     vis.check_scale(vis.largest_pixel, (64, 64))
+    with pytest.raises(ValueError, match="pixel_scale is -0.1, expected a positive"):
+        vis.grid((64, 64), -0.1)
+    with pytest.raises(ValueError, match=r"a shift by \(1e\+06, 0\) arcsec leaves the sky"):
+        vis.shifted(1e6, 0.0)
     with pytest.raises(ValueError, match="0.2 arcsec is too coarse: .* at most 0.1375 arcsec$"):
         vis.grid((64, 64), 0.2)
     with pytest.raises(ValueError, match="smaller than thought: read with unit='klambda'"):

@@ -89,6 +89,9 @@ def test_nan_pixels(image):
         (dict(size=100), r"a part of shape \(100, 100\) around pixel \(40, 45\) leaves the image"),
         (dict(size=32, centre=(3, 3)), "take a smaller size or another centre"),
         (dict(centre=(3, 3)), "centre was passed without size"),
+        (dict(size=0), r"a part of shape \(0, 0\) has no pixels"),
+        (dict(size=(16, -3)), r"a part of shape \(16, -3\) has no pixels"),
+        (dict(psf=np.ones((5, 5)), psf_size=-1), r"a part of shape \(-1, -1\) has no pixels"),
         (dict(pixel_scale=0.1), "pixel_scale is 0.1 arcsec, and .* states 0.05; leave it out"),
         (dict(background="median"), "expected a number or 'median-of-border'"),
         (dict(noise="white"), "noise is 'white', expected a standard deviation or 'measured'"),
@@ -103,6 +106,26 @@ def test_nan_pixels(image):
 def test_cutout_errors(image, arguments, message):
     with pytest.raises(ValueError, match=message):
         read_cutout(image, **arguments)
+
+
+def test_a_border_that_is_not_measured_has_no_level(tmp_path):
+    pixels = np.pad(np.ones((20, 20)), 2, constant_values=np.nan)
+    np.save(tmp_path / "a.npy", pixels)
+    given = dict(pixel_scale=1.0, mask_nan=True)
+    with pytest.raises(ValueError, match="no pixel of the border is finite"):
+        read_cutout(tmp_path / "a.npy", background="median-of-border", **given)
+    assert read_cutout(tmp_path / "a.npy", background=1.0, **given).data.abs().max() == 0
+
+
+@pytest.mark.parametrize("pixels", [np.ones((9, 9)) * 1j, np.full((9, 9), "a")])
+def test_pixels_are_real_numbers(tmp_path, pixels):
+    """Of complex ones half would be lost."""
+    np.save(tmp_path / "a.npy", pixels)
+    np.save(tmp_path / "b.npy", np.ones((9, 9)))
+    a, b = tmp_path / "a.npy", tmp_path / "b.npy"
+    for image, psf in ((a, b), (b, a)):
+        with pytest.raises(ValueError, match="a.npy is of type .* expected real numbers"):
+            read_cutout(image, psf=psf, pixel_scale=1.0)
 
 
 def test_psf_can_be_cut(image):

@@ -264,6 +264,14 @@ def test_npz_errors(tmp_path, uv):
         ValueError, match="vv has 60, data has 60, weight has 59 numbers, expected"
     ):
         read_visibilities(path, "lambda")
+    for key, values in (
+        ("data", np.full(60, "a")),
+        ("weight", np.ones(60) + 1j),
+        ("uu", np.ones(60) * 1j),
+    ):
+        np.savez(path, **(table | {key: values}))
+        with pytest.raises(ValueError, match=f"{key} of type .*, expected .*numbers"):
+            read_visibilities(path, "lambda")
     np.savez_compressed(path, **table)
     content = bytearray(path.read_bytes())
     content[200:260] = bytes(60)

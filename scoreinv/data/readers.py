@@ -221,6 +221,10 @@ def _background(pixels: np.ndarray, background: float | str | None) -> float:
         return float(background)
     edge = np.ones(pixels.shape, bool)
     edge[1:-1, 1:-1] = False
+    if not np.isfinite(pixels[edge]).any():
+        raise ValueError(
+            "no pixel of the border is finite, and background is 'median-of-border'; give the background as a number"
+        )
     return float(np.nanmedian(pixels[edge]))
 
 
@@ -235,6 +239,8 @@ def _window(
             raise ValueError("centre was passed without size; pass the size of the part to keep")
         return slice(0, shape[0]), slice(0, shape[1])
     sizes = (size, size) if np.isscalar(size) else tuple(size)
+    if min(sizes) < 1:
+        raise ValueError(f"a part of shape {sizes} has no pixels; expected a size of at least 1")
     centre = tuple(n // 2 for n in shape) if centre is None else centre
     starts = [c - n // 2 for c, n in zip(centre, sizes, strict=True)]
     if any(s < 0 or s + n > m for s, n, m in zip(starts, sizes, shape, strict=True)):

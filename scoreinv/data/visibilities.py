@@ -154,9 +154,11 @@ class Visibilities:
             shape: Shape of the image, (H, W) or (C, H, W).
 
         Raises:
-            ValueError: If the pixels are too coarse for the longest baseline, or if the whole
+            ValueError: If the pixels have no side, or are too coarse for the longest baseline, or if the whole
                 image is smaller than what it resolves, as with u, v in the wrong unit.
         """
+        if not pixel_scale > 0:
+            raise ValueError(f"pixel_scale is {pixel_scale}, expected a positive number of arcsec")
         field = max(shape[-2:]) * pixel_scale
         if self.resolution > field / 1.2:
             raise ValueError(
@@ -184,8 +186,15 @@ class Visibilities:
         Args:
             dra, ddec: Offset of the new phase centre [arcsec]; dra is an angle on the sky,
                 cos(dec) included.
+
+        Raises:
+            ValueError: An offset beyond the horizon of the phase centre.
         """
         l, m = dra * ARCSEC, ddec * ARCSEC
+        if not math.hypot(l, m) < 1:
+            raise ValueError(
+                f"a shift by ({dra:g}, {ddec:g}) arcsec leaves the sky; expected a part of the primary beam, in arcsec"
+            )
         phase = 2 * math.pi * (self.uv[:, 0] * l + self.uv[:, 1] * m)
         data = self.data * torch.polar(torch.ones_like(phase), phase)
         if self.ra is None:

@@ -166,6 +166,10 @@ def _listing(hdus: HDUList) -> str:
 
 
 def _plane(pixels: np.ndarray, plane: int | None, path: Path, hdu: int | str) -> np.ndarray:
+    if pixels.dtype.kind not in "biuf":
+        raise ValueError(
+            f"array {hdu!r} of {path} is of type {pixels.dtype}, expected real numbers, the brightness of pixels"
+        )
     if pixels.ndim > 2 and set(pixels.shape[:-2]) == {1}:
         pixels = pixels.reshape(pixels.shape[-2:])
     if pixels.ndim == 3 and plane is not None:

@@ -63,7 +63,10 @@ def read_npz(path: Path) -> VisibilityTable:
     if layout is None:
         known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in LAYOUTS.items())
         raise ValueError(f"{path} has the keys {', '.join(arrays)}; expected those of {known}")
-    u, v, data, weight = (_one_channel(arrays[key], key, path) for key in LAYOUTS[layout])
+    u, v, data, weight = (
+        _one_channel(arrays[key], key, path, complex_too=key == LAYOUTS[layout][2])
+        for key in LAYOUTS[layout]
+    )
     lengths = dict(zip(LAYOUTS[layout], map(len, (u, v, data, weight)), strict=True))
     if len(set(lengths.values())) > 1:
         seen = ", ".join(f"{key} has {n}" for key, n in lengths.items())
@@ -96,7 +99,11 @@ def read_text(path: Path) -> VisibilityTable:
     return VisibilityTable(u, v, real + 1j * imag, weight, "lambda", None, "text", {})
 
 
-def _one_channel(array: np.ndarray, key: str, path: Path) -> np.ndarray:
+def _one_channel(array: np.ndarray, key: str, path: Path, complex_too: bool) -> np.ndarray:
+    if array.dtype.kind not in ("biufc" if complex_too else "biuf"):
+        raise ValueError(
+            f"{path} has {key} of type {array.dtype}, expected {'' if complex_too else 'real '}numbers"
+        )
     if array.ndim == 2 and array.shape[0] > 1:
         raise ValueError(
             f"{path} has {array.shape[0]} channels in {key}, with shape {array.shape}; an image "
