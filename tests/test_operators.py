@@ -11,7 +11,14 @@ import torch
 from scipy.signal import fftconvolve
 
 from scoreinv.noise import GaussianNoise
-from scoreinv.operators import NUFFT, DenseOperator, Identity, Mask, PSFConvolution
+from scoreinv.operators import (
+    NUFFT,
+    DenseOperator,
+    Identity,
+    Mask,
+    PSFConvolution,
+    gaussian_psf,
+)
 from tests.analytic import (
     ARCSEC,
     PIXEL,
@@ -456,6 +463,12 @@ def test_nearest_circulant(A):
             lambda: PSFConvolution(psf(3, 3), (1, 8, 8), (1, 4, 4)),
             r"data_shape is \(1, 4, 4\), expected pixels",
         ),
+        (
+            lambda: PSFConvolution(psf(3, 3), (1, 8, 8), (0, 4)),
+            r"data are \(0, 4\) pixels, expected at least 1 on each side",
+        ),
+        (lambda: gaussian_psf(0.0), r"fwhm is 0 and size 19, expected .* above 0"),
+        (lambda: gaussian_psf(math.nan), "fwhm is nan"),
         (
             lambda: PSFConvolution(psf(3, 3), (1, 8, 8), boundary="mirror"),
             "'mirror', expected 'zero' or 'circular'",

@@ -31,7 +31,8 @@ class PSFConvolution(LinearOperator):
         normalise: Divide by the kernel's sum.
 
     Raises:
-        ValueError: Kernel larger than the canvas, not finite, or with a sum that is not positive.
+        ValueError: Kernel larger than the canvas, not finite, or with a sum that is not positive; data without pixels, or
+            larger than the canvas.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class PSFConvolution(LinearOperator):
         field = tuple(data_shape or shape[-2:])
         if len(field) != 2:
             raise ValueError(f"data_shape is {field}, expected pixels (H, W)")
+        if min(field) < 1:
+            raise ValueError(f"the data are {field} pixels, expected at least 1 on each side")
         if field[0] > shape[-2] or field[1] > shape[-1]:
             raise ValueError(
                 f"the data are {field} pixels, larger than the model canvas {tuple(shape[-2:])}"
@@ -96,7 +99,15 @@ class PSFConvolution(LinearOperator):
 
 
 def gaussian_psf(fwhm: float, size: int = 19) -> Tensor:
-    """A normalised Gaussian PSF, with shape (size, size); `fwhm` [pixel]."""
+    """A normalised Gaussian PSF, with shape (size, size); `fwhm` [pixel].
+
+    Raises:
+        ValueError: A width that is not positive and finite, or no pixels.
+    """
+    if not 0 < fwhm < math.inf or size < 1:
+        raise ValueError(
+            f"fwhm is {fwhm:g} and size {size}, expected a finite width and pixels above 0"
+        )
     i = torch.arange(size, dtype=torch.float64) - size // 2
     psf = (-4 * math.log(2) / fwhm**2 * (i[:, None] ** 2 + i**2)).exp()
     return psf / psf.sum()
