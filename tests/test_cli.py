@@ -119,6 +119,7 @@ def failure(capsys, *arguments):
         (["--n"], "argument --n: expected one argument"),
         ([], "missing: prior, output"),
         (["--visibilities.path", "a"], "visibilities: missing: pixel_scale"),
+        (["--guided.levels", "0"], "error: levels is 0 and moves 0, expected at least 2 levels"),
         (["--smc", "7"], "smc is 7, expected the keys levels, particles"),
     ],
 )
@@ -136,6 +137,7 @@ def test_mistakes_in_files(capsys, tmp_path):
     assert f"{path} is not YAML" in failure(capsys, "sample", "--config", path)
     path.write_text("- 1")
     assert f"{path} holds no keys" in failure(capsys, "sample", "--config", path)
+    assert f"{tmp_path} is a folder" in failure(capsys, "sample", "--config", tmp_path)
     path.unlink()
     assert f"{path} does not exist" in failure(capsys, "sample", "--config", path)
 
@@ -159,6 +161,44 @@ def test_mistakes_in_values(capsys, config, tmp_path, monkeypatch):
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (SIMULATION | {"flux": -1.0}, "error: simulation.flux is -1, expected 0"),
+        (SIMULATION | {"integrations": -2}, "error: simulation.integrations is -2, expected"),
+        ({"kind": "disc", "flux": 1.0, "fwhm": 0.0, "noise": 1.0}, "error: exposure.fwhm is 0"),
+        ({"kind": "disc", "flux": 1.0, "fwhm": -1.0, "noise": 1.0}, "error: exposure.fwhm is -1"),
+    ],
+)
+def test_mistakes_in_simulations(capsys, tmp_path, section, message):
+    path = tmp_path / "a.yaml"
+    name = "simulation" if "frequency" in section else "exposure"
+    path.write_text(yaml.safe_dump({name: section, "prior": "galaxy32", "output": "a.fits"}))
+    assert message in failure(capsys, "sample", "--config", path)
+
+
+def test_a_folder_is_no_output(capsys, config, tmp_path, monkeypatch):
+    """Seen before anything is computed, as is a test of coverage without enough swaps."""
+    path, output = config
+    output.with_suffix(".png").mkdir(parents=True)
+    monkeypatch.setattr(si, "load_prior", None)
+    given = ["--config", path, "--overwrite"]
+    assert "is a folder" in failure(capsys, "sample", *given, "--figure", "true")
+    assert "is a folder" in failure(
+        capsys, "sample", *given, "--figure", output.with_suffix(".png")
+    )
+    path.write_text(
+        yaml.safe_dump(
+            yaml.safe_load(path.read_text()) | {"output": str(output.with_suffix(".json"))}
+        )
+    )
+    path.write_text(
+        "".join(line for line in path.read_text().splitlines(True) if "figure" not in line)
+    )
+    assert "is a folder" in failure(capsys, "coverage", *given)
+    assert "swaps is 98, expected" in failure(capsys, "coverage", *given, "--swaps", 98)
+
+
 def test_debug_shows_where(config):
     path, _ = config
     with pytest.raises(ValueError, match="no prior"):
@@ -171,8 +211,9 @@ def test_existing_output_is_kept(capsys, config):
     output.write_text("precious")
     assert "pass --overwrite" in failure(capsys, "sample", "--config", path)
     assert output.read_text() == "precious"
-    assert main(["sample", "--config", str(path), "--n", "2", "--overwrite"]) == 0
-    assert len(si.read_samples(output).x) == 2
+    assert main(["sample", "--config", str(path), "--n", "1", "--overwrite"]) == 0
+    assert len(si.read_samples(output).x) == 1
+    assert "Jy, of one draw" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -336,6 +377,9 @@ def test_amplitudes_of_visibilities_from_a_file(tmp_path, monkeypatch):
     assert misfit(sky.flip(2)) > 1 + spread
     with pytest.raises(ValueError, match="give one pixel_scale with amplitudes"):
         candidates(VisibilityData("vis.txt", (0.1, 0.2), amplitudes=True))
+    # as the command line gives one
+    alone = candidates(VisibilityData("vis.txt", (0.1,), amplitudes=True))
+    assert alone == [VisibilityData("vis.txt", 0.1, amplitudes=True)]
 
 
 def test_speckle_interferometry_sees_half_of_a_disc():

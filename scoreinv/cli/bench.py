@@ -59,7 +59,8 @@ class BenchConfig:
         peers: Estimates of sbi, lampe and nbi beside ours, in "npe"; with the extra `bench`.
         smc: The sampler.
         guided: Of "learned" and "speed", in its place: the steps that all draws take where weights collapse, no scouts.
-        output: JSON file of the rows; the outcomes of all but "speed" and "scaling" are kept beside it and found again.
+        output: JSON file of the rows; the outcomes of all but "speed", "scaling" and "rtb" are kept beside it and found
+            again.
             "exact", "learned", "npe" and "scaling" also write a figure and a page of the same name.
     """
 

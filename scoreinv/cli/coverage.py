@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import scoreinv as si
-from scoreinv.cli.problem import SampledProblem, chosen, launched, say
+from scoreinv.cli.problem import SampledProblem, check_file, chosen, launched, say
+from scoreinv.diagnostics.battery import SWAPS
 from scoreinv.samplers.run import installed
 from scoreinv.samplers.simulations import finished_simulations, forget_simulations
 
@@ -41,10 +42,19 @@ class CoverageConfig(SampledProblem):
             raise ValueError(
                 f"sims is {self.sims} and n {self.n}; expected at least 10 of each, better 100"
             )
+        if self.swaps < SWAPS:
+            raise ValueError(
+                f"swaps is {self.swaps}, expected at least {SWAPS} for a p-value of 5 %"
+            )
 
     @property
     def path(self) -> Path:
         return Path(self.output)
+
+    @property
+    def picture(self) -> Path:
+        """File of the figure."""
+        return self.path.with_suffix(".png")
 
     @property
     def folder(self) -> Path:
@@ -55,6 +65,8 @@ class CoverageConfig(SampledProblem):
 def coverage(config: CoverageConfig) -> None:
     """Simulate data like an observation's, sample every posterior, and test whether they cover the truths."""
     # by every process: none may wait for one that has left
+    for path in (config.path, config.picture):
+        check_file(path)
     if config.path.exists() and not config.overwrite:
         raise FileExistsError(f"{config.path} exists; choose another output, or pass --overwrite")
     process = launched(config.device)
@@ -108,14 +120,12 @@ def coverage(config: CoverageConfig) -> None:
         "config": asdict(config),
     }
     report.write(config.path, json.loads(json.dumps(meta, default=str)))
-    picture = config.path.with_suffix(".png")
-    report.plot().savefig(picture, dpi=120)
+    report.plot().savefig(config.picture, dpi=120)
     say("report", config.path)
-    say("figure", picture)
+    say("figure", config.picture)
 
 
 def _prepare(config: CoverageConfig) -> None:
-    """Make sure that the report can be written, before anything is computed."""
+    """Make way for a report that is asked for again."""
     if config.overwrite:
         forget_simulations(config.folder)
-    config.path.parent.mkdir(parents=True, exist_ok=True)

@@ -148,6 +148,13 @@ class Simulation:
     amplitudes: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _check_flux("simulation", self.flux)
+        if self.integrations < 1:
+            raise ValueError(
+                f"simulation.integrations is {self.integrations}, expected at least 1"
+            )
+
 
 @dataclass(frozen=True)
 class SimulatedCutout:
@@ -168,6 +175,11 @@ class SimulatedCutout:
     noise: float
     pixel_scale: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_flux("exposure", self.flux)
+        if not self.fwhm > 0:
+            raise ValueError(f"exposure.fwhm is {self.fwhm:g}, expected above 0")
 
 
 @dataclass(frozen=True)
@@ -198,11 +210,17 @@ class Speckle:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_flux("speckle", self.flux)
         for key in ("pixel_scale", "diameter", "wavelength", "noise"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"speckle.{key} is {getattr(self, key):g}, expected above 0")
         if self.oversampling < 1:
             raise ValueError(f"speckle.oversampling is {self.oversampling}, expected at least 1")
+
+
+def _check_flux(section: str, flux: float) -> None:
+    if not flux >= 0:
+        raise ValueError(f"{section}.flux is {flux:g}, expected 0, a blank sky, or more")
 
 
 @dataclass(frozen=True)
@@ -234,7 +252,7 @@ def candidates(section: Any) -> list[Any]:
     """The sections that a section with several pixel scales stands for."""
     if not isinstance(section, VisibilityData) or isinstance(section.pixel_scale, float | int):
         return [section]
-    if section.amplitudes:
+    if section.amplitudes and len(section.pixel_scale) > 1:
         raise ValueError(
             "pixel scales are compared by the evidence of linear data; give one pixel_scale with amplitudes"
         )

@@ -41,7 +41,7 @@ from scoreinv.training import fresh_images
 REPORT, PICTURE, DRAWS, IMAGES = "report.json", "report.png", "draws.fits", "images.safetensors"
 ISLAND = 256  # draws that are resampled together, at most
 FLUX = 0.04  # of a galaxy of the peak 1 in a pixel, on average over the canvas
-LEAST = {"sims": 1, "paths": 10, "n": 2}
+LEAST = {"sims": 1, "paths": 10, "n": 2, "images": 1}
 
 
 @dataclass(frozen=True, kw_only=True)

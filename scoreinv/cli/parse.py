@@ -46,6 +46,14 @@ def parse(config: type, arguments: Sequence[str], command: str) -> Any:
         values = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
         raise ValueError(_in_one_line(str(error), config)) from error
+    except ValueError as error:
+        # an optional section says what is wrong with its values among what the other types would have been
+        own = re.search(
+            r"Errors:\n\s*- (.*?)\n\s*- Expected a <class 'NoneType'>", str(error), re.DOTALL
+        )
+        if own is None:
+            raise
+        raise ValueError(own[1]) from error
     return config(**{f.name: values[f.name] for f in fields(config)})
 
 
@@ -89,6 +97,8 @@ def _config_files(arguments: Sequence[str]) -> list[Path]:
 
 
 def _check_file(path: Path, config: type) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"the configuration {path} is a folder, expected a YAML file")
     if not path.is_file():
         raise FileNotFoundError(f"the configuration {path} does not exist")
     try:

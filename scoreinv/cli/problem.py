@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import scoreinv as si
@@ -176,12 +177,20 @@ def findings(draws: si.Samples, seen: Observation) -> Iterator[tuple[str, str]]:
     largest = float(draws.residual_image.abs().nan_to_num().max()) / seen.rms
     yield "residual", f"{largest:.2f} times its noise at most"
     flux, unit = draws.x.double().flatten(1).sum(1), seen.grid.unit.removesuffix("/pixel")
-    yield "total flux", f"{float(flux.mean()):.4g} +- {float(flux.std()):.2g} {unit}"
+    spread = f"+- {float(flux.std()):.2g} {unit}" if len(flux) > 1 else f"{unit}, of one draw"
+    yield "total flux", f"{float(flux.mean()):.4g} {spread}"
     if seen.truth is not None:
         covered = si.diagnostics.pixel_coverage(draws.x, seen.truth.to(draws.x.dtype))
         pairs = (f"{share:.2f} (nominal {level:g})" for level, share in covered.items())
         yield "coverage", f"of the true pixels {', '.join(pairs)}"
         yield "true flux", f"{float(seen.truth.sum()):.4g} {unit}"
+
+
+def check_file(path: Path) -> None:
+    """Make sure that a file may be written there, before anything is computed."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def say(name: str, text: Any) -> None:

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import scoreinv as si
 from scoreinv.cli.data import Observation
-from scoreinv.cli.problem import SampledProblem, chosen, completed, findings, introduce, say
+from scoreinv.cli.problem import (
+    SampledProblem,
+    check_file,
+    chosen,
+    completed,
+    findings,
+    introduce,
+    say,
+)
 
 ENDINGS = (".fits", ".h5", ".hdf5")
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
@@ -82,9 +90,9 @@ def sample(config: SampleConfig) -> None:
 def _prepare(config: SampleConfig) -> None:
     """Make sure that the result can be written, before anything is computed."""
     for path in filter(None, (config.path, config.picture)):
+        check_file(path)
         if path.exists() and not config.overwrite:
             raise FileExistsError(f"{path} exists; choose another output, or pass --overwrite")
-        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _clear(config: SampleConfig) -> None:
