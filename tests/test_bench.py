@@ -125,6 +125,11 @@ def test_endless_runs_are_left_out(name, title, left_out):
     assert bench.endless(FIELDS[name], title) == left_out
 
 
+def test_endless_runs_are_not_ranked(monkeypatch):
+    monkeypatch.setattr(ranks, "problems", lambda: {"a": lambda seed: FIELDS["PSF"]})
+    assert next(ranks.coverage({"PiGDM": bench.METHODS["PiGDM"]}, 2, seed=0)) == []
+
+
 @pytest.mark.parametrize("kind", ["Laplace", "Student"])
 def test_gibbs_draws_of_heavy_tails(kind):
     """Two increments, one value seen: moments against a sum over the 24 x 24 pairs of variances.
@@ -516,6 +521,7 @@ def test_calibration_becomes_a_page_and_a_figure(tmp_path):
     assert measured(config) == 0
     page = (tmp_path / "calibration.md").read_text()
     assert "--guided.levels 2" in page and "(calibration.png)" in page
+    assert "with errors of 0.58 and 0.41" in page  # of 3 truths
     rows = json.loads((tmp_path / "calibration.json").read_text())
     for one in rows:
         assert (

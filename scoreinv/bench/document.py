@@ -78,7 +78,7 @@ CALIBRATION_LEGEND = """\
 Posteriors of images, one for each truth. `total`: error of the posterior mean over its predicted standard deviation, rms
 over truths, with its jackknife error; 1 is calibrated, more is too narrow. `bands`: the same in bands of spatial frequency,
 below 3, 8 and 16 cycles per image, and above. Normal scores of the true total flux have mean 0 and standard deviation 1 if
-it is calibrated, with errors of {flux:.2f}. Truths are `likelier` by so much than draws are on average. `squared error` is
+it is calibrated, with errors of {mean:.2f} and {sd:.2f}. Truths are `likelier` by so much than draws are on average. `squared error` is
 that of the posterior mean over the truth's sum of squares, median. Truths are draws of the prior, which test the inference
 alone, or simulated images that the prior was not trained on, which test the prior with it."""
 
@@ -143,11 +143,12 @@ def estimates(rows: Sequence[dict[str, Any]], command: str, picture: str) -> str
 
 def calibration(rows: Sequence[dict[str, Any]], command: str, picture: str) -> str:
     """The page of rows of `scoreinv bench learned`, with arguments as those of `document`."""
+    n = rows[0]["truths"]
     parts = [
         "# Calibration with a trained prior",
         f"`{command}`, scoreinv {version('scoreinv')}, {date.today().isoformat()}",
         f"![Error over predicted standard deviation, in total and by band]({picture})",
-        CALIBRATION_LEGEND.format(flux=1 / math.sqrt(rows[0]["truths"])),
+        CALIBRATION_LEGEND.format(mean=1 / math.sqrt(n), sd=1 / math.sqrt(2 * n)),
     ]
     for problem, group in itertools.groupby(rows, key=lambda row: row["problem"]):
         lines = [

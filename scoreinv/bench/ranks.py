@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
-from scoreinv.bench.exact import problems
+from scoreinv.bench.exact import endless, problems
 from scoreinv.bench.problems import Problem
 from scoreinv.bench.records import Records
 from scoreinv.samplers import sample
@@ -84,7 +84,7 @@ def coverage(
                 key = f"{name}; {sampler}; {n}; {i}"
                 if key not in records:
                     problem = problem or make(i)
-                    if sampler.refuses(problem.posterior):
+                    if sampler.refuses(problem.posterior) or endless(problem, title):
                         continue
                     records.add(rank(problem, sampler, n, i, key))
                 ranks[title].append(records[key].rank)
