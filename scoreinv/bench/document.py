@@ -78,9 +78,9 @@ CALIBRATION_LEGEND = """\
 Posteriors of images, one for each truth. `total`: error of the posterior mean over its predicted standard deviation, rms
 over truths, with its jackknife error; 1 is calibrated, more is too narrow. `bands`: the same in bands of spatial frequency,
 below 3, 8 and 16 cycles per image, and above. Normal scores of the true total flux have mean 0 and standard deviation 1 if
-it is calibrated, with errors of {mean:.2f} and {sd:.2f}. Truths are `likelier` by so much than draws are on average. `squared error` is
-that of the posterior mean over the truth's sum of squares, median. Truths are draws of the prior, which test the inference
-alone, or simulated images that the prior was not trained on, which test the prior with it."""
+it is calibrated, with errors of {mean:.2f} and {sd:.2f}. Truths are `likelier` by so much than draws are on average.
+`squared error` is that of the posterior mean over the truth's sum of squares, median. Truths are draws of the prior, which
+test the inference alone, or simulated images that the prior was not trained on, which test the prior with it."""
 
 
 def document(rows: Sequence[dict[str, Any]], command: str, picture: str, suite: int) -> str:
