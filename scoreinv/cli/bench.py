@@ -60,8 +60,7 @@ class BenchConfig:
         smc: The sampler.
         guided: Of "learned" and "speed", in its place: the steps that all draws take where weights collapse, no scouts.
         output: JSON file of the rows; the outcomes of all but "speed", "scaling" and "rtb" are kept beside it and found
-            again.
-            "exact", "learned", "npe" and "scaling" also write a figure and a page of the same name.
+            again. "exact", "learned", "npe" and "scaling" also write a figure and a page of the same name.
     """
 
     what: str
