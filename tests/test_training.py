@@ -13,7 +13,7 @@ from matplotlib.image import imsave
 import scoreinv as si
 from scoreinv.gaussian import Fourier, Modulated
 from scoreinv.kernels import noise_levels
-from scoreinv.priors.network import ErrorModel, preconditioning
+from scoreinv.priors.network import ErrorModel, multiplies_bfloat16, preconditioning
 from scoreinv.priors.unet import UNet
 from scoreinv.priors.zoo import prior_card, save_prior
 from scoreinv.streams import stream
@@ -197,6 +197,25 @@ def test_bfloat16_changes_little():
         for a in (False, True)
     )
     assert float((full - half).norm() / (full - x).norm()) < 0.01
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_networks_run_in_the_precision_that_is_faster(monkeypatch, units):
+    """A CPU without units for matrices of bfloat16 takes twice as long in it."""
+    multiplies_bfloat16.cache_clear()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": units}, raising=False)
+    moments = si.GaussianPrior(torch.zeros(1, 16, 16), 0.01).moments
+    seen = []
+
+    class Network(torch.nn.Linear):
+        def forward(self, x, c):
+            seen.append(super().forward(x).dtype)
+            return x
+
+    prior = si.ScorePrior(Network(16, 16), 0.1, moments, 1e-4, 10.0)
+    prior.denoise(torch.zeros(1, 1, 16, 16), torch.ones(1))
+    multiplies_bfloat16.cache_clear()
+    assert seen == [torch.bfloat16 if units else torch.float32]
 
 
 def test_augmentation_keeps_the_light():

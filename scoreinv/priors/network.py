@@ -16,6 +16,7 @@ Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,15 @@ def preconditioning(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, T
     s = sigma.reshape(-1, 1, 1, 1)
     total = s**2 + sigma_data**2
     return sigma_data**2 / total, s * sigma_data / total.sqrt(), total.rsqrt(), sigma.log() / 4
+
+
+@lru_cache
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether a kind of device has units that multiply matrices of bfloat16."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
+    return device == "cpu" and bool(known.get("amx_bf16"))
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,8 @@ class ScorePrior(Prior):
         sigma_min: Smallest trained level [model unit].
         sigma_max: Largest trained level [model unit].
         identity: Name and hash, for the provenance of results.
-        autocast: Run the network in bfloat16; the preconditioning stays in float32.
+        autocast: Run the network in bfloat16; the preconditioning stays in float32. If left out, where the device has units
+            that multiply its matrices: without them float32 is faster.
         error: What the network knows of its error, if it learned that.
         symmetric: `Prior.symmetric`.
     """
@@ -137,7 +148,7 @@ class ScorePrior(Prior):
         sigma_min: float,
         sigma_max: float,
         identity: dict[str, str] | None = None,
-        autocast: bool = True,
+        autocast: bool | None = None,
         error: ErrorModel | None = None,
         symmetric: bool = False,
     ) -> None:
@@ -153,9 +164,15 @@ class ScorePrior(Prior):
         """0 if the network did not learn its error."""
         return 0.0 if self.error is None else self.error.excess_noise
 
+    def bfloat16(self) -> torch.autocast:
+        """The context in which the network runs."""
+        device = self.device.type
+        enabled = multiplies_bfloat16(device) if self.autocast is None else self.autocast
+        return torch.autocast(device, torch.bfloat16, enabled=enabled)
+
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
         skip, out, inputs, c = self.prepared(x, sigma)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with self.bfloat16():
             F = self.network(inputs, c)
         return (skip * x + out * F.to(x.device, self.dtype)).to(x.dtype)
 
@@ -163,7 +180,7 @@ class ScorePrior(Prior):
         if self.error is None:
             return super().denoise_with_error(x, sigma)
         skip, out, inputs, c = self.prepared(x, sigma)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with self.bfloat16():
             h, e = self.network.look(inputs, c)
             F, log_v = self.network.read(h), self.error.head(h, e)
         F, log_v = (v.to(x.device, self.dtype) for v in (F, log_v))

@@ -97,7 +97,7 @@ def trained_head(
         u = (torch.randperm(len(x0), generator=stream(seed, 7, t)) + 0.5) / len(x0)
         skip, out, scale, c = preconditioning((low + (high - low) * u).exp(), prior.sigma_data)
         x = x0 + (low + (high - low) * u).exp().reshape(-1, 1, 1, 1) * noise
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=prior.autocast):
+        with torch.no_grad(), prior.bfloat16():
             h, e = network.look((scale * x).contiguous(memory_format=torch.channels_last), c)
             F = network.read(h).float()
         log_v = head(h.float().contiguous(), e.float())
