@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ import scoreinv as si
 from scoreinv.cli import main
 from scoreinv.gaussian import Fourier
 from scoreinv.samplers.baselines import DPS, ConvolvedLikelihood
+from scoreinv.training import TrainingData, unseen_images
 from tests import analytic
 
 SHAPE = (1, 8, 8)
@@ -267,6 +269,31 @@ def test_the_command_writes_a_report(tmp_path, capsys):
     assert notes.read_text() == "mine" and len(list(notes.parent.iterdir())) == 11
     assert main([*words, "--overwrite", "true", "--sims", "5"]) == 2
     assert "at least 10 of each" in capsys.readouterr().err
+
+
+def test_truths_may_be_other_images_than_draws_of_the_prior(tmp_path, capsys):
+    """Images like those of the training but others, over the whole range of its amplitudes, or those of a folder."""
+    config, mine = tmp_path / "c.yaml", tmp_path / "mine"
+    config.write_text(CONFIG)
+    mine.mkdir()
+    np.save(mine / "a.npy", np.random.default_rng(0).random((14, 40, 40)))
+    found = {}
+    for name in ("prior", "held out", str(mine)):
+        output = tmp_path / f"{len(found)}.json"
+        words = ["coverage", "--config", str(config), "--output", str(output), "--truths", name]
+        assert main(words) == 0
+        assert f"truths        {'draws of the prior' if name == 'prior' else name}" in (
+            capsys.readouterr().out
+        )
+        found[name] = si.read_simulations(output.with_suffix(""), 12).truths
+    data = TrainingData(**si.shipped_priors()["galaxy32"]["training"]["data"])
+    torch.testing.assert_close(found["held out"].float(), unseen_images(data, 12, seed=0))
+    peaks = found["held out"].flatten(1).amax(1)
+    assert 0.5 <= float(peaks.min()) < 0.9 and 1.1 < float(peaks.max()) <= 2
+    assert not torch.isclose(found["prior"], found["held out"]).all()
+    words[-1] = "held-out"
+    assert main([*words, "--overwrite"]) == 2
+    assert "truths are from 'held-out', expected 'prior', 'held out' or" in capsys.readouterr().err
 
 
 def test_processes_share_the_simulations(tmp_path):

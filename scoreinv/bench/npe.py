@@ -37,7 +37,7 @@ from scoreinv.priors import load_prior, shipped_priors
 from scoreinv.samplers import Guided, sample
 from scoreinv.samplers.smc import systematic
 from scoreinv.streams import stream
-from scoreinv.training import fresh_images
+from scoreinv.training import TrainingData, unseen_images
 
 INF = math.inf
 PAIRS = 10_000
@@ -230,10 +230,8 @@ def _rounds(seed: int, plan: Fitting) -> dict[str, float]:
 def of_images(seed: int, observations: int, plan: Fitting, n: int = IMAGES) -> dict[str, Any]:
     """The row of galaxies' flux, radius and shape, estimated at once beside draws of the images' posteriors."""
     prior, n_draws = load_prior(GALAXIES), 64
-    data = shipped_priors()[GALAXIES]["training"]["data"]
-    images = fresh_images(
-        data["kind"], data["size"], n + observations, seed, (1.0, 1.0), workers=WORKERS
-    )
+    data = TrainingData(**shipped_priors()[GALAXIES]["training"]["data"])
+    images = unseen_images(data, n + observations, seed, WORKERS)
     likelihood = psf_problem(prior, 0.05)
     theta, x = image_pairs(images[:n], likelihood, seed)
     began = cpu_seconds()

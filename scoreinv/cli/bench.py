@@ -21,8 +21,8 @@ from scoreinv.bench.document import calibration, cell, costs, document, estimate
 from scoreinv.bench.figure import calibration_figure, error_figure, estimates_figure
 from scoreinv.bench.peers import Peer
 from scoreinv.bench.records import Records
+from scoreinv.cli.problem import HELD_OUT, PRIOR, truths
 from scoreinv.samplers.path import Sampler
-from scoreinv.training import fresh_images
 
 FEW = 20  # draws
 TABLES = ("exact", "coverage", "learned", "rtb", "npe", "speed", "scaling")
@@ -44,7 +44,8 @@ class BenchConfig:
         problems: Of "exact" and "coverage", by their names, as in "grid 80 1", of "rtb" and of "npe"; all if left out.
         prior: Trained prior of "learned", "speed" and "scaling".
         kinds: Problems of "learned": psf, uv.
-        sources: Of the truths of "learned": prior (its own draws), held out (images that it was not trained on).
+        sources: Of the truths of "learned": prior (its own draws), held out (images like those that it was trained on,
+            simulated anew), or folders of images.
         noises: Noise of "learned", over the peak.
         truths: Of "learned": from the prior, and as many held-out images; of "coverage": problems of each kind.
         n: Draws of each posterior; if left out 400 in "exact" (a fifth from 512 pixels on), 16 in "learned", 64 in "speed".
@@ -68,7 +69,7 @@ class BenchConfig:
     problems: tuple[str, ...] | None = None
     prior: str = "galaxy64"
     kinds: tuple[str, ...] = ("psf", "uv")
-    sources: tuple[str, ...] = ("prior", "held out")
+    sources: tuple[str, ...] = (PRIOR, HELD_OUT)
     noises: tuple[float, ...] = (0.1, 0.033, 0.01)
     truths: int = 64
     n: int | None = None
@@ -98,8 +99,6 @@ class BenchConfig:
             raise ValueError(
                 f"problems are {', '.join(sorted(unknown))}, expected some of {', '.join(suite)}"
             )
-        if unknown := set(self.sources) - {"prior", "held out"}:
-            raise ValueError(f"sources are {', '.join(unknown)}, expected some of prior, held out")
         if unknown := set(self.kinds) - set(learned.PROBLEMS):
             raise ValueError(
                 f"kinds are {', '.join(unknown)}, expected some of {', '.join(learned.PROBLEMS)}"
@@ -276,28 +275,21 @@ def _npe(config: BenchConfig) -> list[dict[str, Any]]:
 
 def _learned(config: BenchConfig) -> list[dict[str, Any]]:
     prior = si.load_prior(config.prior)
-    cards = si.shipped_priors()
-    if config.prior not in cards:
-        raise ValueError(
-            f"prior is {config.prior!r}, expected one of {', '.join(cards)}: only their held-out images are known"
-        )
-    data = cards[config.prior]["training"]["data"]
-    simulated = lambda: fresh_images(
-        data["kind"], data["size"], config.truths, config.seed, amplitude=(1.0, 1.0)
-    )
-    makers = {"prior": lambda: prior.sample(config.truths, config.seed + 1), "held out": simulated}
-    images = {source: makers[source]() for source in config.sources}
+    images = {
+        source: truths(source, config.prior, prior, config.truths, config.seed + 1)
+        for source in config.sources
+    }
     rows = []
     for kind in config.kinds:
         for noise in config.noises:
             likelihood = learned.problem(kind, prior, noise)
-            for source, truths in images.items():
+            for source, sought in images.items():
                 name = f"{kind}-{noise:g}-{source.replace(' ', '-')}.jsonl"
                 store = Path(config.output).with_suffix("") / name if config.output else None
                 outcomes = learned.calibrate(
                     prior,
                     likelihood,
-                    truths,
+                    sought,
                     config.guided or config.smc,
                     config.n or 16,
                     config.seed,

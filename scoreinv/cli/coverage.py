@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import scoreinv as si
-from scoreinv.cli.problem import SampledProblem, check_file, chosen, launched, say
+from scoreinv.cli.problem import PRIOR, SampledProblem, check_file, chosen, launched, say, truths
 from scoreinv.diagnostics.battery import SWAPS
 from scoreinv.samplers.run import installed
 from scoreinv.samplers.simulations import finished_simulations, forget_simulations
@@ -20,9 +20,11 @@ from scoreinv.samplers.simulations import finished_simulations, forget_simulatio
 
 @dataclass(frozen=True, kw_only=True)
 class CoverageConfig(SampledProblem):
-    """An observation to imitate, a prior whose draws are the truths, and a sampler to test.
+    """An observation to imitate, a prior, truths to recover, and a sampler to test.
 
     Args:
+        truths: "prior" for its own draws, which test the sampler; "held out" for images like those that it was trained on,
+            simulated anew, or a folder of images: these test the prior, too.
         output: Report, ending in .json; a figure of the same name, and a folder of the simulations.
         gaussian: Take the Gaussian with the prior's moments in the prior's place: exact answers in minutes.
         sims: Simulations.
@@ -30,6 +32,7 @@ class CoverageConfig(SampledProblem):
     """
 
     output: str
+    truths: str = PRIOR
     gaussian: bool = False
     sims: int = 128
     swaps: int = 1999
@@ -75,6 +78,10 @@ def coverage(config: CoverageConfig) -> None:
     process.wait_for_everyone()
     prior = si.load_prior(config.prior, config.device)
     seen, amplitude, compared = chosen(config, prior)
+    sought = None
+    if config.truths != PRIOR:
+        images = truths(config.truths, config.prior, prior, config.sims, config.seed)
+        sought = amplitude * images
     if config.gaussian:
         prior = si.GaussianPrior(prior.moments.mean.double(), prior.moments.covariance)
     try:
@@ -85,6 +92,7 @@ def coverage(config: CoverageConfig) -> None:
             config.n,
             config.sampler,
             seed=config.seed,
+            truths=sought,
             folder=config.folder,
             progress=process.is_main_process and sys.stderr.isatty(),
             share=(process.process_index, process.num_processes),
@@ -109,6 +117,7 @@ def coverage(config: CoverageConfig) -> None:
         f"{type(prior).__name__} {config.prior}, amplitude {amplitude:.4g} {seen.grid.unit}",
     )
     cost = f"{float(found.evaluations.mean()):.0f} evaluations a draw, {float(found.seconds.sum()):.0f} s in all"
+    say("truths", config.truths if sought is not None else "draws of the prior")
     say("simulations", f"{report.sims} of {config.n} draws, {cost}")
     say("processes", process.num_processes)
     print(report)

@@ -7,7 +7,6 @@ shared out, and all processes step by the mean of their gradients.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +19,8 @@ from torch import Tensor
 
 import scoreinv as si
 from scoreinv.cli.problem import (
+    HELD_OUT,
+    PRIOR,
     Problem,
     chosen,
     completed,
@@ -27,6 +28,8 @@ from scoreinv.cli.problem import (
     introduce,
     launched,
     say,
+    trained_on,
+    truths,
 )
 from scoreinv.finetune.adapted import check_control
 from scoreinv.finetune.amortised import train, untrained
@@ -34,9 +37,7 @@ from scoreinv.finetune.evidence import Evidence
 from scoreinv.finetune.figure import learning_figure
 from scoreinv.finetune.together import check_share
 from scoreinv.finetune.training import CHECKPOINT
-from scoreinv.priors.zoo import prior_card
 from scoreinv.simulators import SersicGalaxy
-from scoreinv.training import fresh_images
 
 REPORT, PICTURE, DRAWS, IMAGES = "report.json", "report.png", "draws.fits", "images.safetensors"
 ISLAND = 256  # draws that are resampled together, at most
@@ -210,13 +211,10 @@ def _images(config: FinetuneConfig, prior: si.Prior) -> Tensor:
         with safe_open(path, "pt") as f:
             if (f.metadata() or {}).get("key") == key:
                 return f.get_tensor("images")
-    data = prior_card(config.prior).get("training", {}).get("data", {})
-    if data.get("kind", "folder") != "folder":
-        keys = {k: data[k] for k in ("kind", "size", "amplitude", "shift")}
-        workers = os.cpu_count() or 1
-        images = fresh_images(n=config.images, seed=config.seed, workers=workers, **keys)
-    else:
-        images = prior.sample(config.images, config.seed)
+    data = trained_on(config.prior)
+    known = data is not None and data.folder is None
+    source = HELD_OUT if known else PRIOR
+    images = truths(source, config.prior, prior, config.images, config.seed)
     partial = path.with_suffix(".part")
     save_file({"images": images}, partial, metadata={"key": key})
     partial.replace(path)

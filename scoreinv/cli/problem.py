@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 import scoreinv as si
 from scoreinv.cli.data import (
@@ -20,6 +22,8 @@ from scoreinv.cli.data import (
     candidates,
     observe,
 )
+from scoreinv.priors.zoo import prior_card
+from scoreinv.training import TrainingData, unseen_images
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 DATA = ("visibilities", "cutout", "simulation", "exposure", "speckle")
 SAMPLERS = ("smc", "anneal", "guided")
 WAIT = timedelta(days=7)
+PRIOR, HELD_OUT = "prior", "held out"  # where truths come from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +123,45 @@ def launched(device: str) -> PartialState:
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         options |= {"timeout": WAIT, "backend": backend}
     return PartialState(**options)
+
+
+def trained_on(prior: str) -> TrainingData | None:
+    """The images that a prior was trained on; None if its card does not say, as with checkpoints of score_models."""
+    data = prior_card(prior).get("training", {}).get("data")
+    return TrainingData(**data) if data else None
+
+
+def truths(source: str, name: str, prior: si.Prior, n: int, seed: int) -> Tensor:
+    """Images to recover, with shape (n, C, H, W) [model unit].
+
+    Args:
+        source: "prior" for its own draws, "held out" for images like those that it was trained on, simulated anew, or a
+            folder of images, which are turned, moved and scaled as those in training.
+        name: Of the prior.
+        prior: Itself.
+        n: Images.
+        seed: Decides them.
+
+    Raises:
+        ValueError: A prior that was not trained on simulated images, or a folder without as many images.
+    """
+    if source == PRIOR:
+        return prior.sample(n, seed)
+    data = trained_on(name)
+    if source != HELD_OUT:
+        if not Path(source).is_dir():
+            raise ValueError(
+                f"truths are from {source!r}, expected {PRIOR!r}, {HELD_OUT!r} or a folder of images"
+            )
+        plain = TrainingData(
+            "folder", prior.shape[-1], n, amplitude=(1.0, 1.0), shift=0, symmetric=False
+        )
+        return unseen_images(replace(data or plain, kind="folder", folder=source), n, seed)
+    if data is None or data.folder is not None:
+        raise ValueError(
+            f"truths are {source!r}, but {name} learned no simulated images; expected {PRIOR!r} or a folder of images"
+        )
+    return unseen_images(data, n, seed, os.cpu_count() or 1)
 
 
 def chosen(problem: Problem, prior: si.Prior) -> tuple[Observation, float, Sequence[str]]:

@@ -1,6 +1,6 @@
 """How priors are trained: the one loop, and what a trained network learns of its error."""
 
-from scoreinv.training.images import augment, fresh_images, image_moments
+from scoreinv.training.images import augment, image_moments, unseen_images
 from scoreinv.training.loop import train
 from scoreinv.training.run import Network, Optimisation, TrainingData, TrainingRun
 
@@ -10,7 +10,7 @@ __all__ = [
     "TrainingData",
     "TrainingRun",
     "augment",
-    "fresh_images",
     "image_moments",
     "train",
+    "unseen_images",
 ]

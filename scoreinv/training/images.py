@@ -85,14 +85,7 @@ def load_images(run: TrainingRun, folder: Path, progress: bool) -> tuple[Tensor,
     key = hashlib.sha256(f"{source} {data.size} {n} {run.seed}".encode()).hexdigest()[:12]
     path = folder / f"images-{key}.npy"
     if not path.exists():
-        if data.folder is None:
-            images = simulate_images(data.kind, n, data.size, run.seed, data.workers, progress)
-        else:
-            images = read_folder(data.folder, data.size, run.seed, progress)
-        if len(images) < n:
-            raise ValueError(
-                f"{data.folder} holds {len(images)} images, expected at least images + held_out = {n}"
-            )
+        images = _found(data, n, run.seed, data.workers, progress, "images + held_out = ")
         for known in folder.glob(f"images-{'?' * len(key)}.npy"):
             if not np.array_equal(np.load(known), images[:n]):
                 raise ValueError(
@@ -106,16 +99,32 @@ def load_images(run: TrainingRun, folder: Path, progress: bool) -> tuple[Tensor,
     return images[: data.images], images[data.images :]
 
 
-def fresh_images(
-    kind: str,
-    size: int,
-    n: int,
-    seed: int,
-    amplitude: tuple[float, float],
-    shift: int = 2,
-    workers: int = 1,
-) -> Tensor:
-    """Images like those of a training, but others, with shape (n, 1, H, W); see `TrainingData` for the arguments."""
-    images = torch.from_numpy(simulate_images(kind, n, size, 10_000 + seed, workers)).float()
-    parts = [augment(x[None], stream(seed, 9, i), shift, amplitude) for i, x in enumerate(images)]
-    return torch.cat(parts)
+def unseen_images(data: TrainingData, n: int, seed: int, workers: int = 1) -> Tensor:
+    """Images as a training sees them, but others, with shape (n, 1, H, W): simulated anew, or those of another folder.
+
+    Args:
+        data: Of the training.
+        n: How many.
+        seed: Decides the images, of a folder which of them; those of a training have a seed below 10,000.
+        workers: Processes that simulate.
+
+    Raises:
+        ValueError: A folder with fewer images, or with files that are none.
+    """
+    found = _found(data, n, seed if data.folder else 10_000 + seed, workers, progress=False)
+    images = torch.from_numpy(found[:n]).float()
+    return torch.cat([seen(data, x[None], stream(seed, 9, i)) for i, x in enumerate(images)])
+
+
+def _found(
+    data: TrainingData, n: int, seed: int, workers: int, progress: bool, wanted: str = ""
+) -> np.ndarray:
+    """At least n images, which is what is `wanted`, with a peak of one, with shape (., 1, H, W), float16."""
+    if data.folder is None:
+        return simulate_images(data.kind, n, data.size, seed, workers, progress)
+    images = read_folder(data.folder, data.size, seed, progress)
+    if len(images) < n:
+        raise ValueError(
+            f"{data.folder} holds {len(images)} images, expected at least {wanted}{n}"
+        )
+    return images
