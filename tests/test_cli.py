@@ -135,6 +135,10 @@ def test_mistakes_in_files(capsys, tmp_path):
     assert expected in failure(capsys, "sample", "--config", path)
     path.write_text("a: [b")
     assert f"{path} is not YAML" in failure(capsys, "sample", "--config", path)
+    path.write_text("n: 3\nvisibilities: {path: a, path: b}\nseed: 1\n")
+    assert f"{path} is not YAML: path is given twice" in failure(
+        capsys, "sample", "--config", path
+    )
     path.write_text("- 1")
     assert f"{path} holds no keys" in failure(capsys, "sample", "--config", path)
     assert f"{tmp_path} is a folder" in failure(capsys, "sample", "--config", tmp_path)
@@ -151,6 +155,9 @@ def test_mistakes_in_values(capsys, config, tmp_path, monkeypatch):
     assert "got smc and guided" in failure(capsys, "sample", "--config", path, "--smc.levels", 3)
     assert "a.png" in failure(capsys, "sample", "--config", path, "--output", "a.png")
     assert "did you mean" in failure(capsys, "smaple")
+    for amplitude in ("1e300", "-1"):
+        wrong = failure(capsys, "sample", "--config", path, "--amplitude", amplitude)
+        assert f"amplitude is {float(amplitude):g}, expected between 1e-20 and 1e+20" in wrong
     unknown = failure(capsys, "sample", "--config", path, "--prior", "galaxy63")
     assert "no prior 'galaxy63'" in unknown
 

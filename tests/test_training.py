@@ -476,6 +476,7 @@ def test_files_of_a_folder_become_images_of_one_size(folder):
         (lambda f: np.save(f / "a.npy", np.eye(8, 24)), "none above 0 in their central square"),
         (lambda f: np.save(f / "a.npy", -10 + 10.5 * np.eye(64)), "none above 0"),
         (lambda f: np.save(f / "a.npy", np.ones(8)), r"shape \(8,\)"),
+        (lambda f: np.save(f / "a.npy", np.ones((8, 8, 3))), "colours are not images of a stack"),
         (lambda f: np.savez(f / "a.npz", other=np.ones((8, 8))), "holds other; expected an array"),
         (lambda f: (f / "a.png").write_bytes(b"no picture"), "damaged picture"),
         (lambda f: (f / "a.txt").write_text("1 2 3\n"), "is a text file, expected images"),

@@ -298,6 +298,11 @@ def _posterior(
     print(table(rows))
     strange = "like those simulated" if found.strangeness <= 1 else "STRANGER than 99 % of those"
     say("data", f"{found.strangeness:.2f} of the distance within which 99 % lie: {strange}")
+    if found.log_evidence is not None:
+        say(
+            "evidence",
+            f"log Z = {found.log_evidence:.2f} nat, of the likelihood as it was learned",
+        )
     if found.weighted is not None:
         w = found.weighted
         share, k_hat = w.n_eff / config.samples, w.evidence.k_hat

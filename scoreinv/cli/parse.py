@@ -96,13 +96,27 @@ def _config_files(arguments: Sequence[str]) -> list[Path]:
     return [Path(value) for name, value in _options(arguments) if name == "config"]
 
 
+class OnceOnly(yaml.SafeLoader):
+    """YAML in which a key stands once in its section: of two values PyYAML takes the last, without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _check_file(path: Path, config: type) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"the configuration {path} is a folder, expected a YAML file")
     if not path.is_file():
         raise FileNotFoundError(f"the configuration {path} does not exist")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), OnceOnly)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):

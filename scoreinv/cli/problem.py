@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 DATA = ("visibilities", "cutout", "simulation", "exposure", "speckle")
 SAMPLERS = ("smc", "anneal", "guided")
 WAIT = timedelta(days=7)
+MOST = 1e20  # amplitude; squares of it and of noise must stay numbers of single precision
 PRIOR, HELD_OUT = "prior", "held out"  # where truths come from
 
 
@@ -69,9 +70,11 @@ class Problem:
         if len(given) != 1:
             seen = " and ".join(given) or "none"
             raise ValueError(f"expected exactly one of the sections {', '.join(DATA)}; got {seen}")
-        if self.n < 1 or (self.amplitude is not None and not self.amplitude > 0):
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}, expected at least 1 draw")
+        if self.amplitude is not None and not 1 / MOST < self.amplitude < MOST:
             raise ValueError(
-                f"n is {self.n} and amplitude {self.amplitude}; expected at least 1 draw and an amplitude above 0"
+                f"amplitude is {self.amplitude:g}, expected between {1 / MOST:g} and {MOST:g}, in the unit of the sky"
             )
 
     @property

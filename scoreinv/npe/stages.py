@@ -252,11 +252,13 @@ class Observed:
         theta: Draws, with shape (n, d).
         weighted: Draws with weights, where the likelihood is known.
         strangeness: Of the observation, see `Estimated.strangeness`.
+        log_evidence: Of the data, where their likelihood was learned [nat].
     """
 
     theta: Tensor
     weighted: Weighted | None
     strangeness: float
+    log_evidence: float | None = None
 
 
 def observe(
@@ -290,7 +292,8 @@ def observe(
     more = {} if weighted is None else {"weighted": weighted.theta, "log_w": weighted.log_w}
     arrays = {k: v.numpy() for k, v in {"theta": theta, **more}.items()}
     strange = given.strangeness()
-    meta = {"seed": seed, "strangeness": strange, **(about or {})}
+    learned = given.log_evidence(n, integer(seed, 4)) if isinstance(estimator, NLE) else None
+    meta = {"seed": seed, "strangeness": strange, "log_evidence": learned, **(about or {})}
     if weighted is not None:
         meta |= {"n_eff": weighted.n_eff, **asdict(weighted.evidence)}
     names = np.array(simulator.prior.names)
@@ -304,7 +307,7 @@ def observe(
         label, file = ("data", "") if name == ALONE else (name, f"-{name}")
         figure = predictive(v, predicted[name], label)
         figure.savefig(folder / f"predictive{file}.png", dpi=120)
-    return Observed(theta, weighted, strange)
+    return Observed(theta, weighted, strange, learned)
 
 
 def _shown(theta: Tensor, weighted: Weighted | None, seed: int) -> dict[str, Tensor]:

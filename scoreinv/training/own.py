@@ -101,9 +101,11 @@ def _stack(pixels: np.ndarray, path: Path) -> np.ndarray:
     pixels = np.asarray(pixels, float)
     if pixels.ndim == 4 and pixels.shape[1] == 1:
         pixels = pixels[:, 0]
-    if pixels.ndim not in (2, 3):
+    colours = pixels.ndim == 3 and pixels.shape[2] in (3, 4) and min(pixels.shape[:2]) > 4
+    if pixels.ndim not in (2, 3) or colours:
         raise ValueError(
             f"{path} has an array of shape {pixels.shape}, expected (H, W), (n, H, W) or (n, 1, H, W)"
+            + ("; colours are not images of a stack: take their mean" if colours else "")
         )
     return pixels.reshape(-1, *pixels.shape[-2:])
 
