@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from scoreinv.gaussian import Covariance
 from scoreinv.noise import GaussianNoise, Noise, RiceNoise
 from scoreinv.operators import Amplitude, DenseOperator, Generated, LinearOperator
 from scoreinv.operators.information import Information, white
+from scoreinv.tensors import as_tensor
 
 PROBES = 256  # draws that measure how a Gaussian error of an image shows in amplitudes
 
@@ -65,17 +67,18 @@ class Likelihood:
         """Whether Gaussians can be conditioned on the data in closed form."""
         return self.linear and isinstance(self.noise, GaussianNoise)
 
-    def simulate(self, x: Tensor, seed: int) -> Tensor:
+    def simulate(self, x: Tensor | ArrayLike, seed: int) -> Tensor:
         """Data of each image, with shape (B, *data), for x with shape (B, C, H, W).
 
         In the precision of x; counts and data with outliers are in float64.
         """
+        x = as_tensor(x)
         # in single precision the phases of visibilities would be off by more than good noise
         clean = self.operator(x.double())
         wide = torch.promote_types(x.dtype, torch.complex64) if clean.is_complex() else x.dtype
         return self.noise.observe(clean.to(wide), torch.Generator().manual_seed(seed))
 
-    def log_prob(self, y: Tensor, x: Tensor) -> Tensor:
+    def log_prob(self, y: Tensor | ArrayLike, x: Tensor | ArrayLike) -> Tensor:
         """log p(y | x), with shape (B,), in float64.
 
         Args:
@@ -84,11 +87,11 @@ class Likelihood:
         """
         return self.noise.log_density(*self._pair(y, x))
 
-    def chi2(self, y: Tensor, x: Tensor) -> Tensor:
+    def chi2(self, y: Tensor | ArrayLike, x: Tensor | ArrayLike) -> Tensor:
         """Squared residuals over their variance, (y - A x)^T S^-1 (y - A x), with shape (B,), in float64."""
         return self.noise.misfit(*self._pair(y, x))
 
-    def residual(self, y: Tensor, x: Tensor) -> Tensor:
+    def residual(self, y: Tensor | ArrayLike, x: Tensor | ArrayLike) -> Tensor:
         """y - A x, with shape (B, *data), in float64; of amplitudes y less their mean."""
         y, clean = self._pair(y, x)
         return y - self.noise.mean(clean)
@@ -193,8 +196,9 @@ class Likelihood:
         generator = torch.Generator().manual_seed(0)
         return white(self.operator.shape, PROBES, generator, torch.float64)
 
-    def _pair(self, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _pair(self, y: Tensor | ArrayLike, x: Tensor | ArrayLike) -> tuple[Tensor, Tensor]:
         """The data and what they would be without noise, in float64."""
+        y, x = as_tensor(y), as_tensor(x)
         clean = self.operator(x.double())
         if y.shape not in (clean.shape, clean.shape[1:]):
             raise ValueError(

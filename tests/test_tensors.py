@@ -30,11 +30,18 @@ def reversed_twice(array):
 
 
 def posterior_mean(arrange):
-    prior = si.GaussianPrior(torch.zeros(SHAPE, dtype=torch.float64), 1.0)
+    prior = si.GaussianPrior(arrange(0.1 * IMAGE), 1.0)
     likelihood = si.Likelihood(si.Identity(SHAPE), si.GaussianNoise(std=arrange(1 + MASK[0])))
     amplitude = si.amplitude_by_evidence(prior, likelihood, arrange(IMAGE))[0]
     posterior = si.Posterior(prior.rescaled(amplitude), likelihood, arrange(IMAGE))
     return si.sample(posterior, 4, si.Guided(levels=3), seed=0, island=4).x
+
+
+def likelihood_of_arrays(arrange):
+    seen = si.Likelihood(si.Identity(SHAPE), si.GaussianNoise(std=2.0))
+    y = seen.simulate(arrange(IMAGE[None]), seed=1)[0].numpy()
+    verdicts = (f(arrange(y), arrange(IMAGE[None])) for f in (seen.log_prob, seen.chi2))
+    return torch.cat([*verdicts, seen.residual(arrange(y), arrange(IMAGE[None])).flatten()])
 
 
 def estimated(arrange):
@@ -57,10 +64,21 @@ def estimated(arrange):
         lambda f: si.Mask(f(MASK))(SKY),
         lambda f: si.Visibilities(f(UV), f(UV[:, 0] + 1j), f(UV[:, 1] ** 2)).shifted(1, 2).data,
         lambda f: si.diagnostics.coverage(f(DRAWS), f(TRUTHS), 0, swaps=99).ranks,
+        likelihood_of_arrays,
         posterior_mean,
         estimated,
     ],
-    ids=["psf", "uv", "matrix", "mask", "visibilities", "coverage", "posterior", "npe"],
+    ids=[
+        "psf",
+        "uv",
+        "matrix",
+        "mask",
+        "visibilities",
+        "coverage",
+        "likelihood",
+        "posterior",
+        "npe",
+    ],
 )
 def test_the_order_of_bytes_and_axes_changes_nothing(door, arrange):
     assert torch.equal(door(arrange), door(np.array))

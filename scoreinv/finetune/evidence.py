@@ -92,9 +92,12 @@ class Evidence:
 
 def evidence(log_w: Tensor, log_w_target: Tensor | None = None) -> Evidence:
     """The report on log-weights of paths of a control, with shape (n,), and of the target if there are any."""
-    if log_w.ndim != 1 or len(log_w) < 10 or not bool(torch.isfinite(log_w).all()):
+    if log_w.ndim != 1 or len(log_w) < 10:
+        raise ValueError(f"log-weights have shape {tuple(log_w.shape)}, expected at least 10")
+    if bool((wrong := ~log_w.isfinite()).any()):
         raise ValueError(
-            f"log-weights have shape {tuple(log_w.shape)}, expected at least 10 finite numbers"
+            f"{int(wrong.sum())} of {len(log_w)} log-weights are {float(log_w[wrong][0])}, expected finite numbers; are "
+            "the data far outside of what the estimate or the control was trained on?"
         )
     log_w = log_w.double()
     log_z = float(torch.logsumexp(log_w, 0)) - math.log(len(log_w))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from scoreinv.digests import digest_of_json, rounded
@@ -15,6 +16,7 @@ from scoreinv.gaussian import Covariance, Dense, Diagonal, Fourier, Gaussian, Sc
 from scoreinv.kernels import expectation
 from scoreinv.priors.base import Prior
 from scoreinv.streams import stream
+from scoreinv.tensors import as_tensor
 
 LARGE = 1024  # pixels up to which the moments of a mixture are a full matrix; half as many for stationary components
 
@@ -43,7 +45,8 @@ class GaussianPrior(Prior):
 
     dtype = torch.float64
 
-    def __init__(self, mean: Tensor, covariance: Covariance | float) -> None:
+    def __init__(self, mean: Tensor | ArrayLike, covariance: Covariance | float) -> None:
+        mean = as_tensor(mean)
         self.moments = Gaussian(mean.double(), _covariance(covariance))
         self.shape = tuple(mean.shape)
         if not self.moments.covariance.fits(self.shape):
