@@ -130,8 +130,8 @@ def launched(device: str) -> PartialState:
 
 def trained_on(prior: str) -> TrainingData | None:
     """The images that a prior was trained on; None if its card does not say, as with checkpoints of score_models."""
-    data = prior_card(prior).get("training", {}).get("data")
-    return TrainingData(**data) if data else None
+    data = prior_card(prior).get("training", {}).get("data", {})
+    return TrainingData(**data) if "kind" in data else None
 
 
 def truths(source: str, name: str, prior: si.Prior, n: int, seed: int) -> Tensor:
