@@ -268,6 +268,27 @@ def test_shipped_priors(name):
     assert error(prior.denoise(x, sigma)) < 0.5 * error(wiener)
 
 
+def test_a_second_look_makes_denoised_images_better(trained):
+    """Held-out images of discs, mostly blank sky: errors there are a fifth smaller, and no larger anywhere."""
+    prior = si.load_prior(trained)
+    images = torch.from_numpy(si.simulators.simulate_images("disc", 256, 16, 98))
+    x0 = augment(images, stream(1), 2, (0.5, 2))
+    sky = x0 < 0.02
+    for s in (0.03, 0.1):
+        sigma, look = torch.full((256,), s), prior.error.look
+        x = x0 + s * torch.randn(x0.shape, generator=stream(2))
+        after, a = prior.denoise_with_error(x, sigma)
+        torch.testing.assert_close(after, prior.denoise(x, sigma))
+        prior.error = replace(prior.error, look=None)
+        before, first = prior.denoise_with_error(x, sigma)
+        torch.testing.assert_close(before, prior.denoise(x, sigma))
+        prior.error = replace(prior.error, look=look)
+        rms = lambda d, where: float((d - x0)[where].square().mean().sqrt())
+        assert rms(after, sky) < 0.8 * rms(before, sky)
+        assert rms(after, ~sky) < 1.02 * rms(before, ~sky)
+        assert float(a.mean()) < float(first.mean())
+
+
 def test_a_network_learns_its_error(trained):
     """Held-out images are likelier under what it says than under one width for all; another image's error is no help.
 

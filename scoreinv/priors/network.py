@@ -7,8 +7,9 @@
 A second head says how far D is off: the covariance of x_0 given x_sigma is taken as sum_b a_b rho_b a_b over a few bands b
 of frequency, with the standard deviations a_b(x, sigma) of the pixels from the head and a stationary rho_b for each level.
 Coarse errors reach far from a source and fine ones do not; one rho for both would leave faint wings too stiff. The errors
-are skewed, too: a place is blank, or holds a source. How skewed is measured at each level, in units of what a Gamma variable
-of mean D and this variance would be. 0 would be Gaussian; galaxies have 1 above a twentieth of the peak.
+are skewed, too: a place is blank, or holds a source. How skewed is measured at each level, in units of what a Gamma
+variable of mean D and this variance would be. 0 would be Gaussian; galaxies have 1 above a twentieth of the peak. A second
+look at D corrects it beforehand, mostly on blank sky (`scoreinv.training.error`).
 
 Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models (2022, arXiv:2206.00364), table 1.
 """
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from scoreinv.gaussian import Fourier, Gaussian
 from scoreinv.priors.base import Prior, of_network
-from scoreinv.priors.unet import ErrorHead
+from scoreinv.priors.unet import ErrorHead, SecondLook
 
 FAINTEST = 0.3  # significance of a pixel, below which a Gamma is not taken to be more skewed
 
@@ -56,6 +57,7 @@ class ErrorModel:
         power: Spectra of rho at each, with shape (L, bands, 1, H, W).
         gamma: Skewness of the errors at each over that of a Gamma distribution of the same mean and width, with shape (L,).
         excess_noise: `Prior.excess_noise`, with which posterior draws of noisy images vary as much as their means are off.
+        look: What D is short of, and how much the head is, from D beside the features, if it was learned.
     """
 
     head: ErrorHead
@@ -65,6 +67,7 @@ class ErrorModel:
     power: Tensor
     gamma: Tensor
     excess_noise: float = 0.0
+    look: SecondLook | None = None
 
     def deviations(self, log_v: Tensor, out: Tensor, sigma: Tensor) -> Tensor:
         """Standard deviations of x_0 - D in each band, with the shape of log_v.
@@ -124,6 +127,33 @@ def gamma_skewness(significance: Tensor) -> Tensor:
     return 2 / significance.clamp_min(FAINTEST)
 
 
+@dataclass(frozen=True)
+class FirstLook:
+    """What a network and its head make of noisy images.
+
+    Attributes:
+        D: Denoised images, with shape (B, C, H, W).
+        log_v: Logarithm of the variance of F in each band, with shape (B, bands, C, H, W).
+        out: c_out, with shape (B, 1, 1, 1).
+        d: Standard deviation of x_0 about D of which the head speaks, with shape (B, C, H, W).
+        s: Noise levels, with shape (B, 1, 1, 1).
+        h: Last features of the network.
+        e: Embedding of the noise level.
+    """
+
+    D: Tensor
+    log_v: Tensor
+    out: Tensor
+    d: Tensor
+    s: Tensor
+    h: Tensor
+    e: Tensor
+
+    def again(self, look: SecondLook) -> tuple[Tensor, Tensor]:
+        """The answer of a second look."""
+        return look(self.h, self.e, self.D / self.d, (self.d / self.s).log())
+
+
 class ScorePrior(Prior):
     """A denoising network with its moments.
 
@@ -171,6 +201,8 @@ class ScorePrior(Prior):
         return torch.autocast(device, torch.bfloat16, enabled=enabled)
 
     def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        if self.error is not None and self.error.look is not None:
+            return self._looked(x, sigma)[0].to(x.dtype)
         skip, out, inputs, c = self.prepared(x, sigma)
         with self.bfloat16():
             F = self.network(inputs, c)
@@ -179,13 +211,30 @@ class ScorePrior(Prior):
     def denoise_with_error(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         if self.error is None:
             return super().denoise_with_error(x, sigma)
+        D, log_v, out = self._looked(x, sigma)
+        a = self.error.deviations(log_v, out, sigma.to(self.dtype))
+        return D.to(x.dtype), a.to(x.dtype)
+
+    def _looked(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """D, the logarithm of the variance of F in each band, and c_out, on the device of x."""
+        known = self.first_look(x, sigma)
+        D, log_v = known.D, known.log_v
+        if self.error.look is not None:
+            short, factor = known.again(self.error.look)
+            D, log_v = D + known.d * short, log_v + 2 * factor[:, None]
+        return D.to(x.device), log_v.to(x.device), known.out.to(x.device)
+
+    def first_look(self, x: Tensor, sigma: Tensor) -> FirstLook:
+        """What the network and its head make of noisy images, before any second look; on the network's device."""
         skip, out, inputs, c = self.prepared(x, sigma)
         with self.bfloat16():
             h, e = self.network.look(inputs, c)
             F, log_v = self.network.read(h), self.error.head(h, e)
-        F, log_v = (v.to(x.device, self.dtype) for v in (F, log_v))
-        a = self.error.deviations(log_v, out, sigma.to(self.dtype))
-        return (skip * x + out * F).to(x.dtype), a.to(x.dtype)
+        here = lambda v: v.to(self.device, self.dtype)
+        F, log_v, out, s = here(F), here(log_v), here(out), here(sigma).reshape(-1, 1, 1, 1)
+        D = here(skip) * here(x) + out * F
+        d = torch.minimum(out * (0.5 * log_v.logsumexp(1)).exp(), s)
+        return FirstLook(D, log_v, out, d, s, here(h), here(e))
 
     def correlation(self, sigma: float) -> Fourier | None:
         return None if self.error is None else self.error.correlation(sigma)
@@ -207,6 +256,7 @@ class ScorePrior(Prior):
     def to(self, device: torch.device | str) -> ScorePrior:
         """Move the network; returns the prior itself."""
         self.network.to(device)
-        if self.error is not None:
-            self.error.head.to(device)
+        for part in (self.error.head, self.error.look) if self.error is not None else ():
+            if part is not None:
+                part.to(device)
         return self

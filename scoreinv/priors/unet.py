@@ -20,6 +20,10 @@ from torch.nn import functional as F
 
 from scoreinv.streams import seeded
 
+REACH = 4  # pixels on each side of one over which a second look averages
+RANGE = (-5.0, 20.0)  # of what it averages: one bright pixel is not its neighbours
+MOST = 3.0  # logarithm of the factor by which it changes what the first says of the error
+
 
 def sinusoidal(c: Tensor, features: int) -> Tensor:
     """Sines and cosines of a scalar condition, with shape (B, features), for c with shape (B,)."""
@@ -160,11 +164,61 @@ class ErrorHead(nn.Module):
         return log_v.unflatten(1, (self.bands, -1))
 
 
+class SecondLook(nn.Module):
+    """What D is short of in each pixel, and how well the rest of it is known, from D beside the features of F.
+
+    Features are normalised over the image, so that F has errors on blank sky as it has on faint light, and does not know
+    which of the two it sees. D in units of its error knows: it is noise about zero, or is not.
+
+    Args:
+        channels: Channels C of the image.
+        features: Channels of the last features.
+        embedding: Features of the noise-level embedding.
+        hidden: Channels between its convolutions.
+    """
+
+    @seeded(0)
+    def __init__(self, channels: int, features: int, embedding: int, hidden: int = 48) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, features)
+        self.modulation = nn.Linear(embedding, 2 * features)
+        self.first = nn.Conv2d(features + 12 * channels, hidden, 3, padding=1)
+        self.middle = nn.Conv2d(hidden, hidden, 3, padding=1)
+        self.last = nn.Conv2d(hidden, 8 * channels, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, h: Tensor, e: Tensor, u: Tensor, log_d: Tensor) -> tuple[Tensor, Tensor]:
+        """What D is short of, in units of d, and the logarithm of the factor by which d is too small: both (B, C, H, W).
+
+        Args:
+            h: Last features, with shape (B, features, H / 2, W / 2).
+            e: Embedding of the noise level, with shape (B, embedding).
+            u: D in units of its error d, with shape (B, C, H, W).
+            log_d: Logarithm of d over the noise, with shape (B, C, H, W).
+        """
+        scale, shift = self.modulation(e)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(torch.addcmul(shift, self.norm(h), 1 + scale))
+        around = F.pad(u.clamp(*RANGE), [REACH] * 4, mode="circular")
+        around = F.avg_pool2d(around, 2 * REACH + 1, 1)
+        seen = (F.pixel_unshuffle(v, 2) for v in (u.asinh(), log_d, around.asinh()))
+        h = F.silu(self.first(torch.cat([h, *seen], 1)))
+        short, factor = F.pixel_shuffle(self.last(F.silu(self.middle(h))), 2).chunk(2, dim=1)
+        return short, factor.clamp(-MOST, MOST)
+
+
 def error_head(network: UNet, bands: int) -> ErrorHead:
     """A head that fits a network, with weights that say 1 everywhere."""
     channels, features = network.last.out_channels // 4, network.last.in_channels
     head = ErrorHead(channels, bands, features, network.features)
     return head.to(memory_format=torch.channels_last)
+
+
+def second_look(network: UNet) -> SecondLook:
+    """One that fits a network, with weights that change nothing."""
+    channels, features = network.last.out_channels // 4, network.last.in_channels
+    look = SecondLook(channels, features, network.features)
+    return look.to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from scoreinv.gaussian import Fourier, Gaussian
 from scoreinv.priors.base import Prior
 from scoreinv.priors.network import ErrorModel, ScorePrior
 from scoreinv.priors.score_models import ScoreModelsPrior, load_score_models
-from scoreinv.priors.unet import UNet, error_head
+from scoreinv.priors.unet import UNet, error_head, second_look
 
 FORMAT = 4
 SHIPPED = Path(__file__).parent / "weights"
@@ -87,6 +87,9 @@ def save_prior(folder: Path, prior: ScorePrior, card: dict[str, Any]) -> str:
     tensors["moments.spectrum"] = prior.moments.covariance.spectrum.float()
     if prior.error is not None:
         tensors |= {f"error.head.{k}": v.half() for k, v in prior.error.head.state_dict().items()}
+        if prior.error.look is not None:
+            look = prior.error.look.state_dict()
+            tensors |= {f"error.look.{k}": v.half() for k, v in look.items()}
         tensors["error.white"] = prior.error.white.float()
         tensors["error.levels"] = prior.error.levels.float()
         tensors["error.corrections"] = prior.error.corrections.float()
@@ -154,6 +157,11 @@ def _error(network: UNet, tensors: dict[str, Tensor]) -> ErrorModel | None:
         return None
     head = error_head(network, tensors["error.power"].shape[1])
     head.load_state_dict(_part(tensors, "error.head."))
+    look = None
+    if found := _part(tensors, "error.look."):
+        look = second_look(network)
+        look.load_state_dict(found)
+        look.eval().requires_grad_(False)
     return ErrorModel(
         head.eval().requires_grad_(False),
         tensors["error.white"].double(),
@@ -162,6 +170,7 @@ def _error(network: UNet, tensors: dict[str, Tensor]) -> ErrorModel | None:
         tensors["error.power"].double(),
         tensors["error.gamma"].double(),
         float(tensors["error.excess_noise"]),
+        look,
     )
 
 

@@ -7,8 +7,20 @@ the squared error,
     loss = 1/2 E [(F* - F)_b^2 exp(-v_b) + v_b],    F* = (x_0 - c_skip x_sigma) / c_out
 
 (Nix & Weigend, Estimating the Mean and Variance of the Target Probability Distribution, 1994), with ln sigma uniform over
-the trained levels. Most pixels are sky, and decide that; the few bright ones, whose errors count, are then overrated. So v
-is corrected to be right on average wherever it is the same: pixels of held-out images are sorted by it,
+the trained levels.
+
+The network was trained by errors that all count the same, in which those on blank sky are nothing beside those of sources:
+D has noise there that is as large as faint light. So D is looked at once more, in units of its error d, beside the same
+features, for what it is short of, w d, and the factor e^f by which d is off:
+
+    loss = E [(1/2 (x_0 - D - w d)^2 / s^2 + ln s) s / rms(d)],    s = d e^f, a constant where it is a weight
+
+which counts errors between equally (as the network did) and in units of what is known (where most pixels, of the sky, would
+outvote the sources): the beta-NLL with beta = 1/2 of Seitzer et al., On the Pitfalls of Heteroscedastic Uncertainty
+Estimation with Probabilistic Neural Networks (2022, arXiv:2203.09168). From here on D and v are those of the second look.
+
+Most pixels are sky, and decide v; the few bright ones, whose errors count, are then overrated. So v is corrected to be
+right on average wherever it is the same: pixels of held-out images are sorted by it,
 
     ln  E (F* - F)_b^2 / exp v_b    over those between two quantiles of v_b,
 
@@ -47,7 +59,7 @@ from scoreinv.noise import GaussianNoise
 from scoreinv.operators import Identity
 from scoreinv.posterior import Posterior
 from scoreinv.priors.network import ErrorModel, ScorePrior, gamma_skewness, preconditioning
-from scoreinv.priors.unet import ErrorHead, error_head, initialise
+from scoreinv.priors.unet import ErrorHead, SecondLook, error_head, initialise, second_look
 from scoreinv.samplers import Guided
 from scoreinv.samplers.path import descend_together
 from scoreinv.streams import integer, stream
@@ -80,7 +92,8 @@ def learn_error(
         progress: Show a progress bar.
     """
     head = trained_head(prior, batch, steps, seed, progress)
-    return measured_error(prior, head, held_out, seed, progress)
+    look = trained_look(unmeasured(prior, head), batch, steps, seed, progress)
+    return measured_error(prior, head, look, held_out, seed, progress)
 
 
 def trained_head(
@@ -89,55 +102,105 @@ def trained_head(
     """A head that knows the variance of the network's errors."""
     head, network = error_head(prior.network, len(CUTS) + 1), prior.network
     initialise(head, stream(seed, 6))
-    optimiser = torch.optim.Adam(head.parameters(), lr=RATE, betas=(0.9, 0.99))
-    average = {k: v.clone() for k, v in head.state_dict().items()}
-    low, high = math.log(prior.sigma_min), math.log(prior.sigma_max)
-    for t in tqdm(range(steps), disable=not progress, unit="step", desc="error"):
-        x0, _, noise = batch(t)
-        u = (torch.randperm(len(x0), generator=stream(seed, 7, t)) + 0.5) / len(x0)
-        skip, out, scale, c = preconditioning((low + (high - low) * u).exp(), prior.sigma_data)
-        x = x0 + (low + (high - low) * u).exp().reshape(-1, 1, 1, 1) * noise
+
+    def loss(x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        skip, out, inputs, c = prior.prepared(x, sigma)
         with torch.no_grad(), prior.bfloat16():
-            h, e = network.look((scale * x).contiguous(memory_format=torch.channels_last), c)
+            h, e = network.look(inputs, c)
             F = network.read(h).float()
         log_v = head(h.float().contiguous(), e.float())
         r = bands((x0 - skip * x) / out - F)
-        loss = 0.5 * (r.square() * (-log_v).exp() + log_v).mean()
-        if not bool(torch.isfinite(loss)):
+        return 0.5 * (r.square() * (-log_v).exp() + log_v).mean()
+
+    return _fitted(head, prior, batch, loss, steps, seed, progress, "error")
+
+
+def trained_look(
+    prior: ScorePrior, batch: Batch, steps: int, seed: int, progress: bool
+) -> SecondLook:
+    """A second look at the denoised images of a prior with a head."""
+    look = second_look(prior.network)
+    initialise(look, stream(seed, 10))
+
+    def loss(x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        with torch.no_grad():
+            seen = prior.first_look(x, sigma)
+        seen = replace(seen, h=seen.h.contiguous(), D=seen.D.contiguous())
+        short, factor = seen.again(look)
+        z = (x0 - seen.D) / seen.d - short
+        told = 0.5 * z.square() * (-2 * factor).exp() + factor
+        weight = seen.d * factor.detach().exp()
+        return (told * weight / seen.d.square().mean((1, 2, 3), keepdim=True).sqrt()).mean()
+
+    return _fitted(look, prior, batch, loss, steps, seed, progress, "second look")
+
+
+def _fitted(
+    module: nn.Module,
+    prior: ScorePrior,
+    batch: Batch,
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    steps: int,
+    seed: int,
+    progress: bool,
+    name: str,
+) -> nn.Module:
+    """A module with the mean of its last weights, fitted to clean images, noisy ones and their levels by a loss."""
+    optimiser = torch.optim.Adam(module.parameters(), lr=RATE, betas=(0.9, 0.99))
+    average = {k: v.clone() for k, v in module.state_dict().items()}
+    low, high = math.log(prior.sigma_min), math.log(prior.sigma_max)
+    for t in tqdm(range(steps), disable=not progress, unit="step", desc=name):
+        x0, _, noise = batch(t)
+        u = (torch.randperm(len(x0), generator=stream(seed, 7, t)) + 0.5) / len(x0)
+        sigma = (low + (high - low) * u).exp()
+        lost = loss(x0, x0 + sigma.reshape(-1, 1, 1, 1) * noise, sigma)
+        if not bool(torch.isfinite(lost)):
             raise FloatingPointError("the likelihood of the network's errors is not finite")
         for group in optimiser.param_groups:
             warm = min(1.0, (t + 1) / WARMUP)
             group["lr"] = RATE * warm * 0.5 * (1 + math.cos(math.pi * t / steps))
         optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        lost.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimiser.step()
         with torch.no_grad():
-            for k, v in head.state_dict().items():
+            for k, v in module.state_dict().items():
                 average[k].lerp_(v, 1 - min(EMA, (1 + t) / (10 + t)))
-    head.load_state_dict(average)
-    return head.eval().requires_grad_(False)
+    module.load_state_dict(average)
+    return module.eval().requires_grad_(False)
 
 
-def measured_error(
-    prior: ScorePrior, head: ErrorHead, held_out: Tensor, seed: int, progress: bool
-) -> ErrorModel:
-    """What a head is short of on held-out images, the correlations, the skewness and the excess noise, in turn."""
+def unmeasured(prior: ScorePrior, head: ErrorHead, look: SecondLook | None = None) -> ScorePrior:
+    """The prior with a head whose word is taken, before anything is measured."""
     # at the ends the network is cut off, or knows nothing
     low, high = math.log(prior.sigma_min) + 0.3, math.log(prior.sigma_max) - 0.3
     levels = torch.linspace(low, high, LEVELS, dtype=torch.float64).exp()
-    alone = torch.ones(LEVELS, head.bands, 1, *held_out.shape[-2:], dtype=torch.float64)
+    alone = torch.ones(LEVELS, head.bands, 1, *prior.shape[-2:], dtype=torch.float64)
     none = torch.zeros(LEVELS, head.bands, 1, 2, dtype=torch.float64)
     unlimited = torch.full((head.bands,), math.inf, dtype=torch.float64)
-    knows = ScorePrior(
+    error = ErrorModel(head, unlimited, levels, none, alone, torch.zeros_like(levels), look=look)
+    return ScorePrior(
         prior.network,
         prior.sigma_data,
         prior.moments,
         prior.sigma_min,
         prior.sigma_max,
-        error=ErrorModel(head, unlimited, levels, none, alone, torch.zeros_like(levels)),
+        error=error,
         symmetric=prior.symmetric,
     )
+
+
+def measured_error(
+    prior: ScorePrior,
+    head: ErrorHead,
+    look: SecondLook | None,
+    held_out: Tensor,
+    seed: int,
+    progress: bool,
+) -> ErrorModel:
+    """What a head is short of on held-out images, the correlations, the skewness and the excess noise, in turn."""
+    knows = unmeasured(prior, head, look)
+    levels = knows.error.levels
 
     def measured(what: Callable[[ScorePrior, Tensor, float, torch.Generator], Tensor]) -> Tensor:
         known = [what(knows, held_out, float(s), stream(seed, 8, i)) for i, s in enumerate(levels)]

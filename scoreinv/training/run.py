@@ -83,7 +83,8 @@ class TrainingRun:
         sigma_min: Lowest noise level it is trained at [model unit].
         sigma_max: Highest noise level it is trained at [model unit].
         draws: Draws of the finished prior whose power spectra its card compares with held-out images; 0 for none.
-        error_steps: Optimiser steps in which the finished network learns its error, which `Guided` follows; 0 for none.
+        error_steps: Optimiser steps in which the finished network learns its error, which `Guided` follows, and as many for
+            a second look at denoised images; 0 for none.
         seed: Decides images, initial weights and batches.
     """
 
