@@ -394,8 +394,8 @@ def test_a_learned_likelihood_tells_the_evidence_of_the_data(mine, tmp_path, cap
     """Within 0.4 nat of what the known one tells, for data of two observations; a learned posterior tells none."""
     constant = -3 * math.log(0.3 * math.sqrt(math.tau))  # which MINE leaves out
     out = tmp_path / "out"
-    words = ("--simulator", mine, "--output", str(out), "--n", "2000", "--samples", "1000")
-    words += ("--training.plan.epochs", "25", "--training.plan.batch", "100")
+    words = ("--simulator", mine, "--output", str(out), "--n", "1500", "--samples", "1000")
+    words += ("--training.plan.epochs", "16", "--training.plan.batch", "100")
     assert npe("data", *words) == 0
     for method, x in (
         ("nle", (0.1, 0.0, 0.2)),
