@@ -1,7 +1,8 @@
 """`scoreinv coverage`: whether posteriors of simulated data cover the truth.
 
 Under `torchrun --nproc_per_node N -m scoreinv coverage ...`, or `accelerate launch` with GPUs, the simulations are shared
-out; the report is the same for any number of processes. (`accelerate launch --cpu` starts one, whatever it is told.)
+out; the report is the same for any number of processes. (`accelerate launch --cpu` starts one, whatever it is told; torchrun
+takes `--n` for an option of its own, so n goes into the file.)
 """
 
 from __future__ import annotations
