@@ -125,7 +125,9 @@ def trained_look(
     def loss(x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         with torch.no_grad():
             seen = prior.first_look(x, sigma)
-        seen = replace(seen, h=seen.h.contiguous(), D=seen.D.contiguous())
+        # backward passes of torch end in a segmentation fault where formats of memory are mixed
+        plain = {k: getattr(seen, k).contiguous() for k in ("h", "D", "d")}
+        seen = replace(seen, **plain)
         short, factor = seen.again(look)
         z = (x0 - seen.D) / seen.d - short
         told = 0.5 * z.square() * (-2 * factor).exp() + factor
