@@ -38,7 +38,7 @@ RUN = TrainingRun(
     optimisation=Optimisation(steps=150, batch=16, warmup=5, save_every=50),
     network=Network(widths=(16, 32), embedding=32),
     draws=16,
-    error_steps=400,
+    error_steps=300,
 )
 
 
@@ -292,7 +292,7 @@ def test_a_second_look_makes_denoised_images_better(trained):
 def test_a_network_learns_its_error(trained):
     """Held-out images are likelier under what it says than under one width for all; another image's error is no help.
 
-    400 steps on 512 images leave the mean square right to a factor of two.
+    300 steps on 512 images leave the mean square right to a factor of two.
     """
     prior = si.load_prior(trained)
     images = si.simulators.simulate_images("disc", 256, 16, 99)
