@@ -292,7 +292,10 @@ def test_truths_may_be_other_images_than_draws_of_the_prior(tmp_path, capsys):
     assert 0.5 <= float(peaks.min()) < 0.9 and 1.1 < float(peaks.max()) <= 2
     assert not torch.isclose(found["prior"], found["held out"]).all()
     words[-1] = "held-out"
+    kept = len(list(output.with_suffix("").iterdir()))
     assert main([*words, "--overwrite"]) == 2
+    # a slip costs no finished simulation
+    assert len(list(output.with_suffix("").iterdir())) == kept == 12
     assert "truths are from 'held-out', expected 'prior', 'held out' or" in capsys.readouterr().err
 
 

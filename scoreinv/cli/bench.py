@@ -284,7 +284,7 @@ def _learned(config: BenchConfig) -> list[dict[str, Any]]:
         for noise in config.noises:
             likelihood = learned.problem(kind, prior, noise)
             for source, sought in images.items():
-                name = f"{kind}-{noise:g}-{source.replace(' ', '-')}.jsonl"
+                name = f"{kind}-{noise:g}-{Path(source).name.replace(' ', '-')}.jsonl"
                 store = Path(config.output).with_suffix("") / name if config.output else None
                 outcomes = learned.calibrate(
                     prior,

@@ -74,15 +74,16 @@ def coverage(config: CoverageConfig) -> None:
     if config.path.exists() and not config.overwrite:
         raise FileExistsError(f"{config.path} exists; choose another output, or pass --overwrite")
     process = launched(config.device)
-    if process.is_main_process:
-        _prepare(config)
-    process.wait_for_everyone()
     prior = si.load_prior(config.prior, config.device)
     seen, amplitude, compared = chosen(config, prior)
     sought = None
     if config.truths != PRIOR:
         images = truths(config.truths, config.prior, prior, config.sims, config.seed)
         sought = amplitude * images
+    # what is wrong with the configuration is known by now: nothing finished is lost for a slip
+    if process.is_main_process:
+        _prepare(config)
+    process.wait_for_everyone()
     if config.gaussian:
         prior = si.GaussianPrior(prior.moments.mean.double(), prior.moments.covariance)
     try:
