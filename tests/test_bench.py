@@ -512,9 +512,10 @@ def test_calibration_becomes_a_page_and_a_figure(tmp_path):
         prior="galaxy32",
         kinds=("psf",),
         sources=("prior",),
-        noises=(0.1, 0.01),
+        noises=(0.1,),
         truths=3,
         n=2,
+        methods=("Guided", "PiGDM"),
         guided=si.Guided(levels=2),
         output=str(tmp_path / "calibration.json"),
     )
@@ -525,12 +526,19 @@ def test_calibration_becomes_a_page_and_a_figure(tmp_path):
     rows = json.loads((tmp_path / "calibration.json").read_text())
     for one in rows:
         assert (
-            f"| {one['noise']:.3g} | prior | {one['total']:.3f} +- {one['total_error']:.3f} |"
+            f"| {one['noise']:.3g} | prior | {one['method']} | {one['total']:.3f} +- {one['total_error']:.3f} |"
             in page
         )
+        # a step each; the baseline's 100 go through the network and back
+        assert (one["evaluations"], one["VJPs"]) == {"Guided": (2, 0), "PiGDM": (100, 100)}[
+            one["method"]
+        ]
     (ax,) = calibration_figure(rows).axes
     drawn = {bars.get_label(): bars[0].get_ydata()[0] for bars in ax.containers[:2]}
-    assert drawn == {f"noise {one['noise']:g}, of the prior": one["total"] for one in rows}
+    name = lambda one: f"{one['method']}, noise {one['noise']:g}, of the prior"
+    assert drawn == {name(one): one["total"] for one in rows}
+    (alone,) = calibration_figure([one for one in rows if one["method"] == "Guided"]).axes
+    assert alone.containers[0].get_label() == "noise 0.1, of the prior"
 
 
 @pytest.mark.slow

@@ -66,12 +66,14 @@ nbi by the networks of its example. `missed` names the targets that ours did not
 CALIBRATION = {
     "noise": "noise / peak",
     "truths from": "truths from",
+    "method": "method",
     "total": "total",
     "bands": "bands",
     "flux": "flux scores: mean, sd",
     "likelier": "likelier by [nat]",
     "normalised_error": "squared error",
     "evaluations": "evaluations",
+    "VJPs": "VJPs",
     "seconds": "seconds a truth",
 }
 CALIBRATION_LEGEND = """\
@@ -79,8 +81,9 @@ Posteriors of images, one for each truth. `total`: error of the posterior mean o
 over truths, with its jackknife error; 1 is calibrated, more is too narrow. `bands`: the same in bands of spatial frequency,
 below 3, 8 and 16 cycles per image, and above. Normal scores of the true total flux have mean 0 and standard deviation 1 if
 it is calibrated, with errors of {mean:.2f} and {sd:.2f}. Truths are `likelier` by so much than draws are on average.
-`squared error` is that of the posterior mean over the truth's sum of squares, median. Truths are draws of the prior, which
-test the inference alone, or simulated images that the prior was not trained on, which test the prior with it."""
+`squared error` is that of the posterior mean over the truth's sum of squares, median; evaluations and vector-Jacobian
+products (VJPs) of the network are for each draw, seconds for all of a truth. Truths are draws of the prior, which test the
+inference alone, or simulated images that the prior was not trained on, which test the prior with it."""
 
 
 def document(rows: Sequence[dict[str, Any]], command: str, picture: str, suite: int) -> str:

@@ -115,7 +115,7 @@ def estimates_figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def calibration_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Error over predicted standard deviation, in total and by band, one panel a problem, one colour a noise.
+    """Error over predicted standard deviation, in total and by band, one panel a problem, one colour a method and noise.
 
     Args:
         rows: From `scoreinv bench learned`.
@@ -131,15 +131,20 @@ def calibration_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     names = ["total", f"k < {BANDS[0][1]}", *inner, f"k > {BANDS[-1][0]}"]
     aims = np.array([AIM_TOTAL, *[AIM_BAND] * len(BANDS)])
     for ax, group in zip(axes, groups, strict=True):
-        noises = sorted({row["noise"] for row in group}, reverse=True)
+        cases = list(dict.fromkeys((row["method"], row["noise"]) for row in group))
+        alone = len({method for method, _ in cases}) == 1
         for i, row in enumerate(group):
             ratio, error = (
                 np.array([row[f"total{end}"], *row[f"bands{end}"]]) for end in ("", "_error")
             )
             x = np.arange(len(names)) + 0.6 * ((i + 0.5) / len(group) - 0.5)
             own = row["truths from"] == "prior"
-            style = {"color": f"C{noises.index(row['noise'])}", "fmt": "o" if own else "s"}
-            label = f"noise {row['noise']:g}, {'of the prior' if own else row['truths from']}"
+            case = (row["method"], row["noise"])
+            style = {"color": f"C{cases.index(case)}", "fmt": "o" if own else "s"}
+            name = "" if alone else f"{row['method']}, "
+            label = (
+                f"{name}noise {row['noise']:g}, {'of the prior' if own else row['truths from']}"
+            )
             face = None if own else "none"
             ax.errorbar(x, ratio, error, label=label, ms=4, mfc=face, lw=0.9, **style)
         x = np.arange(len(names))

@@ -46,6 +46,7 @@ class Outcome:
         evaluations: Network evaluations per draw.
         seconds: Wall time.
         weights: What became of the weights.
+        vjps: Vector-Jacobian products of the network per draw.
     """
 
     key: str
@@ -57,6 +58,7 @@ class Outcome:
     evaluations: float
     seconds: float
     weights: str
+    vjps: float = 0.0
 
 
 def psf_problem(prior: Prior, noise: float) -> Likelihood:
@@ -119,6 +121,7 @@ def outcome(
         draws.evaluations,
         draws.seconds,
         draws.weights,
+        draws.vjps,
     )
 
 
@@ -180,5 +183,6 @@ def summary(outcomes: list[Outcome], n: int) -> dict[str, float | list[float]]:
         "likelier_error": float(likelier.std(ddof=1) / math.sqrt(len(likelier))),
         "normalised_error": float(np.median(normalised)),
         "evaluations": max(o.evaluations for o in outcomes),
+        "VJPs": max(o.vjps for o in outcomes),
         "seconds": float(np.mean([o.seconds for o in outcomes])),
     }

@@ -96,6 +96,7 @@ def overhead(
                 "problem": f"{name}, {prior.shape[-2]} x {prior.shape[-1]}",
                 "draws": n,
                 "evaluations": result[0].evaluations,
+                "VJPs": result[0].vjps,
                 "forward [ms/image]": 1e3 * statistics.median(bare) / island,
                 "wall [s]": statistics.median(walls),
                 "wall / forward passes": statistics.median(ratios),

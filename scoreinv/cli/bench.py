@@ -36,11 +36,11 @@ class BenchConfig:
         what: "exact" (posteriors in closed form), "coverage" (truths ranked among 31 draws, on the same problems), "learned"
             (calibration with a trained prior), "rtb" (learned controls), "npe" (scalar parameters), "speed", or "scaling"
             (with pixels, data, draws and levels). Exit status 1 if a target of "rtb" or "npe" is missed.
-        methods: Samplers of "exact" and "coverage": SMC (as in the section), SMC40 and SMC7 (of so many levels), Anneal,
-            Guided, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved; with the extra `bench`
-            azula-MMPS, azula-DPS, azula-DiffPIR, deepinv-MMPS, deepinv-PiGDM, deepinv-DPS, by those packages' own code;
-            and "SMC without local covariance", "finer steps", "skipping", "network's twist" or "spare particles". All up to
-            "convolved" if left out.
+        methods: Samplers of all but "rtb", "npe" and "scaling": SMC and Guided (as in their sections), SMC40 and SMC7 (of so
+            many levels), Anneal, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved; with the extra
+            `bench` azula-MMPS, azula-DPS, azula-DiffPIR, deepinv-MMPS, deepinv-PiGDM, deepinv-DPS, by those packages' own
+            code; and "SMC without local covariance", "finer steps", "skipping", "network's twist" or "spare particles". If
+            left out, all up to "convolved" of "exact" and "coverage", SMC of "learned" and "speed".
         problems: Of "exact" and "coverage", by their names, as in "grid 80 1", of "rtb" and of "npe"; all if left out.
         prior: Trained prior of "learned", "speed" and "scaling".
         kinds: Problems of "learned": psf, uv.
@@ -59,7 +59,7 @@ class BenchConfig:
         members: Networks of an ensemble, in "npe".
         peers: Estimates of sbi, lampe and nbi beside ours, in "npe"; with the extra `bench`.
         smc: The sampler.
-        guided: Of "learned" and "speed", in its place: the steps that all draws take where weights collapse, no scouts.
+        guided: The steps that all draws take where weights collapse, without scouts.
         output: JSON file of the rows; the outcomes of all but "speed", "scaling" and "rtb" are kept beside it and found
             again. "exact", "learned", "npe" and "scaling" also write a figure and a page of the same name.
     """
@@ -83,7 +83,7 @@ class BenchConfig:
     members: int = 1
     peers: bool = False
     smc: si.SMC = field(default_factory=si.SMC)
-    guided: si.Guided | None = None
+    guided: si.Guided = field(default_factory=si.Guided)
     output: str | None = None
 
     def __post_init__(self) -> None:
@@ -177,14 +177,16 @@ def _samplers(config: BenchConfig) -> dict[str, Sampler]:
         method = exact.METHODS[name]
         if isinstance(method, Peer) and (reason := method.missing()):
             raise ValueError(f"methods has {name}, and {reason}")
-    return {
-        name: config.smc if name == "SMC" else exact.METHODS[name] for name in _methods(config)
-    }
+    of_sections = {"SMC": config.smc, "Guided": config.guided}
+    return {name: of_sections.get(name, exact.METHODS[name]) for name in _methods(config)}
 
 
 def _methods(config: BenchConfig) -> tuple[str, ...]:
-    some = [m for m in exact.DEFAULT if not (config.quick and m in exact.SLOW)]
-    return tuple(some if config.methods is None else config.methods)
+    if config.methods is not None:
+        return config.methods
+    if config.what in ("learned", "speed"):
+        return ("SMC",)
+    return tuple(m for m in exact.DEFAULT if not (config.quick and m in exact.SLOW))
 
 
 def _problems(config: BenchConfig) -> list[str]:
@@ -203,7 +205,7 @@ def _changed(config: BenchConfig) -> str:
         if f.name not in ("what", "smc", "guided", "output", "workers")
         and getattr(config, f.name) != f.default
     }
-    for section in ("smc", "guided") if config.guided else ("smc",):
+    for section in ("smc", "guided"):
         chosen = getattr(config, section)
         for f in fields(chosen):
             if getattr(chosen, f.name) != f.default:
@@ -214,12 +216,10 @@ def _changed(config: BenchConfig) -> str:
 
 
 def _speed(config: BenchConfig) -> list[dict[str, Any]]:
-    rows = speed.gradient() + speed.overhead(
-        si.load_prior(config.prior),
-        config.guided or config.smc,
-        config.n or 64,
-        repeats=config.repeats,
-    )
+    prior, rows = si.load_prior(config.prior), speed.gradient()
+    for method, sampler in _samplers(config).items():
+        found = speed.overhead(prior, sampler, config.n or 64, repeats=config.repeats)
+        rows += [{"method": method, **row} for row in found]
     print(table(rows))
     return rows
 
@@ -280,25 +280,25 @@ def _learned(config: BenchConfig) -> list[dict[str, Any]]:
         for source in config.sources
     }
     rows = []
-    for kind in config.kinds:
-        for noise in config.noises:
-            likelihood = learned.problem(kind, prior, noise)
-            for source, sought in images.items():
-                name = f"{kind}-{noise:g}-{Path(source).name.replace(' ', '-')}.jsonl"
-                store = Path(config.output).with_suffix("") / name if config.output else None
-                outcomes = learned.calibrate(
-                    prior,
-                    likelihood,
-                    sought,
-                    config.guided or config.smc,
-                    config.n or 16,
-                    config.seed,
-                    store,
-                    sys.stderr.isatty(),
-                )
-                row = learned.summary(outcomes, config.n or 16)
-                rows.append({"problem": kind, "noise": noise, "truths from": source, **row})
-                print(table(rows[-1:]), end="\n\n", flush=True)
+    cases = itertools.product(
+        config.kinds, config.noises, images.items(), _samplers(config).items()
+    )
+    for kind, noise, (source, sought), (method, sampler) in cases:
+        name = f"{kind}-{noise:g}-{Path(source).name.replace(' ', '-')}.jsonl"
+        store = Path(config.output).with_suffix("") / name if config.output else None
+        outcomes = learned.calibrate(
+            prior,
+            learned.problem(kind, prior, noise),
+            sought,
+            sampler,
+            config.n or 16,
+            config.seed,
+            store,
+            sys.stderr.isatty(),
+        )
+        case = {"problem": kind, "noise": noise, "truths from": source, "method": method}
+        rows.append(case | learned.summary(outcomes, config.n or 16))
+        print(table(rows[-1:]), end="\n\n", flush=True)
     print(table(rows))
     if config.output:
         _publish(config, calibration_figure(rows), partial(calibration, rows))
