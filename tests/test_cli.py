@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -769,6 +770,22 @@ def test_priors(capsys, prior, monkeypatch):
         card["sha256"][:12],
     ):
         assert part in said
+
+
+def test_a_card_in_words_of_its_own_is_named(capsys, config, prior, tmp_path):
+    """Where truths are asked for like those that the prior learned."""
+    path, output = config
+    words = yaml.safe_load(path.read_text())
+    del words["figure"]
+    path.write_text(yaml.safe_dump(words))
+    mine = tmp_path / "mine"
+    shutil.copytree(prior, mine)
+    card = json.loads((mine / "card.json").read_text())
+    card["training"]["data"] |= {"kind": "galaxies", "telescope": "HST"}
+    (mine / "card.json").write_text(json.dumps(card))
+    words = ["--config", path, "--prior", mine, "--output", output.with_suffix(".json")]
+    said = failure(capsys, "coverage", *words, "--truths", "held out")
+    assert f"the card of {mine} has telescope in training.data, expected some of amplitude" in said
 
 
 @pytest.mark.parametrize("buffered", ["", "1"])

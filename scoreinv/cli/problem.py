@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,8 +129,17 @@ def launched(device: str) -> PartialState:
 
 
 def trained_on(prior: str) -> TrainingData | None:
-    """The images that a prior was trained on; None if its card does not say, as with checkpoints of score_models."""
+    """The images that a prior was trained on; None if its card does not say, as with checkpoints of score_models.
+
+    Raises:
+        ValueError: A card that says it in words of its own.
+    """
     data = prior_card(prior).get("training", {}).get("data", {})
+    known = {f.name for f in fields(TrainingData)}
+    if unknown := sorted(set(data) - known):
+        raise ValueError(
+            f"the card of {prior} has {', '.join(unknown)} in training.data, expected some of {', '.join(sorted(known))}"
+        )
     return TrainingData(**data) if "kind" in data else None
 
 

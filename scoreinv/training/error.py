@@ -49,6 +49,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,7 @@ OBSERVED, DRAWN, TOGETHER = 96, 4, 16  # images, draws of each, and images side 
 # excesses that are tried until draws are wide enough; what more would do is not known
 TRIED = (0.1, 0.3, 0.9)
 Batch = Callable[[int], tuple[Tensor, Tensor, Tensor]]
+M = TypeVar("M", bound=nn.Module)
 
 
 def learn_error(
@@ -138,7 +140,7 @@ def trained_look(
 
 
 def _fitted(
-    module: nn.Module,
+    module: M,
     prior: ScorePrior,
     batch: Batch,
     loss: Callable[[Tensor, Tensor, Tensor], Tensor],
@@ -146,7 +148,7 @@ def _fitted(
     seed: int,
     progress: bool,
     name: str,
-) -> nn.Module:
+) -> M:
     """A module with the mean of its last weights, fitted to clean images, noisy ones and their levels by a loss."""
     optimiser = torch.optim.Adam(module.parameters(), lr=RATE, betas=(0.9, 0.99))
     average = {k: v.clone() for k, v in module.state_dict().items()}
