@@ -134,13 +134,14 @@ def train(
     _fit(run, state, images, sigma_data, accelerator, folder, deadline, progress)
     if main:
         prior = as_prior(run, state.average, moments, sigma_data)
+        finished = state.step >= run.optimisation.steps
+        if finished and run.error_steps > 0:
+            # with a second look images are denoised otherwise, so it comes before the tables
+            prior.error = _error(run, prior, images, held_out, accelerator, progress)
         card = _card(run, state.step, sigma_data)
         card["held_out"] = denoising_table(prior, run, held_out)
-        if state.step >= run.optimisation.steps:
-            if run.draws > 0:
-                card["power_spectrum"] = spectrum_table(prior, run, held_out, run.draws)
-            if run.error_steps > 0:
-                prior.error = _error(run, prior, images, held_out, accelerator, progress)
+        if finished and run.draws > 0:
+            card["power_spectrum"] = spectrum_table(prior, run, held_out, run.draws)
         save_prior(folder, prior, card)
     return folder
 
