@@ -39,6 +39,7 @@ RUN = TrainingRun(
     network=Network(widths=(16, 32), embedding=32),
     draws=16,
     error_steps=300,
+    look_steps=200,
 )
 
 
@@ -87,7 +88,11 @@ def test_keys_that_change_no_weights_may_change(trained, tmp_path):
         ({"optimisation": replace(RUN.optimisation, rate=-1.0)}, "rate is -1 and ema"),
         ({"optimisation": replace(RUN.optimisation, ema=1.0)}, "ema 1, expected"),
         ({"optimisation": replace(RUN.optimisation, log_sigma=(0.0, 0.0))}, "a deviation above 0"),
-        ({"error_steps": -1}, "draws is 16 and error_steps -1, expected 0 or more"),
+        (
+            {"error_steps": -1},
+            "draws is 16, error_steps -1 and look_steps 200, expected 0 or more",
+        ),
+        ({"error_steps": 0}, "look_steps is 200 and error_steps 0, expected more"),
         ({"sigma_min": 30.0}, "expected 0 < sigma_min < sigma_max"),
     ],
 )
@@ -517,7 +522,13 @@ def test_a_prior_of_ones_own_images(folder, tmp_path):
         kind="folder", folder=str(folder), size=16, images=6, held_out=3, symmetric=False,
         amplitude=(1.0, 1.0), shift=0,
     )  # fmt: skip
-    run = replace(RUN, data=data, error_steps=0, optimisation=replace(RUN.optimisation, steps=300))
+    run = replace(
+        RUN,
+        data=data,
+        error_steps=0,
+        look_steps=0,
+        optimisation=replace(RUN.optimisation, steps=300),
+    )
     prior = si.load_prior(train(run, tmp_path / "own", progress=False))
     draws = prior.sample(32, seed=0)
     left, right = (v.mean((1, 2, 3)) for v in draws.split(8, dim=-1))

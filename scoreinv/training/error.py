@@ -10,7 +10,7 @@ the squared error,
 the trained levels.
 
 The network was trained by errors that all count the same, in which those on blank sky are nothing beside those of sources:
-D has noise there that is as large as faint light. So D is looked at once more, in units of its error d, beside the same
+D has noise there that is as large as faint light. So D may be looked at once more, in units of its error d, beside the same
 features, for what it is short of, w d, and the factor e^f by which d is off:
 
     loss = E [(1/2 (x_0 - D - w d)^2 / s^2 + ln s) s / rms(d)],    s = d e^f, a constant where it is a weight
@@ -81,20 +81,29 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def learn_error(
-    prior: ScorePrior, batch: Batch, held_out: Tensor, steps: int, seed: int, progress: bool
+    prior: ScorePrior,
+    batch: Batch,
+    held_out: Tensor,
+    steps: int,
+    seed: int,
+    progress: bool,
+    look_steps: int = 0,
 ) -> ErrorModel:
-    """Train the head, then measure on held-out images all that else belongs to the error.
+    """Train the head and perhaps a second look, then measure on held-out images all that else belongs to the error.
 
     Args:
         prior: With a finished network.
         batch: Clean images, levels and noise of step t, from which the images and the noise are taken.
         held_out: Images that the network was not trained on, with shape (n, C, H, W).
-        steps: Of the optimiser.
+        steps: Of the optimiser for the head.
         seed: Decides weights and levels.
         progress: Show a progress bar.
+        look_steps: Of the optimiser for a second look at denoised images; 0 for none.
     """
     head = trained_head(prior, batch, steps, seed, progress)
-    look = trained_look(unmeasured(prior, head), batch, steps, seed, progress)
+    look = None
+    if look_steps > 0:
+        look = trained_look(unmeasured(prior, head), batch, look_steps, seed, progress)
     return measured_error(prior, head, look, held_out, seed, progress)
 
 

@@ -196,7 +196,7 @@ def _error(
     batch = lambda t: tuple(
         v.cpu() for v in _batch(run, images, run.optimisation.steps + t, accelerator)
     )
-    return learn_error(prior, batch, known, run.error_steps, run.seed, progress)
+    return learn_error(prior, batch, known, run.error_steps, run.seed, progress, run.look_steps)
 
 
 def population_moments(run: TrainingRun, images: Tensor, most: int = 16384) -> Gaussian:
@@ -290,6 +290,7 @@ def _claim(run: TrainingRun, folder: Path) -> None:
     for record in (wanted, known):  # these change no weights
         record.pop("draws", None)
         record.pop("error_steps", None)
+        record.pop("look_steps", None)
         record["data"].pop("workers")
         record["optimisation"].pop("save_every")
     if known != wanted:

@@ -83,8 +83,9 @@ class TrainingRun:
         sigma_min: Lowest noise level it is trained at [model unit].
         sigma_max: Highest noise level it is trained at [model unit].
         draws: Draws of the finished prior whose power spectra its card compares with held-out images; 0 for none.
-        error_steps: Optimiser steps in which the finished network learns its error, which `Guided` follows, and as many for
-            a second look at denoised images; 0 for none.
+        error_steps: Optimiser steps in which the finished network learns its error, which `Guided` follows; 0 for none.
+        look_steps: Steps in which it then learns to look at denoised images once more, which leaves less noise on blank sky;
+            0 for none, as the shipped priors have it.
         seed: Decides images, initial weights and batches.
     """
 
@@ -96,6 +97,7 @@ class TrainingRun:
     sigma_max: float = 20.0
     draws: int = 1000
     error_steps: int = 0
+    look_steps: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -120,8 +122,10 @@ class TrainingRun:
             (not plan.rate > 0 or not 0 <= plan.ema < 1, f"rate is {plan.rate:g} and ema {plan.ema:g}, "
              "expected a rate above 0 and 0 <= ema < 1"),
             (not plan.log_sigma[1] > 0, f"log_sigma is {plan.log_sigma}, expected a mean and a deviation above 0"),
-            (min(self.draws, self.error_steps) < 0, f"draws is {self.draws} and error_steps {self.error_steps}, "
-             "expected 0 or more"),
+            (min(self.draws, self.error_steps, self.look_steps) < 0, f"draws is {self.draws}, error_steps "
+             f"{self.error_steps} and look_steps {self.look_steps}, expected 0 or more"),
+            (self.look_steps > 0 and self.error_steps == 0, f"look_steps is {self.look_steps} and error_steps 0, expected "
+             "more: a second look goes by the error that the network knows"),
             (not 0 < self.sigma_min < self.sigma_max < math.inf, f"sigma goes from {self.sigma_min:g} to "
              f"{self.sigma_max:g}, expected 0 < sigma_min < sigma_max"),
         ):  # fmt: skip
