@@ -279,26 +279,20 @@ def _learned(config: BenchConfig) -> list[dict[str, Any]]:
         source: truths(source, config.prior, prior, config.truths, config.seed + 1)
         for source in config.sources
     }
-    rows = []
-    cases = itertools.product(
-        config.kinds, config.noises, images.items(), _samplers(config).items()
-    )
-    for kind, noise, (source, sought), (method, sampler) in cases:
-        name = f"{kind}-{noise:g}-{Path(source).name.replace(' ', '-')}.jsonl"
-        store = Path(config.output).with_suffix("") / name if config.output else None
-        outcomes = learned.calibrate(
-            prior,
-            learned.problem(kind, prior, noise),
-            sought,
-            sampler,
-            config.n or 16,
-            config.seed,
-            store,
-            sys.stderr.isatty(),
-        )
-        case = {"problem": kind, "noise": noise, "truths from": source, "method": method}
-        rows.append(case | learned.summary(outcomes, config.n or 16))
-        print(table(rows[-1:]), end="\n\n", flush=True)
+    n, rows = config.n or 16, []
+    for kind, noise in itertools.product(config.kinds, config.noises):
+        likelihood = learned.problem(kind, prior, noise)
+        cases = itertools.product(images.items(), _samplers(config).items())
+        for (source, sought), (method, sampler) in cases:
+            name = f"{kind}-{noise:g}-{Path(source).name.replace(' ', '-')}.jsonl"
+            store = Path(config.output).with_suffix("") / name if config.output else None
+            shown = sys.stderr.isatty()
+            outcomes = learned.calibrate(
+                prior, likelihood, sought, sampler, n, config.seed, store, shown
+            )
+            case = {"problem": kind, "noise": noise, "truths from": source, "method": method}
+            rows.append(case | learned.summary(outcomes, n))
+            print(table(rows[-1:]), end="\n\n", flush=True)
     print(table(rows))
     if config.output:
         _publish(config, calibration_figure(rows), partial(calibration, rows))
