@@ -83,6 +83,18 @@ def test_estimates_are_off_where_it_does_not(name):
     assert float(off) > 0.05
 
 
+def test_the_weighted_pull_is_that_of_a_gaussian_times_its_share():
+    """r^2 / sigma^2 = v / (v + sigma^2) of what is right for a white prior of variance v."""
+    posterior = observe(white_prior(2.0))
+    pulled = {}
+    for sampler in (PiGDM(10), PiGDM(10, weighted=True)):
+        island = started(sampler, posterior)
+        x = island.x = 2 * torch.randn(5, *SHAPE, generator=stream(5), dtype=torch.float64)
+        D = posterior.prior.denoise(x, x.new_full((5,), 1.5))
+        pulled[sampler.weighted] = answered(island._estimate(1.5), posterior) - D
+    torch.testing.assert_close(pulled[True], pulled[False] * 2.0 / (2.0 + 1.5**2))
+
+
 def test_dps_steps_along_the_gradient_of_its_misfit():
     """Against central differences of |y - A D(x)|, on a prior whose denoiser is far from linear."""
     posterior = grid_mixture(8, 2, seed=1).posterior

@@ -22,7 +22,7 @@ from scoreinv.bench.ablation import PARTS, Ablated
 from scoreinv.bench.imperfect import estimated, learned
 from scoreinv.bench.increments import increments
 from scoreinv.bench.memory import peak_memory
-from scoreinv.bench.peers import Azula, DeepInv, Peer
+from scoreinv.bench.peers import Azula, DeepInv
 from scoreinv.bench.problems import (
     Problem,
     four_fields,
@@ -69,6 +69,7 @@ METHODS: dict[str, Sampler] = {
     "DAPS": DAPS(),
     "PnP-DM": PnPDM(),
     "convolved": ConvolvedLikelihood(),
+    "PiGDM weighted": PiGDM(weighted=True),
     "azula-MMPS": Azula(method="MMPS"),
     "azula-DPS": Azula(1000, "DPS"),
     "azula-DiffPIR": Azula(method="DiffPIR"),
@@ -78,8 +79,9 @@ METHODS: dict[str, Sampler] = {
     **{f"SMC without {part}": Ablated(without=part) for part in PARTS},
 }
 SLOW = ("DPS", "PnP-DM", "azula-DPS", "deepinv-DPS")  # a thousand evaluations a draw and more
-WHITE = ("TDS", "PiGDM", "DiffPIR", "DAPS", "PnP-DM", "convolved")  # solve with a white covariance
-DEFAULT = tuple(m for m, s in METHODS.items() if not isinstance(s, Peer | Ablated))
+# solve with a white covariance
+WHITE = ("TDS", "PiGDM", "DiffPIR", "DAPS", "PnP-DM", "convolved", "PiGDM weighted")
+DEFAULT = tuple(METHODS)[: tuple(METHODS).index("convolved") + 1]
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,11 @@ class BenchConfig:
             (calibration with a trained prior), "rtb" (learned controls), "npe" (scalar parameters), "speed", or "scaling"
             (with pixels, data, draws and levels). Exit status 1 if a target of "rtb" or "npe" is missed.
         methods: Samplers of all but "rtb", "npe" and "scaling": SMC and Guided (as in their sections), SMC40 and SMC7 (of so
-            many levels), Anneal, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved; with the extra
-            `bench` azula-MMPS, azula-DPS, azula-DiffPIR, deepinv-MMPS, deepinv-PiGDM, deepinv-DPS, by those packages' own
-            code; and "SMC without local covariance", "finer steps", "skipping", "network's twist" or "spare particles". If
-            left out, all up to "convolved" of "exact" and "coverage", SMC of "learned" and "speed".
+            many levels), Anneal, and the baselines TDS, MMPS, PiGDM, DPS, DiffPIR, DAPS, PnP-DM, convolved, and "PiGDM
+            weighted", which stays finite on images; with the extra `bench` azula-MMPS, azula-DPS, azula-DiffPIR,
+            deepinv-MMPS, deepinv-PiGDM, deepinv-DPS, by those packages' own code; and "SMC without local covariance",
+            "finer steps", "skipping", "network's twist" or "spare particles". If left out, all up to "convolved" of "exact"
+            and "coverage", SMC of "learned" and "speed".
         problems: Of "exact" and "coverage", by their names, as in "grid 80 1", of "rtb" and of "npe"; all if left out.
         prior: Trained prior of "learned", "speed" and "scaling".
         kinds: Problems of "learned": psf, uv.
