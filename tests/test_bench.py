@@ -12,6 +12,7 @@ import torch
 
 import scoreinv as si
 from scoreinv.bench import exact as bench
+from scoreinv.bench import learned as calibration
 from scoreinv.bench import ranks, rtb, scaling
 from scoreinv.bench.ablation import PARTS, Ablated
 from scoreinv.bench.document import costs
@@ -486,6 +487,36 @@ def test_calibration_of_a_gaussian_prior_and_its_negative_control(tmp_path):
     brighter = calibrate(prior, likelihood, 2 * truths, sampler, n=16, seed=0, store=store)
     other = summary(brighter, n=16)
     assert other["total"] > 1.3 and other["likelier"] > 4 * other["likelier_error"]
+
+
+def test_runs_that_fail_are_counted_and_left_out(monkeypatch, tmp_path):
+    """The others stand as they would alone; where all fail nothing is known. What failed is kept, too."""
+    prior = si.GaussianPrior(torch.zeros(1, 40, 40, dtype=torch.float64), 1.0)
+    likelihood = si.Likelihood(si.Identity(prior.shape), si.GaussianNoise(std=1.0))
+    truths, runs, bad = prior.sample(4, seed=0), [], [1]
+    real = calibration.sample
+
+    def sometimes(*arguments, **options):
+        runs.append(options["seed"])
+        if options["seed"] in bad:
+            raise FloatingPointError("the draws are not finite")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(calibration, "sample", sometimes)
+    run = lambda: calibrate(
+        prior, likelihood, truths, si.Guided(3), n=4, seed=0, store=tmp_path / "a.jsonl"
+    )
+    outcomes = run()
+    row = summary(outcomes, n=4)
+    assert (row["truths"], row["failed"]) == (4, 1)
+    alone = summary([outcomes[i] for i in (0, 2, 3)], n=4)
+    assert {**row, "truths": 3, "failed": 0} == alone and math.isfinite(alone["total"])
+    run()
+    assert runs == [0, 1, 2, 3]
+    bad[:] = [0, 1, 2, 3]
+    (tmp_path / "a.jsonl").unlink()
+    row = summary(run(), n=4)
+    assert row["failed"] == 4 and math.isnan(row["total"]) and math.isnan(row["flux_std"])
 
 
 @pytest.mark.parametrize("n", [2, 8])

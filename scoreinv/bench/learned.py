@@ -34,7 +34,7 @@ BANDS = ((0, 3), (3, 8), (8, 16), (16, 1000))
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one truth's posterior got right.
+    """What one truth's posterior got right; nan if its draws were not finite.
 
     Attributes:
         key: Hash of all that decides it.
@@ -102,7 +102,12 @@ def outcome(
 ) -> Outcome:
     """Observe one truth, with shape (C, H, W), sample, and compare."""
     posterior = Posterior(prior, likelihood, likelihood.simulate(truth[None], seed)[0])
-    draws = sample(posterior, n, sampler, seed=seed, island=n, evidence=False)
+    key = fingerprint(posterior, sampler, seed, n)
+    try:
+        draws = sample(posterior, n, sampler, seed=seed, island=n, evidence=False)
+    except FloatingPointError as error:
+        unknown = (math.nan,) * len(BANDS)
+        return Outcome(key, unknown, unknown, *[math.nan] * 5, weights=str(error))
     x, truth = draws.x.double(), truth.double()
     mean = x.mean(0)
     log_p = likelihood.log_prob(posterior.y, torch.cat([truth[None], x]))
@@ -112,7 +117,7 @@ def outcome(
     # the mean and the standard deviation of n draws make it a t-score
     t = float((truth.sum() - flux.mean()) / (flux.std() * math.sqrt(1 + 1 / n)))
     return Outcome(
-        fingerprint(posterior, sampler, seed, n),
+        key,
         tuple(band_power((mean - truth)[None])[0].tolist()),
         tuple((inflation * band_power(x - mean).mean(0)).tolist()),
         float(stats.norm.ppf(stats.t.cdf(t, n - 1))),
@@ -147,12 +152,15 @@ def calibrate(
 
 
 def summary(outcomes: list[Outcome], n: int) -> dict[str, float | list[float]]:
-    """The table's row: ratios with their jackknife errors.
+    """The table's row: ratios with their jackknife errors, nan where fewer than two runs ended well.
 
     Args:
-        outcomes: Of all truths.
+        outcomes: Of all truths; those that failed are counted and left out.
         n: Draws of each. The scatter of their mean is taken out of its squared error, which is that of the posterior mean.
     """
+    good = [o for o in outcomes if math.isfinite(o.evaluations)]
+    count, failed = len(outcomes), len(outcomes) - len(good)
+    outcomes = good if len(good) > 1 else outcomes
     error = np.array([o.error for o in outcomes])
     predicted = np.array([o.predicted for o in outcomes])
     scatter = predicted.sum(1) / (n + 1)  # variance over n; what is predicted is 1 + 1 / n of it
@@ -172,7 +180,8 @@ def summary(outcomes: list[Outcome], n: int) -> dict[str, float | list[float]]:
     flux = np.array([o.flux for o in outcomes])
     likelier = np.array([o.likelier for o in outcomes])
     return {
-        "truths": len(outcomes),
+        "truths": count,
+        "failed": failed,
         "total": float(ratio(*total)[0]),
         "total_error": float(jackknife(*total)[0]),
         "bands": ratio(error, predicted).tolist(),

@@ -291,8 +291,15 @@ def _learned(config: BenchConfig) -> list[dict[str, Any]]:
             outcomes = learned.calibrate(
                 prior, likelihood, sought, sampler, n, config.seed, store, shown
             )
-            case = {"problem": kind, "noise": noise, "truths from": source, "method": method}
-            rows.append(case | learned.summary(outcomes, n))
+            row = learned.summary(outcomes, n)
+            lost = f", {row['failed']} of {len(sought)} failed" if row["failed"] else ""
+            case = {
+                "problem": kind,
+                "noise": noise,
+                "truths from": source,
+                "method": method + lost,
+            }
+            rows.append(case | row)
             print(table(rows[-1:]), end="\n\n", flush=True)
     print(table(rows))
     if config.output:
