@@ -124,27 +124,26 @@ def calibration_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         A figure with an Agg canvas.
     """
     groups = [list(g) for _, g in itertools.groupby(rows, key=lambda row: row["problem"])]
-    figure = Figure(figsize=(4.2 * len(groups) + 0.4, 3.6), layout="constrained")
+    named = [_parts(row) for row in rows]
+    varied = [i for i, part in enumerate(zip(*named, strict=True)) if len(set(part)) > 1] or [0]
+    colours = list(dict.fromkeys((method, noise) for method, noise, _ in named))
+    columns = len(groups) + 1
+    lines = math.ceil(len(set(named)) / columns)
+    figure = Figure(figsize=(4.2 * len(groups) + 0.4, 3.2 + 0.18 * lines), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
     inner = [f"k {low} to {high}" for low, high in BANDS[1:-1]]
     names = ["total", f"k < {BANDS[0][1]}", *inner, f"k > {BANDS[-1][0]}"]
     aims = np.array([AIM_TOTAL, *[AIM_BAND] * len(BANDS)])
     for ax, group in zip(axes, groups, strict=True):
-        cases = list(dict.fromkeys((row["method"], row["noise"]) for row in group))
-        alone = len({method for method, _ in cases}) == 1
         for i, row in enumerate(group):
             ratio, error = (
                 np.array([row[f"total{end}"], *row[f"bands{end}"]]) for end in ("", "_error")
             )
             x = np.arange(len(names)) + 0.6 * ((i + 0.5) / len(group) - 0.5)
-            own = row["truths from"] == "prior"
-            case = (row["method"], row["noise"])
-            style = {"color": f"C{cases.index(case)}", "fmt": "o" if own else "s"}
-            name = "" if alone else f"{row['method']}, "
-            label = (
-                f"{name}noise {row['noise']:g}, {'of the prior' if own else row['truths from']}"
-            )
+            own, parts = row["truths from"] == "prior", _parts(row)
+            style = {"color": f"C{colours.index(parts[:2])}", "fmt": "o" if own else "s"}
+            label = ", ".join(parts[i] for i in varied)
             face = None if own else "none"
             ax.errorbar(x, ratio, error, label=label, ms=4, mfc=face, lw=0.9, **style)
         x = np.arange(len(names))
@@ -155,8 +154,15 @@ def calibration_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         ax.tick_params(labelsize=8)
     figure.supylabel("error / predicted standard deviation", fontsize=9, color=INK)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8)
     return figure
+
+
+def _parts(row: dict[str, Any]) -> tuple[str, str, str]:
+    """A row's method, noise and truths, as the legend names them."""
+    own = row["truths from"] == "prior"
+    method = row["method"].split(",")[0]  # without the count of what failed
+    return method, f"noise {row['noise']:g}", "of the prior" if own else row["truths from"]
 
 
 def _panel(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
