@@ -664,6 +664,38 @@ def test_finetune_from_end_to_end(capsys, finetuning, prior):
     assert len(json.loads((folder / "report.json").read_text())["history"]) == 2
 
 
+def test_what_finetune_has_learned_samples_and_is_tested_for_coverage(
+    capsys, finetuning, prior, tmp_path
+):
+    """For a Gaussian prior the twisted chain is exact; another measurement than it was trained for is refused."""
+    command, folder = finetuning
+    assert main(command) == 0
+    content = {
+        "exposure": {"kind": "disc", "flux": 20.0, "fwhm": 2.5, "noise": 0.2, "seed": 5},
+        "prior": str(prior),
+        "amplitude": 1.0,
+        "control": {"folder": str(folder), "particles": 2},
+        "island": 32,
+    }
+    path = tmp_path / "other.yaml"
+    path.write_text(yaml.safe_dump(content))
+    output = tmp_path / "draws.fits"
+    known = ["--config", str(path), "--output"]
+    assert main(["sample", *known, str(output), "--n", "16"]) == 0
+    assert "learned control" in capsys.readouterr().out
+    assert "particles=2" in si.read_samples(output).meta["sampler"]
+    report = tmp_path / "report.json"
+    assert main(["coverage", *known, str(report), "--sims", "20", "--n", "16"]) == 0
+    assert "12 evaluations a draw" in capsys.readouterr().out  # six steps of two particles
+    assert json.loads(report.read_text())["p"] > 1e-3  # false alarms: one in a thousand
+    command = ["sample", *known, str(tmp_path / "none.fits")]
+    assert "its prior differ" in failure(capsys, *command, "--amplitude", "2")
+    assert "its likelihood differ" in failure(capsys, *command, "--exposure.noise", "0.3")
+    assert "no control" in failure(capsys, *command, "--control.folder", str(tmp_path))
+    assert "leave one out" in failure(capsys, *command, "--smc.levels", "5")
+    assert "particles 0" in failure(capsys, *command, "--control.particles", "0")
+
+
 def test_finetune_of_latent_numbers(capsys, finetuning):
     """Seven numbers in the place of an image: named in the report, drawn as images, and loaded by what the report holds."""
     command, folder = finetuning

@@ -914,7 +914,8 @@ def test_a_control_is_kept_and_found_again(tmp_path):
     draws = [v.condition(y).sample(4, seed=2, island=4) for v in (learned, found)]
     assert draws[0].meta["sampler"] == draws[1].meta["sampler"]
     assert re.fullmatch(
-        r"Steered\(amortised=VectorControl [0-9a-f]{12}, resample=0.5\)", draws[0].meta["sampler"]
+        r"Steered\(amortised=VectorControl [0-9a-f]{12}, resample=0.5, particles=1\)",
+        draws[0].meta["sampler"],
     )
     other = si.Likelihood(likelihood.operator, si.GaussianNoise(std=0.1))
     with pytest.raises(ValueError, match="another problem: its likelihood"):

@@ -86,14 +86,17 @@ def coverage(config: CoverageConfig) -> None:
     process.wait_for_everyone()
     if config.gaussian:
         prior = si.GaussianPrior(prior.moments.mean.double(), prior.moments.covariance)
+    prior = prior.rescaled(amplitude)
+    sampler = config.sampler(prior, seen.likelihood)
     try:
         found = si.sample_simulations(
-            prior.rescaled(amplitude),
+            prior,
             seen.likelihood,
             config.sims,
             config.n,
-            config.sampler,
+            sampler,
             seed=config.seed,
+            island=config.island,
             truths=sought,
             folder=config.folder,
             progress=process.is_main_process and sys.stderr.isatty(),

@@ -22,6 +22,7 @@ from scoreinv.cli.data import (
     candidates,
     observe,
 )
+from scoreinv.finetune import Steered
 from scoreinv.priors.zoo import prior_card
 from scoreinv.training import TrainingData, unseen_images
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 DATA = ("visibilities", "cutout", "simulation", "exposure", "speckle")
-SAMPLERS = ("smc", "anneal", "guided")
+SAMPLERS = ("smc", "anneal", "guided", "control")
 WAIT = timedelta(days=7)
 MOST = 1e20  # amplitude; squares of it and of noise must stay numbers of single precision
 PRIOR, HELD_OUT = "prior", "held out"  # where truths come from
@@ -83,19 +84,43 @@ class Problem:
         return next(x for x in map(self.__getattribute__, DATA) if x is not None)
 
 
+@dataclass(frozen=True)
+class Control:
+    """Weighted paths of a control that `scoreinv finetune` has learned for this prior, measurement and amplitude.
+
+    Args:
+        folder: Of the fine-tuning.
+        resample: Effective share of an island's particles below which they are resampled on the way; 0: never.
+        particles: For each draw; more where they weigh unevenly.
+    """
+
+    folder: str
+    resample: float = 0.5
+    particles: int = 1
+
+    def sampler(self, prior: si.Prior, likelihood: si.Likelihood) -> Steered:
+        """The paths, of a prior in the unit of the sky."""
+        learned = si.load_amortised(self.folder, prior, likelihood)
+        return Steered(learned, self.resample, self.particles)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampledProblem(Problem):
     """A prior, data and a sampler.
 
     Args:
-        smc: Sampler, one of three kinds, the default: weighted particles.
-        anneal: Sampler, one of three kinds: moves without weights, for one mode.
-        guided: Sampler, one of three kinds: one pass, fast and approximate.
+        smc: Sampler, one of four kinds, the default: weighted particles.
+        anneal: Sampler, one of four kinds: moves without weights, for one mode.
+        guided: Sampler, one of four kinds: one pass, fast and approximate.
+        control: Sampler, one of four kinds: what `scoreinv finetune` has learned.
+        island: Particles or draws that are made together, and kept together in case of an interruption.
     """
 
     smc: si.SMC | None = None
     anneal: si.Anneal | None = None
     guided: si.Guided | None = None
+    control: Control | None = None
+    island: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,12 +130,16 @@ class SampledProblem(Problem):
                 f"expected one sampler at most, got {' and '.join(samplers)}; "
                 f"leave one out, on the command line with --{samplers[0]} null"
             )
+        if self.island < 2:
+            raise ValueError(f"island is {self.island}, expected at least 2")
 
-    @property
-    def sampler(self) -> si.SMC | si.Anneal | si.Guided:
-        """The sampler that is given, or the default."""
-        given = [x for x in map(self.__getattribute__, SAMPLERS) if x is not None]
-        return given[0] if given else si.SMC()
+    def sampler(
+        self, prior: si.Prior, likelihood: si.Likelihood
+    ) -> si.SMC | si.Anneal | si.Guided | Steered:
+        """The sampler that is given, or the default, for a prior in the unit of the sky."""
+        if self.control is not None:
+            return self.control.sampler(prior, likelihood)
+        return self.smc or self.anneal or self.guided or si.SMC()
 
 
 def launched(device: str) -> PartialState:

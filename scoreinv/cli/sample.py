@@ -29,13 +29,11 @@ class SampleConfig(SampledProblem):
 
     Args:
         output: Result, ending in .fits, .h5 or .hdf5.
-        island: Draws that are made together, and kept together in case of an interruption.
         batch: Islands that share a call of the network; 1 suits a CPU, as many as fit a GPU.
         figure: true: beside the output, ending in .png; false: none; or its name.
     """
 
     output: str
-    island: int = 16
     batch: int = 1
     figure: bool | str = True
 
@@ -45,10 +43,8 @@ class SampleConfig(SampledProblem):
             raise ValueError(f"output is {self.output}, expected a name in {', '.join(ENDINGS)}")
         if self.picture is not None and self.picture.suffix.lower() not in PICTURES:
             raise ValueError(f"figure is {self.figure}, expected a name in {', '.join(PICTURES)}")
-        if self.island < 2 or self.batch < 1:
-            raise ValueError(
-                f"island is {self.island} and batch {self.batch}; expected at least 2 and 1"
-            )
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch}, expected at least 1")
 
     @property
     def path(self) -> Path:
@@ -108,7 +104,7 @@ def _draw(config: SampleConfig, posterior: si.Posterior, seen: Observation) -> s
         return si.sample(
             posterior,
             config.n,
-            config.sampler,
+            config.sampler(posterior.prior, posterior.likelihood),
             seed=config.seed,
             island=config.island,
             batch=config.batch,

@@ -144,9 +144,10 @@ class Conditioned:
     posterior: Posterior
     amortised: Amortised
 
-    def sample(self, n: int, seed: int, **options: Any) -> Samples:
-        """n draws, weighted and resampled, as `scoreinv.sample` makes them; see there for the options."""
-        return sample(self.posterior, n, Steered(self.amortised), seed=seed, **options)
+    def sample(self, n: int, seed: int, particles: int = 1, **options: Any) -> Samples:
+        """n draws of so many particles each, weighted and resampled; see `scoreinv.sample` for the options."""
+        sampler = Steered(self.amortised, particles=particles)
+        return sample(self.posterior, n, sampler, seed=seed, **options)
 
     def evidence(self, n: int, seed: int) -> Evidence:
         """What n paths prove."""

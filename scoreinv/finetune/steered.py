@@ -29,13 +29,24 @@ class Steered:
     Args:
         amortised: The control.
         resample: Effective sample size over n below which particles are resampled; 0: never.
+        particles: For each draw; more where they weigh unevenly.
+
+    Raises:
+        ValueError: Numbers out of range.
     """
 
     amortised: Amortised
     resample: float = 0.5
+    particles: int = 1
 
-    particles: ClassVar[int] = 1
     label: ClassVar[str] = "paths of a learned control, weighted"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.resample <= 1 or self.particles < 1:
+            raise ValueError(
+                f"resample is {self.resample} and particles {self.particles}; "
+                "expected a share between 0 and 1, and at least one particle for each draw"
+            )
 
     def refuses(self, posterior: Posterior) -> str:
         """Why this posterior is not for it; empty if it is."""

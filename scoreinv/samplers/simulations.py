@@ -80,6 +80,7 @@ def sample_simulations(
     sampler: Sampler | None = None,
     *,
     seed: int,
+    island: int = ISLAND,
     truths: Tensor | None = None,
     believed: Likelihood | None = None,
     folder: str | Path | None = None,
@@ -95,6 +96,7 @@ def sample_simulations(
         n: Draws of each.
         sampler: `SMC()` if not given.
         seed: Decides truths, data and draws.
+        island: Particles or draws that are made together, see `scoreinv.sample`.
         truths: Other truths than draws of the prior, with shape (N, C, H, W): these test the prior, too.
         believed: Another likelihood for the sampler than the one that made the data.
         folder: Where finished simulations are kept, and found again.
@@ -127,7 +129,9 @@ def sample_simulations(
         y = likelihood.simulate(truth[None], integer(seed, i, DATA))[0]
         return Posterior(prior, believed or likelihood, y)
 
-    return _sampled(truth, posterior, sims, n, sampler or SMC(), seed, folder, progress, share)
+    return _sampled(
+        truth, posterior, sims, n, sampler or SMC(), seed, island, folder, progress, share
+    )
 
 
 def sample_again(
@@ -175,7 +179,16 @@ def sample_again(
 
     sims = len(truths)
     return _sampled(
-        lambda i, _: truths[i], joined, sims, n, sampler or SMC(), seed, folder, progress, share
+        lambda i, _: truths[i],
+        joined,
+        sims,
+        n,
+        sampler or SMC(),
+        seed,
+        ISLAND,
+        folder,
+        progress,
+        share,
     )
 
 
@@ -186,12 +199,13 @@ def _sampled(
     n: int,
     sampler: Sampler,
     seed: int,
+    island: int,
     folder: str | Path | None,
     progress: bool,
     share: tuple[int, int],
 ) -> Simulations | None:
     """This process' share of the simulations, and all of them if it is the only process."""
-    found = []
+    found, island = [], min(island, sampler.particles * n)
     for i in tqdm(
         range(share[0], sims, share[1]), disable=not progress, desc="simulations", unit="posterior"
     ):
@@ -200,9 +214,9 @@ def _sampled(
         truth = truths(i, None if record is None else record["truths"])
         posterior = problem(truth, i)
         own = integer(seed, i, DRAWS)
-        wanted = fingerprint(posterior, sampler, own, n)
+        wanted = f"{fingerprint(posterior, sampler, own, island)}, {n} draws"
         if record is None:
-            record = _simulation(posterior, truth, n, sampler, own)
+            record = _simulation(posterior, truth, n, sampler, own, island)
             if path is not None:
                 _keep(path, wanted, record)
         elif key != wanted:
@@ -249,10 +263,10 @@ def _path(folder: Path, i: int) -> Path:
 
 
 def _simulation(
-    posterior: Posterior, truth: Tensor, n: int, sampler: Sampler, seed: int
+    posterior: Posterior, truth: Tensor, n: int, sampler: Sampler, seed: int, island: int
 ) -> dict[str, Tensor]:
     """The fields of `Simulations` for one truth."""
-    draws = sample(posterior, n, sampler, seed=seed, island=min(ISLAND, n), evidence=False)
+    draws = sample(posterior, n, sampler, seed=seed, island=island, evidence=False)
     members = torch.cat([truth[None], draws.x]).double()
     mean = posterior.moments.mean.to(posterior.dtype)[None]
     return {
