@@ -857,15 +857,27 @@ def test_vis_section_is_checked_against_the_canvas(tmp_path):
         observe(VisibilityData(str(tmp_path / "vis.txt"), 1.0), (1, SIZE, SIZE))
 
 
-def test_a_target_that_is_missed_ends_in_status_one(monkeypatch, capsys):
+def test_a_target_that_is_missed_ends_in_status_one(monkeypatch, capsys, tmp_path):
+    """And what was finished is found again, with a page and a figure of all."""
     from scoreinv.bench import rtb
 
+    ran = []
+
+    def near(seed):
+        ran.append(seed)
+        return {"ELBO": -0.1, "log Z": 0.0, "EUBO": 0.2}
+
     cases = {
-        "near": rtb.Case(lambda seed: {"ELBO": -0.1}, {"ELBO": (-0.5, 0.0)}),
+        "near": rtb.Case(near, {"ELBO": (-0.5, 0.0)}),
         "off": rtb.Case(lambda seed: {"ELBO": -2.0}, {"ELBO": (-0.5, 0.0)}),
     }
     monkeypatch.setattr(rtb, "CASES", cases)
-    assert main(["bench", "rtb", "--problems", "[near]"]) == 0
-    assert main(["bench", "rtb"]) == 1
+    kept = ["--seed", "4", "--output", str(tmp_path / "table.json")]
+    assert main(["bench", "rtb", "--problems", "[near]", *kept]) == 0
+    assert main(["bench", "rtb", *kept]) == 1
+    assert ran == [4]
     assert "ELBO -0.5..0" in capsys.readouterr().out
+    page = (tmp_path / "table.md").read_text()
+    assert "`scoreinv bench rtb --seed 4`" in page and "| off | 4 |" in page
+    assert (tmp_path / "table.png").stat().st_size > 5000
     assert "expected some of near, off" in failure(capsys, "bench", "rtb", "--problems", "[far]")

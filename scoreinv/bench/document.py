@@ -63,6 +63,17 @@ with rounds of its own; `geometry` compares estimates of a galaxy's flux, radius
 are of the processor, all threads together. sbi runs by its defaults, lampe's flows by the plan of ours without averages,
 nbi by the networks of its example. `missed` names the targets that ours did not meet."""
 
+CONTROLS_LEGEND = """\
+Controls of a chain of few steps, each learned on one core in the seconds of the processor that are given; `all` is with the
+judgement. In nats over the known evidence: `ELBO`, the mean log-weight of 4,000 paths of the control, `untrained` before it
+has learned anything; `log Z`, the log of their mean weight, absolute where it is a mean over data sets; `EUBO`, the mean
+log-weight of paths of the target. The chain's own evidence is not that of the posterior, and it is the chain's that lies
+between the bounds. `apart`: from the log Z of 20,000 paths of the untrained control. `ESS`: effective share of the paths.
+`modes`, `weighed`: total variation of the modes' weights, of paths as they are and as they weigh. `SW2`: sliced Wasserstein
+distance of weighted paths to exact draws, beside that of as many exact ones. The amortised control, Guided, PiGDM and DPS
+serve any data of a mixture in 8 dimensions: means over 20 data sets; a sampler is a control like any other. `missed` names
+the numbers that are not as `wanted`."""
+
 CALIBRATION = {
     "noise": "noise / peak",
     "truths from": "truths from",
@@ -141,6 +152,18 @@ def estimates(rows: Sequence[dict[str, Any]], command: str, picture: str) -> str
         empty = dict.fromkeys(columns, math.nan)
         parts.append(f"## {problem}, seed {lines[0]['seed']}")
         parts.append(_table([empty | row for row in lines], list(columns)))
+    return "\n\n".join(parts) + "\n"
+
+
+def controls(rows: Sequence[dict[str, Any]], command: str, picture: str) -> str:
+    """The page of rows of `scoreinv.bench.rtb.row`, with arguments as those of `document`."""
+    parts = [
+        "# Learned controls",
+        f"`{command}`, scoreinv {version('scoreinv')}, {date.today().isoformat()}",
+        f"![From the mean log-weight of the control's paths to that of the target's]({picture})",
+        CONTROLS_LEGEND,
+        _table(rows, list(rows[0])),
+    ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -46,6 +46,7 @@ COARSE, FINE = (
 LEAST = (0.78, 1.28)  # that an axis of distances covers
 TITLE = 36  # letters in a line
 AIM_TOTAL, AIM_BAND = 0.05, 0.08  # by which errors and predictions may differ
+BOUNDS = ("ELBO", "log Z", "EUBO")
 BACKWARD = 2  # forward passes that a vector-Jacobian product costs
 
 
@@ -111,6 +112,34 @@ def estimates_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     figure.supylabel("C2ST", fontsize=9, color=INK)
     named = {h.get_label(): h for ax in axes for h in ax.get_legend_handles_labels()[0]}
     figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=5, fontsize=8)
+    return figure
+
+
+def bounds_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """What the weights of paths say of the evidence, over what is known, one line a case.
+
+    Args:
+        rows: From `scoreinv.bench.rtb.row`.
+
+    Returns:
+        A figure with an Agg canvas.
+    """
+    figure = Figure(figsize=(7.0, 0.3 * len(rows) + 1.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    at = -np.arange(len(rows))
+    value = {k: np.array([row[k] for row in rows]) for k in ("untrained", *BOUNDS)}
+    low, middle, high = (value[k] for k in BOUNDS)
+    ax.axvline(0.0, color=FAINT, linewidth=0.8, linestyle="--", zorder=0)
+    ax.hlines(at, low, high, color=TRUE, linewidth=4, alpha=0.4, label="ELBO to EUBO")
+    ax.plot(middle, at, "o", color=TRUE, markersize=5, label="log Z")
+    ax.plot(value["untrained"], at, "|", color=INK, markersize=9, label="ELBO, untrained")
+    ax.set_xscale("symlog", linthresh=1.0, linscale=0.8)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_yticks(at, [row["case"] for row in rows])
+    ax.tick_params(labelsize=8)
+    ax.set_xlabel("over the known evidence [nat]", fontsize=9, color=INK)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     return figure
 
 

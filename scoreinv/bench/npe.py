@@ -13,7 +13,6 @@ import os
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -43,19 +42,6 @@ INF = math.inf
 PAIRS = 10_000
 DRAWS = 2000  # of estimate and reference, that are told apart
 WEIGHTED = 10_000  # draws of an estimate that are weighted by the likelihood
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What was found of one problem.
-
-    Attributes:
-        key: All that decides it.
-        rows: From `npe`, of one package each.
-    """
-
-    key: str
-    rows: tuple[dict[str, Any], ...]
 
 
 SINE, ROUNDS, A_ROUND = "sine", 3, 2560

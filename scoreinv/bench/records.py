@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 
 class Record(Protocol):
     """A dataclass with the key by which it is found again."""
 
     key: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What was found of one problem.
+
+    Attributes:
+        key: All that decides it.
+        rows: Of a table.
+    """
+
+    key: str
+    rows: tuple[dict[str, Any], ...]
 
 
 T = TypeVar("T", bound=Record)

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,15 @@ from matplotlib.figure import Figure
 
 import scoreinv as si
 from scoreinv.bench import exact, learned, npe, ranks, rtb, scaling, speed
-from scoreinv.bench.document import calibration, cell, costs, document, estimates
-from scoreinv.bench.figure import calibration_figure, error_figure, estimates_figure
+from scoreinv.bench.document import calibration, cell, controls, costs, document, estimates
+from scoreinv.bench.figure import (
+    bounds_figure,
+    calibration_figure,
+    error_figure,
+    estimates_figure,
+)
 from scoreinv.bench.peers import Peer
-from scoreinv.bench.records import Records
+from scoreinv.bench.records import Records, Rows
 from scoreinv.cli.problem import HELD_OUT, PRIOR, truths
 from scoreinv.samplers.path import Sampler
 
@@ -61,8 +66,8 @@ class BenchConfig:
         peers: Estimates of sbi, lampe and nbi beside ours, in "npe"; with the extra `bench`.
         smc: The sampler.
         guided: The steps that all draws take where weights collapse, without scouts.
-        output: JSON file of the rows; the outcomes of all but "speed", "scaling" and "rtb" are kept beside it and found
-            again. "exact", "learned", "npe" and "scaling" also write a figure and a page of the same name.
+        output: JSON file of the rows; the outcomes of all but "speed" and "scaling" are kept beside it and found again.
+            "exact", "learned", "rtb", "npe" and "scaling" also write a figure and a page of the same name.
     """
 
     what: str
@@ -246,31 +251,44 @@ def _publish(config: BenchConfig, figure: Figure, page: Callable[[str, str], str
 
 
 def _rtb(config: BenchConfig) -> list[dict[str, Any]]:
-    rows = []
-    for row in rtb.rtb(config.seed, config.quick, config.problems):
-        rows.append(row)
-        print(table(rows[-1:]), end="\n\n", flush=True)
-    print(table(rows))
+    names = config.problems or (rtb.QUICK if config.quick else rtb.CASES)
+    keys = {name: f"{name} {config.seed}" for name in names}
+    rows = _kept(config, keys, lambda name: [rtb.row(name, config.seed)])
+    if config.output:
+        _publish(config, bounds_figure(rows), partial(controls, rows))
     return rows
 
 
 def _npe(config: BenchConfig) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
     names = config.problems or (npe.QUICK if config.quick else npe.PROBLEMS)
     observations = 3 if config.quick else 5
-    records = Records(_store(config), npe.Rows)
     # a package that was not there is no part of what is kept
     others = [p for p in (*npe.ESTIMATES, npe.NBI) if config.peers and not npe.missing(p)]
-    for name in names:
-        key = f"{name} {config.seed} {observations} {config.members} {others}"
+    keys = {
+        name: f"{name} {config.seed} {observations} {config.members} {others}" for name in names
+    }
+    found = lambda name: npe.npe(
+        config.seed, [name], observations, config.members, peers=config.peers
+    )
+    rows = _kept(config, keys, found)
+    if config.output:
+        _publish(config, estimates_figure(rows), partial(estimates, rows))
+    return rows
+
+
+def _kept(
+    config: BenchConfig,
+    keys: Mapping[str, str],
+    found: Callable[[str], Iterable[dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """Rows of all problems, printed; those that are kept beside the output are found again by their key."""
+    records, rows = Records(_store(config), Rows), []
+    for name, key in keys.items():
         if key not in records:
-            found = npe.npe(config.seed, [name], observations, config.members, peers=config.peers)
-            records.add(npe.Rows(key, tuple(found)))
+            records.add(Rows(key, tuple(found(name))))
         rows += records[key].rows
         print(table(list(records[key].rows)), end="\n\n", flush=True)
     print(table(rows))
-    if config.output:
-        _publish(config, estimates_figure(rows), partial(estimates, rows))
     return rows
 
 
