@@ -683,6 +683,12 @@ def test_an_amortised_control_samples_any_data_like_the_other_samplers():
     assert learned.condition(y).evidence(2000, seed=7).log_z == pytest.approx(
         found.log_evidence, abs=0.3
     )
+    # without weights on the way what they are worth is known at the end
+    assert float(found.ess[-1]) == pytest.approx(
+        learned.condition(y).evidence(2000, 9).ess, rel=0.3
+    )
+    assert found.ess[:-1].isnan().all() and "worn" not in found.weights
+    assert "worn out" in learned.condition(y).sample(3, seed=5, island=3).weights
     bounds = learned.bounds(sims=20, paths=100, seed=8)
     gaps = torch.tensor([b.gap for b in bounds])
     assert 0 < gaps.mean() < 8
@@ -914,7 +920,7 @@ def test_a_control_is_kept_and_found_again(tmp_path):
     draws = [v.condition(y).sample(4, seed=2, island=4) for v in (learned, found)]
     assert draws[0].meta["sampler"] == draws[1].meta["sampler"]
     assert re.fullmatch(
-        r"Steered\(amortised=VectorControl [0-9a-f]{12}, resample=0.5, particles=1\)",
+        r"Steered\(amortised=VectorControl [0-9a-f]{12}, resample=0.0, particles=1\)",
         draws[0].meta["sampler"],
     )
     other = si.Likelihood(likelihood.operator, si.GaussianNoise(std=0.1))

@@ -95,7 +95,7 @@ class Control:
     """
 
     folder: str
-    resample: float = 0.5
+    resample: float = 0.0
     particles: int = 1
 
     def sampler(self, prior: si.Prior, likelihood: si.Likelihood) -> Steered:

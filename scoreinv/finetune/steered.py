@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 class Steered:
     """Paths of a control, weighted: a sampler like the others.
 
-    On the way down particles count by what they promise (`scoreinv.finetune.twist`), and those that will not do are replaced
-    by copies of others. Draws and evidence are exact in the limit of many whatever is promised; how evenly particles weigh
-    depends on it.
+    With `resample` particles count on the way down by what they promise (`scoreinv.finetune.twist`), and those that will not
+    do are replaced by copies of others. Draws and evidence are exact in the limit of many whatever is promised; a promise
+    that does not suit the data spoils them for any number in use: log Z of galaxies behind a PSF scatters by twice as much
+    with it, and that of a galaxy unlike the prior's is 12 nat too low.
 
     Args:
         amortised: The control.
-        resample: Effective sample size over n below which particles are resampled; 0: never.
+        resample: Effective sample size over n below which particles are resampled on the way; 0: never.
         particles: For each draw; more where they weigh unevenly.
 
     Raises:
@@ -36,7 +37,7 @@ class Steered:
     """
 
     amortised: Amortised
-    resample: float = 0.5
+    resample: float = 0.0
     particles: int = 1
 
     label: ClassVar[str] = "paths of a learned control, weighted"

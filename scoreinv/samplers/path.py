@@ -81,7 +81,7 @@ class Trace:
 
     Attributes:
         ess: Smallest effective sample size over n, before resampling, between each level and the next; where weights are
-            used.
+            used on the way.
         acceptance: Mean acceptance between each level and the next; nan where nothing moved.
         collapsed_at: Level at which the weights collapsed; 0 if they did not.
         log_evidence: Over that of the moments' Gaussian, or absolute [nat]; without weights from a path integral.

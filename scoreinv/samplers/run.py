@@ -171,25 +171,28 @@ def _pool(
         log_w = torch.tensor([w for t in traces for w in t.log_weights], dtype=torch.float64)
         order = in_order(draws, posterior.moments.covariance)
         share = torch.softmax(log_w[order], 0)
+        effective = float(1 / share.square().sum())
         x = draws[order[systematic(share, n, stream(seed, -1))].sort().values]
         log_z = float(torch.logsumexp(evidence, 0)) - math.log(len(evidence))
     else:
         x, log_z = draws[:n], float(evidence.mean())
+    levels = torch.tensor(method.noise_levels(posterior), dtype=torch.float64)
+    ess = _curve([t.ess for t in traces], len(levels))
     collapsed_at = traces[0].collapsed_at
     label = sampler.dropped(collapsed_at) if collapsed_at > 0 else sampler.label
     if traces[0].log_weights is not None:
-        label += _worn(x, islands)
+        label += _worn(x, islands, effective)
+        ess[-1] = min(float(ess[-1].nan_to_num(1.0)), effective / len(log_w))
     if traces[0].log_weights is None and not posterior.likelihood.gaussian:
         label += f"; in the place of the {type(posterior.likelihood.noise).__name__} the Gaussian near the data"
     spread = float(evidence.std()) if len(evidence) > 1 else math.nan
-    levels = torch.tensor(method.noise_levels(posterior), dtype=torch.float64)
     return Samples(
         x=x,
         log_evidence=log_z,
         log_evidence_std=spread / math.sqrt(len(evidence)),
         weights=label,
         levels=levels,
-        ess=_curve([t.ess for t in traces], len(levels)),
+        ess=ess,
         acceptance=_curve([t.acceptance for t in traces], len(levels)),
         island_log_evidence=evidence,
         evaluations=sum(len(x) * trace.evaluations for x, trace, _ in islands) / n,
@@ -202,14 +205,15 @@ def _pool(
     )
 
 
-def _worn(x: Tensor, islands: list[Finished]) -> str:
+def _worn(x: Tensor, islands: list[Finished], at_the_end: float) -> str:
     """What the result must say where few particles have become all draws; empty if all is well."""
-    effective = min(len(x) * min(t.ess, default=1.0) for x, t, _ in islands)
+    on_the_way = min(len(x) * min(t.ess, default=1.0) for x, t, _ in islands)
+    effective = min(on_the_way, at_the_end)
     distinct = len(x.flatten(1).unique(dim=0))
     if effective >= FEWEST and distinct >= min(FEWEST, len(x)):
         return ""
     return (
-        f", and worn out: {effective:.1f} particles of an island carried all its weight at a level, and {distinct} of "
+        f", and worn out: {effective:.1f} particles carried all weight of an island or of the end, and {distinct} of "
         f"{len(x)} draws differ; do not trust their spread, take more particles or levels"
     )
 
