@@ -52,7 +52,7 @@ from scoreinv.samplers.samples import Samples
 from scoreinv.streams import stream
 
 PROBES = 256  # of them that measure how sure the prior is at each level
-FORMAT = 7  # of the files of a control
+FORMAT = 8  # of the files of a control
 MEDIAN = 0.6745  # of the absolute value of a standard normal variable
 IMAGES = 1024  # draws of the prior from which training data are simulated
 

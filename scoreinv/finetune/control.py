@@ -51,7 +51,7 @@ class Control(nn.Module, abc.ABC):
         super().__init__()
         self.reference = reference
 
-    def guide(self, step: Step, k: Tensor, y: Tensor | None) -> Tensor | None:
+    def guide(self, x: Tensor, step: Step, k: Tensor, y: Tensor | None) -> Tensor | None:
         """How the data pull these steps, with shape (B, *shape), where the control is told."""
         return None
 
@@ -115,7 +115,7 @@ class LearnedControl(Control):
             y: Data, with shape (B, *data), or None.
         """
 
-    def guide(self, step: Step, k: Tensor, y: Tensor | None) -> Tensor | None:
+    def guide(self, x: Tensor, step: Step, k: Tensor, y: Tensor | None) -> Tensor | None:
         """g of these steps, no longer than `LONGEST`, with shape (B, *shape); None without guidance."""
         if self._guide is None:
             return None
@@ -274,7 +274,7 @@ def guidance(chain: PriorChain, likelihood: Likelihood, local: bool = True) -> G
             s = chain.levels[i]
             return respond(prior.error_covariance(step.error[rows], s), H, e, SHORT * s)
 
-        return chain.followed(pulled(likelihood, response, step.denoised, k, y), k)
+        return chain.followed(step, pulled(likelihood, response, step.denoised, k, y), k)
 
     return g
 
@@ -296,7 +296,7 @@ def _guidance_around_each(chain: PriorChain, likelihood: Likelihood) -> Guide:
             e = likelihood.log_slope(y[rows], D[rows].double()).flatten(1)
             H = precisions[k[rows]] + likelihood.curvature(D[rows])
             shift.append(torch.linalg.solve(H, e))
-        return chain.followed(torch.cat(shift).reshape(D.shape).to(D.dtype), k)
+        return chain.followed(step, torch.cat(shift).reshape(D.shape).to(D.dtype), k)
 
     return g
 

@@ -102,6 +102,9 @@ class Brownian(Free):
             states.append(states[-1] * share + spread * z)
         return torch.stack(states[::-1])
 
+    def towards(self, x: Tensor, end: Tensor, k: int) -> Tensor:
+        return x + float(self._lengths[k] / self._lengths[k:].sum()) * (end - x)
+
 
 class OrnsteinUhlenbeck(Free):
     """A stationary process of variance v: x_{k+1} = x_k e^-h + sqrt(v (1 - e^-2h)) z.
@@ -132,3 +135,8 @@ class OrnsteinUhlenbeck(Free):
             z = white(self.shape, len(x), generator, x.dtype)
             states.append(self.decay * states[-1] + spread * z)
         return torch.stack(states[::-1])
+
+    def towards(self, x: Tensor, end: Tensor, k: int) -> Tensor:
+        near, far = self.decay, self.decay ** (self.steps - k - 1)
+        both = near * (1 - far**2) * x + far * (1 - near**2) * end
+        return both / (1 - (near * far) ** 2)

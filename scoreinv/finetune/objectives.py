@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,14 @@ from scoreinv.streams import seeded, stream
 
 
 class Objective(abc.ABC):
-    """How much the gradient of each path's log w counts."""
+    """How much the gradient of each path's log w counts.
+
+    Attributes:
+        averaged: Whether paths count alike however their images were noised, so that of each step the mean over all ways may
+            do (`Engine.learn`).
+    """
+
+    averaged: ClassVar[bool] = False
 
     @abc.abstractmethod
     def coefficients(self, log_w: Tensor, y: Tensor | None) -> Tensor:
@@ -101,7 +109,13 @@ class TrajectoryBalance(nn.Module, Objective):
 
 @dataclass(frozen=True)
 class ForwardKL(Objective):
-    """-log p_u of paths of the target: they must come from joint simulations."""
+    """-log p_u of paths of the target: they must come from joint simulations, or noise draws of the posterior.
+
+    Where some of the steps count, the mean of each over all ways to noise the image that lead to its state is taken. It
+    varies by the share that the step has of the noise that is left, where a single way does by all of it.
+    """
+
+    averaged: ClassVar[bool] = True
 
     def coefficients(self, log_w: Tensor, y: Tensor | None) -> Tensor:
         return torch.full_like(log_w, -1 / log_w.numel())

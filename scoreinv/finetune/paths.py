@@ -45,6 +45,7 @@ class Paths:
         errors: Of those, with shape (T, B, parts, *shape), for paths without a control, of a reference that knows them.
         guidance: What data say of each step, in units of V^1/2, with shape (T, B, *shape); None for controls without.
         y: Data of each path, with shape (B, *data); None if there are none.
+        expected: E[z | x_k, x_T] of paths that noise images, with shape (T, B, *shape); None where it is not known.
         spent: By how much the control makes each step likelier than the reference does, with shape (T, B) [nat].
         log_reward: log r(x_T) - log p_T(x_T), with shape (B,) [nat].
     """
@@ -57,6 +58,7 @@ class Paths:
     y: Tensor | None
     spent: Tensor
     log_reward: Tensor
+    expected: Tensor | None = None
 
     @property
     def x(self) -> Tensor:
@@ -114,16 +116,20 @@ class Engine:
         generator: torch.Generator,
         spread: float = 1.0,
         controlled: bool = True,
+        end: Tensor | None = None,
     ) -> tuple[Paths, Tensor]:
-        """Paths that begin with given states, with shape (k + 1, n, *shape), and are completed by the control."""
+        """Paths that begin with given states, with shape (k + 1, n, *shape), and are completed by the control.
+
+        Those that noise images, with shape (n, *shape), are given their `end`.
+        """
         ref, xs = self.reference, list(states)
-        zs, denoised, errors, guides, spent = [], [], [], [], []
+        zs, denoised, errors, guides, spent, expected = [], [], [], [], [], []
         start = ref.start(len(xs[0]), y)
         first = -start.log_ratio(xs[0], start.noise(xs[0]))
         for i in range(ref.steps):
             k = torch.full((len(xs[i]),), i)
             step = ref.step(xs[i], k, y)
-            g = self.control.guide(step, k, y) if controlled else None
+            g = self.control.guide(xs[i], step, k, y) if controlled else None
             u = self.control(xs[i], step.denoised, g, k, y) if controlled else 0 * xs[i]
             if i + 1 == len(xs):
                 z = step.drawn(u, generator, spread)
@@ -131,6 +137,8 @@ class Engine:
             else:
                 z = step.noise(xs[i + 1])
             spent.append(step.log_density(u, z) - step.log_ratio(xs[i + 1], z))
+            there = None if end is None else ref.towards(xs[i], end, i)
+            expected.append(None if there is None else step.noise(there))
             zs.append(z)
             denoised.append(step.denoised)
             errors.append(None if controlled else step.error)
@@ -144,6 +152,7 @@ class Engine:
             y,
             torch.stack(spent),
             self.reward(xs[-1], y) - ref.log_terminal(xs[-1]),
+            None if expected[0] is None else torch.stack(expected),
         )
         return found, found.log_reward - found.spent.sum(0) - first
 
@@ -154,9 +163,8 @@ class Engine:
 
         Where x are draws of the posterior, these are paths of the target.
         """
-        return self.onwards(
-            self.reference.noised(x, self.reference.steps, generator), y, generator
-        )
+        noised = self.reference.noised(x, self.reference.steps, generator)
+        return self.onwards(noised, y, generator, end=x)
 
     def unsteered(self, n: int, generator: torch.Generator) -> Paths:
         """n paths of the chain itself, of which no reward is asked."""
@@ -202,16 +210,21 @@ class Engine:
             )
             data = y.repeat(len(part), *[1] * (y.ndim - 1))
             with torch.no_grad():
-                step = ref.around(here, D, k, data)
-                if paths.errors is not None:
-                    step = replace(step, error=paths.errors[part, which].flatten(0, 1))
-                g, z = self.control.guide(step, k, data), step.noise(there)
+                known = () if paths.errors is None else (paths.errors[part, which].flatten(0, 1),)
+                step = ref.around(here, D, k, data, *known)
+                g, z = self.control.guide(here, step, k, data), step.noise(there)
             likelier = step.log_density(self.control(here, D, g, k, data), z).sum() / n
             (-T / len(chosen) * likelier).backward()
             gain += T / len(chosen) * float(likelier.detach())
         return gain
 
-    def learn(self, paths: Paths, weights: Tensor, steps: Tensor | None = None) -> None:
+    def learn(
+        self,
+        paths: Paths,
+        weights: Tensor,
+        steps: Tensor | None = None,
+        averaged: bool = False,
+    ) -> None:
         """Add the gradient of -sum_i weights_i log w_i to that of the control's parameters.
 
         A few steps at a time, so that memory does not grow with T.
@@ -220,8 +233,13 @@ class Engine:
             paths: Any.
             weights: With shape (B,).
             steps: Which steps of the chain count, scaled up to all of them; all if not given.
+            averaged: Take the mean over all ways to noise the images that lead to the same state, where it is known. For
+                weights that do not depend on the way, and some of the steps: the means of neighbours are nearly the same,
+                and all of them together tell no more than the way itself.
         """
         T, B = self.reference.steps, len(paths)
+        averaged = averaged and steps is not None and paths.expected is not None
+        z = paths.expected if averaged else paths.z
         chosen = torch.arange(T) if steps is None else steps
         for part in chosen.split(chunk(paths.x, B)):
             k = part.repeat_interleave(B)
@@ -229,7 +247,7 @@ class Engine:
             y = None if paths.y is None else paths.y.repeat(len(part), *[1] * (paths.y.ndim - 1))
             g = None if paths.guidance is None else flat(paths.guidance)
             u = self.control(flat(paths.states), flat(paths.denoised), g, k, y)
-            log_ratio = self.reference.law.log_density(u, flat(paths.z)).reshape(len(part), B)
+            log_ratio = self.reference.law.log_density(u, flat(z)).reshape(len(part), B)
             (T / len(chosen) * (weights * log_ratio.sum(0)).sum()).backward()
 
 

@@ -14,19 +14,21 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from scoreinv.conditioning import Conditioned, Conditioner, conditioner
-from scoreinv.gaussian import Covariance, dot, selected
+from scoreinv.gaussian import Covariance, Fourier, dot, selected
 from scoreinv.kernels import conditional, noise_levels, reverse_covariance
 from scoreinv.likelihood import Likelihood
 from scoreinv.operators.information import white
 from scoreinv.priors.base import Prior
 from scoreinv.samplers.smc import DIFFERENCE, local_covariance
 from scoreinv.streams import stream
+
+SUREST = 0.05  # of the noise level that pixels scatter by at least, however sure the prior is
 
 
 class NotKnownError(ValueError):
@@ -94,7 +96,11 @@ class GaussianStep(Step):
         return self.mean + self.covariance.sqrt(z)
 
     def noise(self, x: Tensor) -> Tensor:
-        return self.covariance.map(torch.rsqrt).apply(x - self.mean)
+        return self.leant(x - self.mean)
+
+    def leant(self, shift: Tensor) -> Tensor:
+        """u that moves the mean by a shift, V^-1/2 shift, with shape (B, *shape)."""
+        return self.covariance.map(torch.rsqrt).apply(shift)
 
     @staticmethod
     def log_density(u: Tensor, z: Tensor) -> Tensor:
@@ -108,6 +114,24 @@ class GaussianStep(Step):
         step, log_volume = self.plain
         square = lambda v: v.double().flatten(1).square().sum(1)
         return 0.5 * (square(z) - square(step.noise(x))) - log_volume
+
+
+@dataclass(frozen=True)
+class LocalStep(GaussianStep):
+    """N(mean, V) with V^1/2 = M R^1/2: pixels that scatter as they do in each image, and go together as they do where it is.
+
+    Attributes:
+        covariance: R, stationary, of mean variance 1.
+        deviation: M, standard deviations of the pixels, with shape (B, *shape).
+    """
+
+    deviation: Tensor = field(kw_only=True)
+
+    def taken(self, z: Tensor) -> Tensor:
+        return self.mean + self.deviation * self.covariance.sqrt(z)
+
+    def leant(self, shift: Tensor) -> Tensor:
+        return super().leant(shift / self.deviation)
 
 
 class Reference(abc.ABC):
@@ -142,6 +166,10 @@ class Reference(abc.ABC):
     def noised(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
         """States x_0, ..., x_k that lead to states x_k = x, with shape (k + 1, B, *shape)."""
 
+    def towards(self, x: Tensor, end: Tensor, k: int) -> Tensor | None:
+        """E[x_{k+1} | x_k, x_T] of paths from `noised`, for states and images (B, *shape); None where it is not known."""
+        return None
+
     @abc.abstractmethod
     def clock(self, k: Tensor) -> Tensor:
         """A time for the control's network, rising from -1 to 1 or so, with shape (B,)."""
@@ -162,11 +190,17 @@ class Reference(abc.ABC):
 class PriorChain(Reference):
     """The reverse chain of a prior, with the covariance-aware kernel.
 
+    A prior that knows the error K of each image has that in its steps, as wide as `Guided` draws it: V is of variances
+    s^2 (1 - a) + (1 - a)^2 w K_ii, and its correlations are those of s^2 (1 - a) + (1 - a)^2 w K, averaged over the image
+    where it is not known. Without it `galaxy32` would end with 0.62 to 0.34 of the power of galaxies after 16 steps, from
+    coarse to fine; so with 1.06 to 0.69, as the probability-flow ODE with 0.99 to 0.70.
+
     Args:
         prior: Its denoiser makes the mean, D + a (x - D).
         steps: T; the last one leads to noise level 0.
-        covariance: C of the kernel's V, or one for each step (`measured`). The prior's moments if not given, which makes a
-            Gaussian prior exact at any T; Scalar(v) with a small v and Scalar(inf) are the usual small and large variances.
+        covariance: C of the kernel's V, or one for each step (`measured`), for priors that do not know their error. The
+            prior's moments if not given, which makes a Gaussian prior exact at any T; Scalar(v) with a small v and
+            Scalar(inf) are the usual small and large variances.
         sigma_max: First level; ten times the widest direction of the prior if not given, or its own if that is less.
 
     Raises:
@@ -224,13 +258,45 @@ class PriorChain(Reference):
         if not self.prior.knows_error:
             return self.around(x, self.prior.denoise(x, sigma), k, y)
         denoised, error = self.prior.denoise_with_error(x, sigma)
-        return replace(self.around(x, denoised, k, y), error=error)
+        return self.around(x, denoised, k, y, error)
 
-    def around(self, x: Tensor, denoised: Tensor, k: Tensor, y: Tensor | None) -> GaussianStep:
-        """Step k of each state, for images that the prior's network has denoised."""
+    def around(
+        self,
+        x: Tensor,
+        denoised: Tensor,
+        k: Tensor,
+        y: Tensor | None,
+        error: Tensor | None = None,
+    ) -> GaussianStep:
+        """Step k of each state, for images that the prior's network has denoised, and their errors if it knows them."""
         a = (self._sigma[k + 1] / self._sigma[k]).square().to(x.dtype)
         mean = denoised + a.reshape(-1, *[1] * len(self.shape)) * (x - denoised)
-        return GaussianStep(mean, selected(self._V, k, self.shape), denoised)
+        if error is None:
+            return GaussianStep(mean, selected(self._V, k, self.shape), denoised)
+        deviation, R = self._scatter(error, k)
+        return LocalStep(mean, R, denoised, error=error, deviation=deviation)
+
+    def _scatter(self, error: Tensor, k: Tensor) -> tuple[Tensor, Fourier]:
+        """M and R of `LocalStep`, for errors of the images, with shape (B, parts, *shape)."""
+        deviation = error.new_empty(len(k), *self.shape)
+        spectrum = torch.empty(len(k), *self.shape, dtype=torch.float64)
+        for i in k.unique().tolist():
+            rows, s = k == i, self.levels[i]
+            K = self.prior.error_covariance(error[rows], s)
+            a = float(self._sigma[i + 1]) ** 2 / s**2
+            fresh, share = a * (1 - a) * s**2, (self.prior.widening(s) * (1 - a)) ** 2
+            # a step to the image itself has no other noise, and none at all would have no density
+            unknown = K.deviation.square().clamp_min((SUREST * s) ** 2)
+            variance = fresh + share * unknown
+            over = lambda v: v.flatten(1).sum(1)
+            where = unknown / variance
+            where = where / over(unknown).reshape(-1, *[1] * len(self.shape))
+            parts = (where[:, None] * K.a.square()).flatten(2).sum(2)
+            known = K.rho.spectrum.expand(K.a.shape[1], *self.shape)
+            power = torch.einsum("bp,p...->b...", parts.double(), known.double())
+            white = fresh * over(where).double().reshape(-1, *[1] * len(self.shape))
+            deviation[rows], spectrum[rows] = variance.sqrt(), white + share * power
+        return deviation, Fourier(spectrum)
 
     @property
     def _spans(self) -> tuple[list[float], list[float]]:
@@ -241,10 +307,9 @@ class PriorChain(Reference):
         """V^-1/2 (1 - a) C_sigma g: what reweighing x_0 by exp(g . x_0) does to the step under a Gaussian prior."""
         return selected(self._steer, k, self.shape).apply(slope)
 
-    def followed(self, shift: Tensor, k: Tensor) -> Tensor:
+    def followed(self, step: GaussianStep, shift: Tensor, k: Tensor) -> Tensor:
         """u of steps k whose denoised images are moved by a shift, V^-1/2 (1 - a) shift, with shape (B, *shape)."""
-        V = selected(self._V, k, self.shape)
-        return V.map(torch.rsqrt).apply(self.share(k).to(shift.dtype) * shift)
+        return step.leant(self.share(k).to(shift.dtype) * shift)
 
     def share(self, k: Tensor) -> Tensor:
         """1 - a, by which steps k follow the denoised image, with shape (B, 1, ...)."""
@@ -257,6 +322,9 @@ class PriorChain(Reference):
             more = math.sqrt(float(self._sigma[i] ** 2 - self._sigma[i + 1] ** 2))
             states.append(states[-1] + more * white(self.shape, len(x), generator, x.dtype))
         return torch.stack(states[::-1])
+
+    def towards(self, x: Tensor, end: Tensor, k: int) -> Tensor:
+        return end + float(self._sigma[k + 1] / self._sigma[k]) ** 2 * (x - end)
 
     def sigma(self, k: Tensor) -> Tensor:
         """Noise level of x_k, with shape (B,)."""
@@ -328,7 +396,14 @@ class TwistedChain(PriorChain):
         mean = plain.mean + self._posterior.respond(e)
         return GaussianStep(mean, self._start, mean, (plain, torch.tensor(self._first)))
 
-    def around(self, x: Tensor, denoised: Tensor, k: Tensor, y: Tensor | None) -> GaussianStep:
+    def around(
+        self,
+        x: Tensor,
+        denoised: Tensor,
+        k: Tensor,
+        y: Tensor | None,
+        error: Tensor | None = None,
+    ) -> GaussianStep:
         plain = super().around(x, denoised, k, None)
         if y is None:
             return plain

@@ -77,16 +77,15 @@ class SamplerControl(Control):
         else:
             self._shift = SHIFTS[type(sampler)](chain, likelihood, sampler)
 
-    def guide(self, step: Step, k: Tensor, y: Tensor | None) -> Tensor | None:
-        return None if self._guide is None else self._guide(step, k, y)
+    def guide(self, x: Tensor, step: Step, k: Tensor, y: Tensor | None) -> Tensor:
+        if self._guide is not None:
+            return self._guide(step, k, y)
+        return step.leant(self._shift(x, step.denoised, k, y))
 
     def forward(
         self, x: Tensor, denoised: Tensor, g: Tensor | None, k: Tensor, y: Tensor | None
     ) -> Tensor:
-        if self._shift is None:
-            return g
-        step = self.reference.around(x, denoised, k, None)
-        return step.covariance.map(torch.rsqrt).apply(self._shift(x, denoised, k, y))
+        return g
 
 
 def sampler_bounds(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -97,8 +97,8 @@ class Walk(Island):
             chosen = self._resampled(denoised, i)
             denoised = denoised[chosen]
             error = None if error is None else error[chosen]
-        step = replace(self.chain.around(self.x, denoised, k, self.y), error=error)
-        g = self.control.guide(step, k, self.y)
+        step = self.chain.around(self.x, denoised, k, self.y, error)
+        g = self.control.guide(self.x, step, k, self.y)
         u = self.control(self.x, denoised, g, k, self.y)
         z = step.drawn(u, self.generator)
         self.x = step.taken(z)

@@ -343,7 +343,7 @@ def _batch(
     if plan.steps is not None:
         steps = torch.randperm(engine.reference.steps, generator=generator)[: plan.steps]
     for (_, paths, _), part in zip(found, c.split([n for n, _, _ in found], 1), strict=True):
-        engine.learn(paths, part.flatten(), steps)
+        engine.learn(paths, part.flatten(), steps, recipe.objective.averaged)
     return {"log_w": float(log_w.mean()), "spread": float(log_w.std(1).mean())}
 
 
