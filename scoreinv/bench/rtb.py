@@ -24,7 +24,7 @@ from scoreinv.finetune.evidence import evidence
 from scoreinv.finetune.free import Brownian
 from scoreinv.finetune.objectives import ForwardKL, LogVariance
 from scoreinv.finetune.paths import Engine
-from scoreinv.finetune.proposals import Given, LocalSearch, OnPolicy
+from scoreinv.finetune.proposals import Given, OnPolicy
 from scoreinv.finetune.reference import measured_chain
 from scoreinv.finetune.sdes import SamplerControl
 from scoreinv.finetune.training import Plan, Recipe, train_control
@@ -36,6 +36,7 @@ from scoreinv.posterior import Posterior
 from scoreinv.priors import GaussianPrior, MixturePrior
 from scoreinv.samplers.baselines import DPS, PiGDM
 from scoreinv.samplers.guided import Guided
+from scoreinv.samplers.tempering import Propose, temper
 from scoreinv.streams import stream
 
 PLANE = (1, 1, 2)
@@ -48,6 +49,8 @@ NINE = torch.tensor(
     [[-10, -5], [-5, -10], [-5, 0], [10, -5], [0, 0], [0, 5], [5, -5], [5, 0], [5, 10]]
 )
 NINE_WEIGHTS = (4.0, 10.0, 4.0, 5.0, 10.0, 5.0, 4.0, 15.0, 4.0)
+CHAINS = 10_000  # whose ends a control imitates
+SOME = 8  # steps of a path that count in an iteration of that
 WELLS = 16
 WELL = math.log(11784.50927) + 0.5 * math.log(
     2 * math.pi
@@ -222,9 +225,8 @@ def nine(seed: int) -> dict[str, float]:
     chain = measured_chain(prior, 50, prior.sample(PROBES, seed), seed)
     engine = Engine(chain, VectorControl(chain, seed=seed), reward)
     images = after.draws(5000, stream(seed, 15)).reshape(-1, *PLANE)
-    recipe = Recipe(ForwardKL(), [(1.0, Given(images))])
-    plan = Plan(iterations=1500, seed=seed)
-    spent = _trained(engine, plan, recipe)
+    plan = Plan(iterations=1500, steps=SOME, seed=seed)
+    spent = {TRAINING: _trained(engine, plan, _imitation(Given(images)))}
     row = judged(engine, None, 0.0, after.draws(5 * PATHS, stream(seed, 10)), seed) | spent
     return {**row, **_modes(engine, None, after, seed)}
 
@@ -310,46 +312,84 @@ def _one_of_many(
     return row
 
 
-def _trained(engine: Engine, plan: Plan, recipe: Recipe) -> dict[str, float]:
-    """Train a control without data; returns what that cost."""
+def _imitation(found: Given) -> Recipe:
+    """Paths through draws of the density, by the forward divergence."""
+    return Recipe(ForwardKL(), [(1.0, found)])
+
+
+def _trained(engine: Engine, plan: Plan, recipe: Recipe) -> float:
+    """Train a control without data; returns the seconds of the processor that it took."""
     nothing = lambda n, _: (torch.zeros(n, *engine.reference.shape, dtype=torch.float64), None)
     began = time.process_time()
     train_control(engine, nothing, plan, recipe)
-    return {TRAINING: time.process_time() - began}
+    return time.process_time() - began
 
 
-def density(
-    log_p: Callable[[Tensor], Tensor],
-    d: int,
-    motion: tuple[int, float, float],
-    iterations: int,
-    log_z: float,
-    draws: Callable[[int, torch.Generator], Tensor],
-) -> Callable:
-    """A density without a prior: Brownian motion steered towards it, by its gradient and local search.
+@dataclass(frozen=True)
+class Density:
+    """A density without a prior, to be sampled by Brownian motion that is steered towards it.
 
-    Args:
+    Attributes:
         log_p: With shape (n,), for x with shape (n, d).
         d: Dimensions.
-        motion: Steps, variance and last of `Brownian`.
-        iterations: Of the training.
         log_z: Of the density.
-        draws: So many exact ones, with shape (n, d).
+        draws: So many exact ones, with shape (n, d), for those who judge.
+        motion: Steps, variance and last of `Brownian`.
+        moves: Of the tempered chains whose ends are imitated, at each temperature.
+        forward: Iterations that imitate them.
+        balance: Iterations of the log-variance after that.
+        width: Of the control's layers.
     """
 
-    def run(seed: int) -> dict[str, float]:
-        shape = (1, 1, d)
-        reference = Brownian(shape, *motion)
-        reward = lambda x, _: log_p(x.flatten(1))
-        guide = guidance_by_gradient(reference, reward)
-        engine = Engine(reference, VectorControl(reference, None, guide, seed=seed), reward)
-        search = LocalSearch(lambda x: log_p(x.flatten(1)))
-        recipe = Recipe(LogVariance(), [(0.5, OnPolicy(1.3)), (0.5, search)])
-        plan = Plan(iterations=iterations, paths=256, rate=1e-3, seed=seed)
-        spent = _trained(engine, plan, recipe)
-        return judged(engine, None, log_z, draws(5 * PATHS, stream(seed, 10)), seed) | spent
+    log_p: Callable[[Tensor], Tensor]
+    d: int
+    log_z: float
+    draws: Callable[[int, torch.Generator], Tensor]
+    motion: tuple[int, float, float]
+    moves: int
+    forward: int
+    balance: int
+    width: int = 128
 
-    return run
+    def __call__(self, seed: int) -> dict[str, float]:
+        shape = (1, 1, self.d)
+        reference = Brownian(shape, *self.motion)
+        reward = lambda x, _: self.log_p(x.flatten(1))
+        guide = guidance_by_gradient(reference, reward)
+        control = VectorControl(reference, None, guide, self.width, seed=seed)
+        engine = Engine(reference, control, reward)
+        began = time.process_time()
+        found = Given(self.chains(stream(seed, 19)).reshape(-1, *shape))
+        plan = Plan(self.forward, paths=128, rate=3e-3, steps=SOME, seed=seed)
+        spent = time.process_time() - began + _trained(engine, plan, _imitation(found))
+        plan = Plan(self.balance, paths=256, rate=1e-3, seed=seed)
+        recipe = Recipe(LogVariance(), [(0.5, OnPolicy()), (0.5, found)])
+        spent += _trained(engine, plan, recipe)
+        exact = self.draws(5 * PATHS, stream(seed, 10))
+        return judged(engine, None, self.log_z, exact, seed) | {TRAINING: spent}
+
+    def chains(self, generator: torch.Generator) -> Tensor:
+        """Ends of chains from the motion's own end to the density, with shape (`CHAINS`, d)."""
+        d, v = self.d, self.motion[1]
+
+        def log_q(x: Tensor) -> Tensor:
+            return -0.5 * (x.square().sum(1) / v + d * math.log(2 * math.pi * v))
+
+        def aim(x: Tensor) -> Propose:
+            root = 2.4 / math.sqrt(d) * torch.linalg.cholesky(torch.cov(x.T))
+
+            def propose(x: Tensor, h: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
+                # long and short moves, for densities that are wide here and narrow there
+                length = h * (1.5 * torch.randn(len(x), 1, generator=g, dtype=x.dtype)).exp()
+                z = torch.randn(x.shape, generator=g, dtype=x.dtype)
+                new = x + length * z @ root.T
+                return new, log_q(new) - log_q(x)
+
+            return propose
+
+        start = math.sqrt(v) * torch.randn(CHAINS, d, generator=generator, dtype=torch.float64)
+        log_f = lambda x: self.log_p(x) - log_q(x)
+        return temper(start, log_f, aim, self.moves, generator)[0]
 
 
 def funnel(x: Tensor) -> Tensor:
@@ -408,17 +448,17 @@ CASES = {
     "PiGDM, T = 20": Case(sde(PiGDM(), 20)),
     "DPS, T = 20": Case(sde(DPS(zeta=0.1), 20)),
     "25 modes": Case(
-        density(ALL.log_prob, 2, (60, 50.0, 0.05), 1000, 0.0, ALL.draws),
+        Density(ALL.log_prob, 2, 0.0, ALL.draws, (60, 50.0, 0.05), 50, 2000, 400),
         {"ELBO": (-0.21, INF), "log Z": (-0.02, 0.02)},
         quick=False,
     ),
     "funnel": Case(
-        density(funnel, 10, (100, 3.0, 0.001), 1000, 0.0, funnel_draws),
+        Density(funnel, 10, 0.0, funnel_draws, (150, 3.0, 0.001), 800, 4000, 300),
         {"ELBO": (-0.7, INF), "log Z": (-0.3, 0.3)},
         quick=False,
     ),
     "wells": Case(
-        density(wells, 32, (60, 1.0, 0.01), 1000, WELLS * WELL, wells_draws),
+        Density(wells, 32, WELLS * WELL, wells_draws, (60, 1.0, 0.01), 250, 5000, 600, 256),
         {"ELBO": (-4.7, INF), "log Z": (-0.2, 0.2)},
         quick=False,
     ),
