@@ -102,8 +102,9 @@ class Brownian(Free):
             states.append(states[-1] * share + spread * z)
         return torch.stack(states[::-1])
 
-    def towards(self, x: Tensor, end: Tensor, k: int) -> Tensor:
-        return x + float(self._lengths[k] / self._lengths[k:].sum()) * (end - x)
+    def towards(self, x: Tensor, end: Tensor, k: Tensor) -> Tensor:
+        share = self._lengths[k] / (self.variance - self.passed[k])
+        return x + share.reshape(-1, *[1] * len(self.shape)) * (end - x)
 
 
 class OrnsteinUhlenbeck(Free):
@@ -136,7 +137,8 @@ class OrnsteinUhlenbeck(Free):
             states.append(self.decay * states[-1] + spread * z)
         return torch.stack(states[::-1])
 
-    def towards(self, x: Tensor, end: Tensor, k: int) -> Tensor:
-        near, far = self.decay, self.decay ** (self.steps - k - 1)
+    def towards(self, x: Tensor, end: Tensor, k: Tensor) -> Tensor:
+        far = (self.decay ** (self.steps - k.double() - 1)).reshape(-1, *[1] * len(self.shape))
+        near = self.decay
         both = near * (1 - far**2) * x + far * (1 - near**2) * end
         return both / (1 - (near * far) ** 2)

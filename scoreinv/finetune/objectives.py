@@ -1,7 +1,7 @@
 """What a control is trained to do: a weight for each path, by which the gradient of its log w counts.
 
-With groups of G paths for each y, all objectives are -sum_i c_i grad log w_i with coefficients c that do not depend on the
-control's parameters but through the values of log w:
+With groups of G paths for each y, objectives are -sum_i c_i grad log w_i with coefficients c that do not depend on the
+control's parameters but through the values of log w, all but the last:
 
 - log-variance (VarGrad): 1/2 Var log w over each group. Richter et al. (2020, arXiv:2010.10436). On paths of the control
   itself its gradient is that of the reverse Kullback-Leibler divergence with a baseline.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +25,7 @@ from scoreinv.streams import seeded, stream
 
 
 class Objective(abc.ABC):
-    """How much the gradient of each path's log w counts.
-
-    Attributes:
-        averaged: Whether paths count alike however their images were noised, so that of each step the mean over all ways may
-            do (`Engine.learn`).
-    """
-
-    averaged: ClassVar[bool] = False
+    """How much the gradient of each path's log w counts."""
 
     @abc.abstractmethod
     def coefficients(self, log_w: Tensor, y: Tensor | None) -> Tensor:
@@ -108,14 +100,8 @@ class TrajectoryBalance(nn.Module, Objective):
 
 
 @dataclass(frozen=True)
-class ForwardKL(Objective):
-    """-log p_u of paths of the target: they must come from joint simulations, or noise draws of the posterior.
+class ForwardKL:
+    """-log p_u of paths of the target, which noise draws of it: see `Engine.imitate_noised`.
 
-    Where some of the steps count, the mean of each over all ways to noise the image that lead to its state is taken. It
-    varies by the share that the step has of the noise that is left, where a single way does by all of it.
+    No weights enter. Proposals that know such draws are `JointSimulations` and `Given`.
     """
-
-    averaged: ClassVar[bool] = True
-
-    def coefficients(self, log_w: Tensor, y: Tensor | None) -> Tensor:
-        return torch.full_like(log_w, -1 / log_w.numel())

@@ -20,6 +20,7 @@ and Control (2024, arXiv:2405.20971); diffusion samplers: Sendera et al., Improv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from scoreinv.finetune.control import Control
-from scoreinv.finetune.reference import Reference
+from scoreinv.finetune.reference import Reference, Step
 
 CHUNK = 4096  # pixels times images times steps, over 64: what one call of the control with a gradient holds
 
@@ -45,7 +46,6 @@ class Paths:
         errors: Of those, with shape (T, B, parts, *shape), for paths without a control, of a reference that knows them.
         guidance: What data say of each step, in units of V^1/2, with shape (T, B, *shape); None for controls without.
         y: Data of each path, with shape (B, *data); None if there are none.
-        expected: E[z | x_k, x_T] of paths that noise images, with shape (T, B, *shape); None where it is not known.
         spent: By how much the control makes each step likelier than the reference does, with shape (T, B) [nat].
         log_reward: log r(x_T) - log p_T(x_T), with shape (B,) [nat].
     """
@@ -58,7 +58,6 @@ class Paths:
     y: Tensor | None
     spent: Tensor
     log_reward: Tensor
-    expected: Tensor | None = None
 
     @property
     def x(self) -> Tensor:
@@ -116,14 +115,10 @@ class Engine:
         generator: torch.Generator,
         spread: float = 1.0,
         controlled: bool = True,
-        end: Tensor | None = None,
     ) -> tuple[Paths, Tensor]:
-        """Paths that begin with given states, with shape (k + 1, n, *shape), and are completed by the control.
-
-        Those that noise images, with shape (n, *shape), are given their `end`.
-        """
+        """Paths that begin with given states, with shape (k + 1, n, *shape), and are completed by the control."""
         ref, xs = self.reference, list(states)
-        zs, denoised, errors, guides, spent, expected = [], [], [], [], [], []
+        zs, denoised, errors, guides, spent = [], [], [], [], []
         start = ref.start(len(xs[0]), y)
         first = -start.log_ratio(xs[0], start.noise(xs[0]))
         for i in range(ref.steps):
@@ -137,8 +132,6 @@ class Engine:
             else:
                 z = step.noise(xs[i + 1])
             spent.append(step.log_density(u, z) - step.log_ratio(xs[i + 1], z))
-            there = None if end is None else ref.towards(xs[i], end, i)
-            expected.append(None if there is None else step.noise(there))
             zs.append(z)
             denoised.append(step.denoised)
             errors.append(None if controlled else step.error)
@@ -152,7 +145,6 @@ class Engine:
             y,
             torch.stack(spent),
             self.reward(xs[-1], y) - ref.log_terminal(xs[-1]),
-            None if expected[0] is None else torch.stack(expected),
         )
         return found, found.log_reward - found.spent.sum(0) - first
 
@@ -164,7 +156,7 @@ class Engine:
         Where x are draws of the posterior, these are paths of the target.
         """
         noised = self.reference.noised(x, self.reference.steps, generator)
-        return self.onwards(noised, y, generator, end=x)
+        return self.onwards(noised, y, generator)
 
     def unsteered(self, n: int, generator: torch.Generator) -> Paths:
         """n paths of the chain itself, of which no reward is asked."""
@@ -181,8 +173,8 @@ class Engine:
     ) -> float:
         """Add the gradient of -log p_u of paths of the target: those of the chain, given data observed at their ends.
 
-        The forward Kullback-Leibler divergence. Images noised would not do in their place: a chain of few steps is not the
-        reverse of noising, and a control would learn the difference.
+        The forward Kullback-Leibler divergence. For data of any image; images noised would not do as well in their place: a
+        chain of few steps is not the reverse of noising, and a control would learn the difference.
 
         Args:
             paths: Of the chain, see `unsteered`.
@@ -194,37 +186,73 @@ class Engine:
         Returns:
             By how much the control makes such paths likelier than the reference does [nat].
         """
-        ref, T, n = self.reference, self.reference.steps, len(which)
+
+        def taken(part: Tensor, k: Tensor, data: Tensor) -> tuple[Tensor, Step, Tensor]:
+            of = lambda v, at=part: v[at, which].flatten(0, 1)
+            here, known = of(paths.states), () if paths.errors is None else (of(paths.errors),)
+            step = self.reference.around(here, of(paths.denoised), k, data, *known)
+            return here, step, of(paths.states, part + 1)
+
+        return self._imitate(len(which), taken, y, generator, steps)
+
+    def imitate_noised(
+        self, x: Tensor, y: Tensor | None, generator: torch.Generator, steps: int | None = None
+    ) -> float:
+        """Add the gradient of -log p_u of paths that noise draws of the target.
+
+        Where some of the steps count, each leads to the mean over all ways to noise the image that pass its state, which
+        varies by the share that the step has of the noise that is left, where a single way does by all of it. The means of
+        neighbours are nearly the same, so all steps together would tell no more than the way itself.
+
+        Args:
+            x: Draws, with shape (n, *shape).
+            y: Data of each, with shape (n, *data), or None.
+            generator: Of the noise.
+            steps: Of each path whose gradient counts, scaled up to all of them; all if not given.
+
+        Returns:
+            By how much the control makes such paths likelier than the reference does [nat].
+        """
+        ref = self.reference
+        states, rows = ref.noised(x, ref.steps, generator), torch.arange(len(x))
+
+        def taken(part: Tensor, k: Tensor, data: Tensor | None) -> tuple[Tensor, Step, Tensor]:
+            here = states[part, rows].flatten(0, 1)
+            mean = (
+                None
+                if steps is None
+                else ref.towards(here, x.repeat(len(part), *[1] * (x.ndim - 1)), k)
+            )
+            there = states[part + 1, rows].flatten(0, 1) if mean is None else mean
+            return here, ref.step(here, k, data), there
+
+        return self._imitate(len(x), taken, y, generator, steps)
+
+    def _imitate(
+        self,
+        n: int,
+        taken: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Step, Tensor]],
+        y: Tensor | None,
+        generator: torch.Generator,
+        steps: int | None,
+    ) -> float:
+        """The gradient of -log p_u of n paths, of which `taken` knows some: states, their steps, where these led to."""
+        T, gain = self.reference.steps, 0.0
         # of each path other steps: neighbours that share a step would say nearly the same
         chosen = torch.rand(T, n, generator=generator).argsort(0)[: steps or T]
-        gain = 0.0
-        for part in chosen.split(chunk(paths.x, n)):
+        for part in chosen.split(max(1, 64 * CHUNK // (math.prod(self.reference.shape) * n))):
             k = part.flatten()
-            here, there, D = (
-                v[at, which].flatten(0, 1)
-                for v, at in (
-                    (paths.states, part),
-                    (paths.states, part + 1),
-                    (paths.denoised, part),
-                )
-            )
-            data = y.repeat(len(part), *[1] * (y.ndim - 1))
+            data = None if y is None else y.repeat(len(part), *[1] * (y.ndim - 1))
             with torch.no_grad():
-                known = () if paths.errors is None else (paths.errors[part, which].flatten(0, 1),)
-                step = ref.around(here, D, k, data, *known)
+                here, step, there = taken(part, k, data)
                 g, z = self.control.guide(here, step, k, data), step.noise(there)
-            likelier = step.log_density(self.control(here, D, g, k, data), z).sum() / n
+            u = self.control(here, step.denoised, g, k, data)
+            likelier = step.log_density(u, z).sum() / n
             (-T / len(chosen) * likelier).backward()
             gain += T / len(chosen) * float(likelier.detach())
         return gain
 
-    def learn(
-        self,
-        paths: Paths,
-        weights: Tensor,
-        steps: Tensor | None = None,
-        averaged: bool = False,
-    ) -> None:
+    def learn(self, paths: Paths, weights: Tensor, steps: Tensor | None = None) -> None:
         """Add the gradient of -sum_i weights_i log w_i to that of the control's parameters.
 
         A few steps at a time, so that memory does not grow with T.
@@ -233,13 +261,8 @@ class Engine:
             paths: Any.
             weights: With shape (B,).
             steps: Which steps of the chain count, scaled up to all of them; all if not given.
-            averaged: Take the mean over all ways to noise the images that lead to the same state, where it is known. For
-                weights that do not depend on the way, and some of the steps: the means of neighbours are nearly the same,
-                and all of them together tell no more than the way itself.
         """
         T, B = self.reference.steps, len(paths)
-        averaged = averaged and steps is not None and paths.expected is not None
-        z = paths.expected if averaged else paths.z
         chosen = torch.arange(T) if steps is None else steps
         for part in chosen.split(chunk(paths.x, B)):
             k = part.repeat_interleave(B)
@@ -247,7 +270,7 @@ class Engine:
             y = None if paths.y is None else paths.y.repeat(len(part), *[1] * (paths.y.ndim - 1))
             g = None if paths.guidance is None else flat(paths.guidance)
             u = self.control(flat(paths.states), flat(paths.denoised), g, k, y)
-            log_ratio = self.reference.law.log_density(u, flat(z)).reshape(len(part), B)
+            log_ratio = self.reference.law.log_density(u, flat(paths.z)).reshape(len(part), B)
             (T / len(chosen) * (weights * log_ratio.sum(0)).sum()).backward()
 
 

@@ -75,31 +75,39 @@ class OnPolicy(Proposal):
         return engine.paths(len(x), y, generator, spread)
 
 
-@dataclass
-class JointSimulations(Proposal):
-    """Paths that lead to the images that made the data."""
+class Noised(Proposal):
+    """Paths that noise draws of the target."""
+
+    @abc.abstractmethod
+    def images(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Draws, with shape (B, *shape), for images of the prior that made the data, with that shape."""
 
     def propose(
         self, engine: Engine, x: Tensor, y: Tensor | None, done: float, generator: torch.Generator
     ) -> Proposed:
-        return engine.through(x, y, generator)
+        return engine.through(self.images(x, generator), y, generator)
 
 
 @dataclass
-class Given(Proposal):
+class JointSimulations(Noised):
+    """Paths that lead to the images that made the data."""
+
+    def images(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return x
+
+
+@dataclass
+class Given(Noised):
     """Paths that lead to given images, such as posterior draws of a slower sampler.
 
     Args:
-        images: With shape (N, *shape).
+        draws: With shape (N, *shape).
     """
 
-    images: Tensor
+    draws: Tensor
 
-    def propose(
-        self, engine: Engine, x: Tensor, y: Tensor | None, done: float, generator: torch.Generator
-    ) -> Proposed:
-        i = torch.randint(len(self.images), (len(x),), generator=generator)
-        return engine.through(self.images[i], y, generator)
+    def images(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return self.draws[torch.randint(len(self.draws), (len(x),), generator=generator)]
 
 
 @dataclass

@@ -166,8 +166,8 @@ class Reference(abc.ABC):
     def noised(self, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
         """States x_0, ..., x_k that lead to states x_k = x, with shape (k + 1, B, *shape)."""
 
-    def towards(self, x: Tensor, end: Tensor, k: int) -> Tensor | None:
-        """E[x_{k+1} | x_k, x_T] of paths from `noised`, for states and images (B, *shape); None where it is not known."""
+    def towards(self, x: Tensor, end: Tensor, k: Tensor) -> Tensor | None:
+        """E[x_{k+1} | x_k, x_T] of paths from `noised`, for states, images (B, *shape), steps (B,); None if not known."""
         return None
 
     @abc.abstractmethod
@@ -323,8 +323,8 @@ class PriorChain(Reference):
             states.append(states[-1] + more * white(self.shape, len(x), generator, x.dtype))
         return torch.stack(states[::-1])
 
-    def towards(self, x: Tensor, end: Tensor, k: int) -> Tensor:
-        return end + float(self._sigma[k + 1] / self._sigma[k]) ** 2 * (x - end)
+    def towards(self, x: Tensor, end: Tensor, k: Tensor) -> Tensor:
+        return x + self.share(k).to(x.dtype) * (end - x)
 
     def sigma(self, k: Tensor) -> Tensor:
         """Noise level of x_k, with shape (B,)."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scoreinv.digests import digest
-from scoreinv.finetune.objectives import LogVariance, Objective
+from scoreinv.finetune.objectives import ForwardKL, LogVariance, Objective
 from scoreinv.finetune.paths import Engine, Paths
-from scoreinv.finetune.proposals import OnPolicy, Proposal
+from scoreinv.finetune.proposals import Noised, OnPolicy, Proposal
 from scoreinv.finetune.together import (
     ALONE,
     Share,
@@ -108,7 +108,7 @@ class Recipe:
         temper: Share of the iterations in which the reward rises from a twentieth of itself to all of it; 0 for none.
     """
 
-    objective: Objective = field(default_factory=LogVariance)
+    objective: Objective | ForwardKL = field(default_factory=LogVariance)
     proposals: Sequence[tuple[float, Proposal]] = field(
         default_factory=lambda: [(1.0, OnPolicy())]
     )
@@ -118,6 +118,12 @@ class Recipe:
         if not 0 <= self.temper < 1:
             raise ValueError(
                 f"temper is {self.temper:g}, expected 0 <= temper < 1: the training must end with all of the reward"
+            )
+        others = [type(p).__name__ for _, p in self.proposals if not isinstance(p, Noised)]
+        if isinstance(self.objective, ForwardKL) and others:
+            raise ValueError(
+                f"{', '.join(others)} know no draws of the target, which the forward divergence needs; "
+                "expected JointSimulations or Given"
             )
 
 
@@ -220,7 +226,8 @@ class _State:
         self.control, self.plan, self.recipe = engine.control, plan, recipe
         self.step = 0
         self.history: list[dict[str, float]] = []
-        self.own = recipe.objective.learned()
+        objective = recipe.objective
+        self.own = objective.learned() if isinstance(objective, Objective) else []
         self.optimiser = torch.optim.Adam(
             [
                 {"params": list(self.control.parameters()), "lr": plan.rate},
@@ -324,11 +331,15 @@ def _batch(
     x, y = simulate(plan.groups, int(torch.randint(2**62, (1,), generator=generator)))
     shares = torch.tensor([share for share, _ in recipe.proposals], dtype=torch.float64)
     counts = _split(shares / shares.sum(), plan.paths, generator)
-    found = []
-    for count, (_, proposal) in zip(counts, recipe.proposals, strict=True):
-        if count:
-            repeat = lambda v, n=count: None if v is None else v.repeat_interleave(n, 0)
-            found.append((count, *proposal.propose(engine, repeat(x), repeat(y), done, generator)))
+    repeat = lambda v, n: None if v is None else v.repeat_interleave(n, 0)
+    asked = [(n, p) for n, (_, p) in zip(counts, recipe.proposals, strict=True) if n]
+    if isinstance(recipe.objective, ForwardKL):
+        images = torch.cat([p.images(repeat(x, n), generator) for n, p in asked])
+        data = None if y is None else torch.cat([repeat(y, n) for n, _ in asked])
+        return {"gain": engine.imitate_noised(images, data, generator, plan.steps)}
+    found = [
+        (n, *p.propose(engine, repeat(x, n), repeat(y, n), done, generator)) for n, p in asked
+    ]
     for _, paths, _ in found:
         for _, proposal in recipe.proposals:
             proposal.saw(paths)
@@ -343,7 +354,7 @@ def _batch(
     if plan.steps is not None:
         steps = torch.randperm(engine.reference.steps, generator=generator)[: plan.steps]
     for (_, paths, _), part in zip(found, c.split([n for n, _, _ in found], 1), strict=True):
-        engine.learn(paths, part.flatten(), steps, recipe.objective.averaged)
+        engine.learn(paths, part.flatten(), steps)
     return {"log_w": float(log_w.mean()), "spread": float(log_w.std(1).mean())}
 
 
