@@ -225,7 +225,7 @@ def nine(seed: int) -> dict[str, float]:
     chain = measured_chain(prior, 50, prior.sample(PROBES, seed), seed)
     engine = Engine(chain, VectorControl(chain, seed=seed), reward)
     images = after.draws(5000, stream(seed, 15)).reshape(-1, *PLANE)
-    plan = Plan(iterations=1500, steps=SOME, seed=seed)
+    plan = Plan(iterations=2500, steps=SOME, seed=seed)
     spent = {TRAINING: _trained(engine, plan, _imitation(Given(images)))}
     row = judged(engine, None, 0.0, after.draws(5 * PATHS, stream(seed, 10)), seed) | spent
     return {**row, **_modes(engine, None, after, seed)}
@@ -337,7 +337,7 @@ class Density:
         motion: Steps, variance and last of `Brownian`.
         moves: Of the tempered chains whose ends are imitated, at each temperature.
         forward: Iterations that imitate them.
-        balance: Iterations of the log-variance after that.
+        balance: Iterations of the log-variance after that, if any.
         width: Of the control's layers.
     """
 
@@ -348,7 +348,7 @@ class Density:
     motion: tuple[int, float, float]
     moves: int
     forward: int
-    balance: int
+    balance: int = 0
     width: int = 128
 
     def __call__(self, seed: int) -> dict[str, float]:
@@ -362,9 +362,10 @@ class Density:
         found = Given(self.chains(stream(seed, 19)).reshape(-1, *shape))
         plan = Plan(self.forward, paths=128, rate=3e-3, steps=SOME, seed=seed)
         spent = time.process_time() - began + _trained(engine, plan, _imitation(found))
-        plan = Plan(self.balance, paths=256, rate=1e-3, seed=seed)
-        recipe = Recipe(LogVariance(), [(0.5, OnPolicy()), (0.5, found)])
-        spent += _trained(engine, plan, recipe)
+        if self.balance:
+            plan = Plan(self.balance, paths=256, rate=1e-3, seed=seed)
+            recipe = Recipe(LogVariance(), [(0.5, OnPolicy()), (0.5, found)])
+            spent += _trained(engine, plan, recipe)
         exact = self.draws(5 * PATHS, stream(seed, 10))
         return judged(engine, None, self.log_z, exact, seed) | {TRAINING: spent}
 
@@ -448,12 +449,12 @@ CASES = {
     "PiGDM, T = 20": Case(sde(PiGDM(), 20)),
     "DPS, T = 20": Case(sde(DPS(zeta=0.1), 20)),
     "25 modes": Case(
-        Density(ALL.log_prob, 2, 0.0, ALL.draws, (60, 50.0, 0.05), 50, 2000, 400),
+        Density(ALL.log_prob, 2, 0.0, ALL.draws, (60, 50.0, 0.05), 50, 3000),
         {"ELBO": (-0.21, INF), "log Z": (-0.02, 0.02)},
         quick=False,
     ),
     "funnel": Case(
-        Density(funnel, 10, 0.0, funnel_draws, (150, 3.0, 0.001), 800, 4000, 300),
+        Density(funnel, 10, 0.0, funnel_draws, (200, 3.0, 0.001), 800, 8000),
         {"ELBO": (-0.7, INF), "log Z": (-0.3, 0.3)},
         quick=False,
     ),

@@ -42,7 +42,7 @@ from scoreinv.simulators import SersicGalaxy
 REPORT, PICTURE, DRAWS, IMAGES = "report.json", "report.png", "draws.fits", "images.safetensors"
 ISLAND = 256  # draws that are resampled together, at most
 FLUX = 0.04  # of a galaxy of the peak 1 in a pixel, on average over the canvas
-LEAST = {"sims": 1, "paths": 10, "n": 2, "images": 1}
+LEAST = {"sims": 1, "paths": 10, "n": 2, "images": 1, "particles": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,7 @@ class FinetuneConfig(Problem):
             on; draws of the prior, which take longer, where its card does not name it.
         sims: Simulated data whose evidence is reported, before and after.
         paths: Of the control for each of them.
+        particles: Paths of the control for each draw of the observation; they weigh unevenly.
     """
 
     output: str
@@ -72,6 +73,7 @@ class FinetuneConfig(Problem):
     images: int = 20000
     sims: int = 8
     paths: int = 64
+    particles: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,8 +159,8 @@ def finetune(config: FinetuneConfig) -> None:
     say("after", _described(after))
     say("processes", process.num_processes)
     given = learned.condition(seen.y)
-    island = min(config.n, ISLAND)
-    draws = given.sample(config.n, seed=config.seed, island=island, grid=seen.grid)
+    island = min(config.particles * config.n, ISLAND)
+    draws = given.sample(config.n, config.seed, config.particles, island=island, grid=seen.grid)
     parameters = None
     if config.latent:
         parameters = dict(zip(galaxy.names, galaxy.parameters(draws.x).T.tolist(), strict=True))
