@@ -667,3 +667,12 @@ def test_the_known_densities_of_learned_controls_are_what_they_say():
     assert float(rtb.ALL.log_prob(rtb.MODES[:1])) == pytest.approx(expected, abs=1e-6)
     w = rtb.wells_draws(n, g)
     assert float(w[:, 0].mean()) > 0.9  # nearly all in the right-hand well
+
+
+def test_tempered_chains_end_in_all_modes_as_often_as_they_should():
+    """25 modes of 400 chains each: total variation of a multinomial is 0.02, and resampling shares ancestors."""
+    case = rtb.CASES["25 modes"].run
+    x = case.chains(stream(2))
+    assert rtb.ALL.variation(x, torch.full((len(x),), 1 / len(x), dtype=torch.float64)) < 0.06
+    near = x - rtb.MODES[torch.cdist(x, rtb.MODES).argmin(1)]
+    assert near.var(0) == pytest.approx(rtb.VARIANCE, rel=0.1)

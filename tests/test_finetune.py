@@ -772,7 +772,12 @@ def test_an_amortised_control_samples_any_data_like_the_other_samplers():
         learned.condition(y).evidence(2000, 9).ess, rel=0.3
     )
     assert found.ess[:-1].isnan().all() and "worn" not in found.weights
-    assert "worn out" in learned.condition(y).sample(3, seed=5, island=3).weights
+    few = learned.condition(y).sample(3, seed=5, effective=0, island=3)
+    assert "worn out" in few.weights and few.evaluations == 20
+    # as many more as it takes
+    more = learned.condition(y).sample(3, seed=5, effective=4.0, island=3)
+    assert float(more.ess[-1]) * more.evaluations / 20 * 3 > 12 and "worn" not in more.weights
+    assert 60 < more.evaluations <= 16 * 20
     bounds = learned.bounds(sims=20, paths=100, seed=8)
     gaps = torch.tensor([b.gap for b in bounds])
     assert 0 < gaps.mean() < 8
@@ -1004,7 +1009,7 @@ def test_a_control_is_kept_and_found_again(tmp_path):
     draws = [v.condition(y).sample(4, seed=2, island=4) for v in (learned, found)]
     assert draws[0].meta["sampler"] == draws[1].meta["sampler"]
     assert re.fullmatch(
-        r"Steered\(amortised=VectorControl [0-9a-f]{12}, resample=0.0, particles=1\)",
+        r"Steered\(amortised=VectorControl [0-9a-f]{12}, resample=0.0, particles=1, effective=0.5\)",
         draws[0].meta["sampler"],
     )
     other = si.Likelihood(likelihood.operator, si.GaussianNoise(std=0.1))

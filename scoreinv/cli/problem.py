@@ -91,17 +91,20 @@ class Control:
     Args:
         folder: Of the fine-tuning.
         resample: Effective share of an island's particles below which they are resampled on the way; 0: never.
-        particles: For each draw; more where they weigh unevenly.
+        particles: For each draw.
+        effective: Share of the draws that particles must be worth; for data for which they are not, more are drawn, up to 16
+            times as many.
     """
 
     folder: str
     resample: float = 0.0
     particles: int = 1
+    effective: float = 0.5
 
     def sampler(self, prior: si.Prior, likelihood: si.Likelihood) -> Steered:
         """The paths, of a prior in the unit of the sky."""
         learned = si.load_amortised(self.folder, prior, likelihood)
-        return Steered(learned, self.resample, self.particles)
+        return Steered(learned, self.resample, self.particles, self.effective)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -144,9 +144,11 @@ class Conditioned:
     posterior: Posterior
     amortised: Amortised
 
-    def sample(self, n: int, seed: int, particles: int = 1, **options: Any) -> Samples:
-        """n draws of so many particles each, weighted and resampled; see `scoreinv.sample` for the options."""
-        sampler = Steered(self.amortised, particles=particles)
+    def sample(
+        self, n: int, seed: int, particles: int = 1, effective: float = 0.5, **options: Any
+    ) -> Samples:
+        """n draws of weighted paths; see `Steered` for how many, and `scoreinv.sample` for the options."""
+        sampler = Steered(self.amortised, particles=particles, effective=effective)
         return sample(self.posterior, n, sampler, seed=seed, **options)
 
     def evidence(self, n: int, seed: int) -> Evidence:

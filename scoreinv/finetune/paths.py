@@ -21,7 +21,7 @@ and Control (2024, arXiv:2405.20971); diffusion samplers: Sendera et al., Improv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -217,13 +217,10 @@ class Engine:
         states, rows = ref.noised(x, ref.steps, generator), torch.arange(len(x))
 
         def taken(part: Tensor, k: Tensor, data: Tensor | None) -> tuple[Tensor, Step, Tensor]:
-            here = states[part, rows].flatten(0, 1)
-            mean = (
-                None
-                if steps is None
-                else ref.towards(here, x.repeat(len(part), *[1] * (x.ndim - 1)), k)
-            )
-            there = states[part + 1, rows].flatten(0, 1) if mean is None else mean
+            here, there = (states[at, rows].flatten(0, 1) for at in (part, part + 1))
+            if steps is not None:
+                mean = ref.towards(here, x.repeat(len(part), *[1] * (x.ndim - 1)), k)
+                there = there if mean is None else mean
             return here, ref.step(here, k, data), there
 
         return self._imitate(len(x), taken, y, generator, steps)
@@ -240,7 +237,7 @@ class Engine:
         T, gain = self.reference.steps, 0.0
         # of each path other steps: neighbours that share a step would say nearly the same
         chosen = torch.rand(T, n, generator=generator).argsort(0)[: steps or T]
-        for part in chosen.split(max(1, 64 * CHUNK // (math.prod(self.reference.shape) * n))):
+        for part in chosen.split(chunk(self.reference.shape, n)):
             k = part.flatten()
             data = None if y is None else y.repeat(len(part), *[1] * (y.ndim - 1))
             with torch.no_grad():
@@ -264,7 +261,7 @@ class Engine:
         """
         T, B = self.reference.steps, len(paths)
         chosen = torch.arange(T) if steps is None else steps
-        for part in chosen.split(chunk(paths.x, B)):
+        for part in chosen.split(chunk(self.reference.shape, B)):
             k = part.repeat_interleave(B)
             flat = lambda v, part=part: v[part].flatten(0, 1)
             y = None if paths.y is None else paths.y.repeat(len(part), *[1] * (paths.y.ndim - 1))
@@ -274,6 +271,6 @@ class Engine:
             (T / len(chosen) * (weights * log_ratio.sum(0)).sum()).backward()
 
 
-def chunk(x: Tensor, n: int) -> int:
-    """Steps of n paths that go through a network with a gradient at once, for images like x, with shape (B, *shape)."""
-    return max(1, 64 * CHUNK // (x[0].numel() * n))
+def chunk(shape: Sequence[int], n: int) -> int:
+    """Steps of n paths that go through a network with a gradient at once, for images of this shape."""
+    return max(1, 64 * CHUNK // (math.prod(shape) * n))

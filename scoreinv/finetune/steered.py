@@ -30,7 +30,9 @@ class Steered:
     Args:
         amortised: The control.
         resample: Effective sample size over n below which particles are resampled on the way; 0: never.
-        particles: For each draw; more where they weigh unevenly.
+        particles: For each draw.
+        effective: Share of the draws that particles must be worth; for data for which they are not, more are drawn, up to 16
+            times as many.
 
     Raises:
         ValueError: Numbers out of range.
@@ -39,14 +41,15 @@ class Steered:
     amortised: Amortised
     resample: float = 0.0
     particles: int = 1
+    effective: float = 0.5
 
     label: ClassVar[str] = "paths of a learned control, weighted"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.resample <= 1 or self.particles < 1:
+        if not 0 <= self.resample <= 1 or self.particles < 1 or not self.effective >= 0:
             raise ValueError(
-                f"resample is {self.resample} and particles {self.particles}; "
-                "expected a share between 0 and 1, and at least one particle for each draw"
+                f"resample is {self.resample}, particles {self.particles} and effective {self.effective}; "
+                "expected a share between 0 and 1, at least one particle for each draw, and none below 0"
             )
 
     def refuses(self, posterior: Posterior) -> str:

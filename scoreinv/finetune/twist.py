@@ -158,7 +158,7 @@ def _learn(twist: Twist, paths: Paths, log_w: Tensor, plan: Plan) -> float:
         h = twist(flat(paths.states), flat(paths.denoised), part.repeat_interleave(B), y)
         return h.reshape(len(part), B)
 
-    parts = torch.arange(T).split(chunk(paths.x, B))
+    parts = torch.arange(T).split(chunk(paths.x.shape[1:], B))
     with torch.no_grad():
         h = torch.cat([said(part) for part in parts])
         base = torch.stack([twist.foreseen(D, k, paths.y) for k, D in enumerate(paths.denoised)])

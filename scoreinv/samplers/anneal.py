@@ -49,6 +49,7 @@ class Anneal:
     moves: int = 3
 
     particles: ClassVar[int] = 1
+    effective: ClassVar[float] = 0.0
     label: ClassVar[str] = "not used (moves only); evidence from the path integral"
 
     def __post_init__(self) -> None:

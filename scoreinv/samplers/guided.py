@@ -74,6 +74,7 @@ class Guided:
     local: bool = True
 
     particles: ClassVar[int] = 1
+    effective: ClassVar[float] = 0.0
     label: ClassVar[str] = (
         "not used (one pass, approximate); evidence from a path integral, a few nat off"
     )

@@ -53,11 +53,15 @@ class Sampler(Protocol):
 
     Attributes:
         particles: For each draw.
+        effective: Share of the draws that weighted particles must be worth: more islands are sent down until they are.
         label: What the result says of weights and evidence.
     """
 
     @property
     def particles(self) -> int: ...
+
+    @property
+    def effective(self) -> float: ...
 
     @property
     def label(self) -> str: ...

@@ -35,6 +35,7 @@ from scoreinv.streams import stream
 Finished = tuple[Tensor, Trace, float]  # draws, trace and seconds of an island
 SCOUTS = 2  # islands that find out whether weights collapse, at most
 SCOUTING = 32  # particles of each; fewer would take the noise of a quartile for a collapse
+MOST = 16  # times as many islands as at first, at most, until their particles are worth enough
 FEWEST = 4  # effective particles of an island, or draws that differ, of which a posterior should not be made
 
 
@@ -97,21 +98,41 @@ def sample(
             known = store is not None and store.has(0)
             scouted = store.get(0)[1] if known else _scout(posterior, sampler, seed)
             method = sampler if scouted.collapsed_at == 0 else sampler.fallback
-        count = math.ceil(method.particles * n / island)
-        missing = [j for j in range(count) if store is None or not store.has(j)]
-        bar.reset(len(missing) * len(method.noise_levels(posterior)))
-        for i in range(0, len(missing), batch):
-            group = missing[i : i + batch]
-            bar.set_postfix(island=f"{group[0] + 1}/{count}")
-            for j, finished in _run(posterior, method, island, seed, group, bar):
-                trace = finished[1]
-                trace.collapsed_at = scouted.collapsed_at
-                trace.evaluations += scouted.evaluations * SCOUTING / island if j == 0 else 0
-                done[j] = finished
-                if store:
-                    store.put(j, *finished)
-    islands = [done[j] if j in done else store.get(j) for j in range(count)]
+        at_first, islands = math.ceil(method.particles * n / island), []
+        while count := _wanted(method, islands, n, at_first):
+            found = [j in done or (store is not None and store.has(j)) for j in range(count)]
+            missing = [j for j in range(count) if not found[j]]
+            bar.reset(len(missing) * len(method.noise_levels(posterior)))
+            for i in range(0, len(missing), batch):
+                group = missing[i : i + batch]
+                bar.set_postfix(island=f"{group[0] + 1}/{count}")
+                for j, finished in _run(posterior, method, island, seed, group, bar):
+                    trace = finished[1]
+                    trace.collapsed_at = scouted.collapsed_at
+                    trace.evaluations += scouted.evaluations * SCOUTING / island if j == 0 else 0
+                    done[j] = finished
+                    if store:
+                        store.put(j, *finished)
+            islands = [done[j] if j in done else store.get(j) for j in range(count)]
     return _pool(posterior, sampler, method, islands, n, seed, grid, meta or {}, evidence, began)
+
+
+def _wanted(sampler: Sampler, islands: list[Finished], n: int, at_first: int) -> int:
+    """How many islands there should be; 0 if those that there are will do."""
+    if not islands:
+        return at_first
+    needed, log_w = sampler.effective * n, _log_weights(islands)
+    if log_w is None or not needed or len(islands) >= MOST * at_first:
+        return 0
+    share = needed * float(torch.softmax(log_w, 0).square().sum())
+    return min(MOST * at_first, math.ceil(len(islands) * share)) if share > 1 else 0
+
+
+def _log_weights(islands: list[Finished]) -> Tensor | None:
+    """Of all particles; None without weights."""
+    if islands[0][1].log_weights is None:
+        return None
+    return torch.tensor([w for _, t, _ in islands for w in t.log_weights], dtype=torch.float64)
 
 
 def _scout(posterior: Posterior, sampler: SMC, seed: int) -> Trace:
@@ -167,8 +188,8 @@ def _pool(
     draws, traces = torch.cat([x for x, _, _ in islands]), [t for _, t, _ in islands]
     base = posterior.gaussian_log_evidence if with_evidence and not traces[0].absolute else 0.0
     evidence = base + torch.tensor([t.log_evidence for t in traces], dtype=torch.float64)
-    if traces[0].log_weights is not None:
-        log_w = torch.tensor([w for t in traces for w in t.log_weights], dtype=torch.float64)
+    log_w = _log_weights(islands)
+    if log_w is not None:
         order = in_order(draws, posterior.moments.covariance)
         share = torch.softmax(log_w[order], 0)
         effective = float(1 / share.square().sum())
@@ -180,10 +201,10 @@ def _pool(
     ess = _curve([t.ess for t in traces], len(levels))
     collapsed_at = traces[0].collapsed_at
     label = sampler.dropped(collapsed_at) if collapsed_at > 0 else sampler.label
-    if traces[0].log_weights is not None:
+    if log_w is not None:
         label += _worn(x, islands, effective)
         ess[-1] = min(float(ess[-1].nan_to_num(1.0)), effective / len(log_w))
-    if traces[0].log_weights is None and not posterior.likelihood.gaussian:
+    if log_w is None and not posterior.likelihood.gaussian:
         label += f"; in the place of the {type(posterior.likelihood.noise).__name__} the Gaussian near the data"
     spread = float(evidence.std()) if len(evidence) > 1 else math.nan
     return Samples(
@@ -207,8 +228,8 @@ def _pool(
 
 def _worn(x: Tensor, islands: list[Finished], at_the_end: float) -> str:
     """What the result must say where few particles have become all draws; empty if all is well."""
-    on_the_way = min(len(x) * min(t.ess, default=1.0) for x, t, _ in islands)
-    effective = min(on_the_way, at_the_end)
+    on_the_way = [len(x) * min(t.ess) for x, t, _ in islands if t.ess]
+    effective = min([*on_the_way, at_the_end])
     distinct = len(x.flatten(1).unique(dim=0))
     if effective >= FEWEST and distinct >= min(FEWEST, len(x)):
         return ""

@@ -76,6 +76,7 @@ class SMC:
     resample_below: float = 0.5
     drop_above: float = 20.0
 
+    effective: ClassVar[float] = 0.0
     label: ClassVar[str] = "used throughout"
 
     def __post_init__(self) -> None:

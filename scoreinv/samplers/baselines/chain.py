@@ -37,6 +37,7 @@ class Baseline(abc.ABC):
     levels: int = 100
 
     particles: ClassVar[int] = 1
+    effective: ClassVar[float] = 0.0
     label: ClassVar[str] = "not used (a baseline, approximate); evidence unknown"
 
     def __post_init__(self) -> None:
