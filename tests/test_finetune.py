@@ -777,7 +777,9 @@ def test_an_amortised_control_samples_any_data_like_the_other_samplers():
     # as many more as it takes
     more = learned.condition(y).sample(3, seed=5, effective=4.0, island=3)
     assert float(more.ess[-1]) * more.evaluations / 20 * 3 > 12 and "worn" not in more.weights
-    assert 60 < more.evaluations <= 16 * 20
+    assert 60 < more.evaluations <= 16 * 20 and "worth" not in more.weights
+    most = learned.condition(y).sample(3, seed=5, effective=100.0, island=3)
+    assert most.evaluations == 16 * 20 and re.search(r"worth \d+ of 3 draws", most.weights)
     bounds = learned.bounds(sims=20, paths=100, seed=8)
     gaps = torch.tensor([b.gap for b in bounds])
     assert 0 < gaps.mean() < 8

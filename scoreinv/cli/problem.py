@@ -93,7 +93,7 @@ class Control:
         resample: Effective share of an island's particles below which they are resampled on the way; 0: never.
         particles: For each draw.
         effective: Share of the draws that particles must be worth; for data for which they are not, more are drawn, up to 16
-            times as many.
+            of a draw, and if that does not do the result says so.
     """
 
     folder: str

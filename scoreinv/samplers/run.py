@@ -35,7 +35,7 @@ from scoreinv.streams import stream
 Finished = tuple[Tensor, Trace, float]  # draws, trace and seconds of an island
 SCOUTS = 2  # islands that find out whether weights collapse, at most
 SCOUTING = 32  # particles of each; fewer would take the noise of a quartile for a collapse
-MOST = 16  # times as many islands as at first, at most, until their particles are worth enough
+MOST = 16  # particles of a draw, at most, until they are worth enough
 FEWEST = 4  # effective particles of an island, or draws that differ, of which a posterior should not be made
 
 
@@ -122,10 +122,11 @@ def _wanted(sampler: Sampler, islands: list[Finished], n: int, at_first: int) ->
     if not islands:
         return at_first
     needed, log_w = sampler.effective * n, _log_weights(islands)
-    if log_w is None or not needed or len(islands) >= MOST * at_first:
+    most = at_first * max(1, MOST // sampler.particles)
+    if log_w is None or not needed or len(islands) >= most:
         return 0
     share = needed * float(torch.softmax(log_w, 0).square().sum())
-    return min(MOST * at_first, math.ceil(len(islands) * share)) if share > 1 else 0
+    return min(most, math.ceil(len(islands) * share)) if share > 1 else 0
 
 
 def _log_weights(islands: list[Finished]) -> Tensor | None:
@@ -203,6 +204,8 @@ def _pool(
     label = sampler.dropped(collapsed_at) if collapsed_at > 0 else sampler.label
     if log_w is not None:
         label += _worn(x, islands, effective)
+        if effective < sampler.effective * n:
+            label += f", worth {effective:.0f} of {n} draws"
         ess[-1] = min(float(ess[-1].nan_to_num(1.0)), effective / len(log_w))
     if log_w is None and not posterior.likelihood.gaussian:
         label += f"; in the place of the {type(posterior.likelihood.noise).__name__} the Gaussian near the data"
