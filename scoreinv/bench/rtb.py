@@ -428,7 +428,7 @@ INF = math.inf
 LINE = torch.tensor([[1.0, 1.0]], dtype=torch.float64), torch.tensor([5.0], dtype=torch.float64)
 FAR = torch.eye(2, dtype=torch.float64), torch.tensor([12.5, 2.5], dtype=torch.float64)
 CASES = {
-    "line": Case(measurement(*LINE, 1.0, 1000, 20), {"ELBO": (-1.6, INF), "weighed": (0, 0.04)}),
+    "line": Case(measurement(*LINE, 1.0, 1000, 40), {"ELBO": (-1.6, INF), "weighed": (0, 0.04)}),
     "far": Case(
         measurement(*FAR, 1.0, 1000, 20),
         {"ELBO": (-0.6, INF), "apart": (0, 0.15), "weighed": (0, 0.05)},
