@@ -580,7 +580,7 @@ def test_interrupted_run_goes_on(config, tmp_path):
         (("--n", "0"), "n is 0"),
         (("--island", "1"), "island is 1"),
         (("--figure", "a.xyz"), "figure is a.xyz, expected a name in .png"),
-        (("--batch", "0"), "batch 0"),
+        (("--batch", "0"), "batch is 0"),
         (("--amplitude", "-1"), "amplitude is -1"),
         (("--prior", "nowhere"), "nowhere"),
     ],

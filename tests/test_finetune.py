@@ -388,7 +388,7 @@ def test_guidance_follows_the_error_that_a_prior_knows(shape):
     plan = Plan(iterations=1, simulated=1, groups=2, paths=2, rate=1e-12)
     learned = si.finetune(prior, likelihood, seed=0, steps=12, plan=plan)
     assert type(learned.chain) is PriorChain and learned.control.guided
-    draws = learned.condition(y).sample(400, seed=1, island=400)
+    draws = learned.condition(y).sample(400, seed=1, effective=0, island=400)
     assert draws.evaluations == 12
     known = si.Posterior(plain, likelihood, y).gaussian_log_evidence
     assert draws.log_evidence == pytest.approx(known, abs=1.0)  # four standard deviations

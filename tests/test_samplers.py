@@ -612,9 +612,12 @@ def test_draws_that_are_copies_of_a_few_say_so():
     """A resampled handful is no posterior, whatever the weights were called."""
     x = torch.randn(2, 1, 4, 4).repeat_interleave(8, 0)
     sound = Trace(ess=[0.6, 0.9])
-    assert _worn(torch.randn(16, 1, 4, 4), [(x, sound, 0.0)]) == ""
-    assert "2 of 16 draws differ" in _worn(x, [(x, sound, 0.0)])
-    assert "0.8 particles" in _worn(torch.randn(16, 1, 4, 4), [(x, Trace(ess=[0.05]), 0.0)])
+    fine, all_of_it = torch.randn(16, 1, 4, 4), 16.0
+    assert _worn(fine, [(x, sound, 0.0)], all_of_it) == ""
+    assert _worn(fine, [(x, Trace(), 0.0)], all_of_it) == ""  # no weights on the way
+    assert "2 of 16 draws differ" in _worn(x, [(x, sound, 0.0)], all_of_it)
+    assert "0.8 particles" in _worn(fine, [(x, Trace(ess=[0.05]), 0.0)], all_of_it)
+    assert "1.5 particles" in _worn(fine, [(x, sound, 0.0)], 1.5)
 
 
 def test_options_of_weights_are_checked():
