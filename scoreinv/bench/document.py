@@ -68,11 +68,11 @@ Controls of a chain of few steps, each learned on one core in the seconds of the
 judgement. In nats over the known evidence: `ELBO`, the mean log-weight of 4,000 paths of the control, `untrained` before it
 has learned anything; `log Z`, the log of their mean weight, absolute where it is a mean over data sets; `EUBO`, the mean
 log-weight of exact draws that are noised. The chain's own evidence is not that of the posterior; the ELBO is below it, and
-the EUBO above it only as far as the chain is the reverse of noising, which at `far` it is not. `apart`: from the log Z of 20,000 paths of the untrained control. `ESS`: effective share of the paths.
-`modes`, `weighed`: total variation of the modes' weights, of paths as they are and as they weigh. `SW2`: sliced Wasserstein
-distance of weighted paths to exact draws, beside that of as many exact ones. The amortised control, Guided, PiGDM and DPS
-serve any data of a mixture in 8 dimensions: means over 20 data sets; a sampler is a control like any other. `missed` names
-the numbers that are not as `wanted`."""
+the EUBO above it only as far as the chain is the reverse of noising, which at `far` it is not. `apart`: from the log Z of
+20,000 paths of the untrained control. `ESS`: effective share of the paths. `modes`, `weighed`: total variation of the modes'
+weights, of paths as they are and as they weigh. `SW2`: sliced Wasserstein distance of weighted paths to exact draws, beside
+that of as many exact ones. The amortised control, Guided, PiGDM and DPS serve any data of a mixture in 8 dimensions: means
+over 20 data sets; a sampler is a control like any other. `missed` names the numbers that are not as `wanted`."""
 
 CALIBRATION = {
     "noise": "noise / peak",
