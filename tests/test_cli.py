@@ -688,6 +688,12 @@ def test_what_finetune_has_learned_samples_and_is_tested_for_coverage(
     assert main(["coverage", *known, str(report), "--sims", "20", "--n", "16"]) == 0
     assert "12 evaluations a draw" in capsys.readouterr().out  # six steps of two particles
     assert json.loads(report.read_text())["p"] > 1e-3  # false alarms: one in a thousand
+    report = tmp_path / "chain.json"
+    coverage = ["coverage", *known, str(report), "--sims", "20", "--n", "16", "--truths", "chain"]
+    assert "expected the section control" in failure(capsys, *coverage, "--control", "null")
+    assert main(coverage) == 0
+    assert re.search(r"truths +chain", capsys.readouterr().out)
+    assert json.loads(report.read_text())["p"] > 1e-3
     command = ["sample", *known, str(tmp_path / "none.fits")]
     assert "its prior differ" in failure(capsys, *command, "--amplitude", "2")
     assert "its likelihood differ" in failure(capsys, *command, "--exposure.noise", "0.3")

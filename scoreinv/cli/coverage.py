@@ -13,8 +13,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import scoreinv as si
-from scoreinv.cli.problem import PRIOR, SampledProblem, check_file, chosen, launched, say, truths
+from scoreinv.cli.problem import (
+    CHAIN,
+    PRIOR,
+    SampledProblem,
+    check_file,
+    chosen,
+    launched,
+    say,
+    truths,
+)
 from scoreinv.diagnostics.battery import SWAPS
+from scoreinv.finetune import Steered
 from scoreinv.samplers.run import installed
 from scoreinv.samplers.simulations import finished_simulations, forget_simulations
 
@@ -25,7 +35,8 @@ class CoverageConfig(SampledProblem):
 
     Args:
         truths: "prior" for its own draws, which test the sampler; "held out" for images like those that it was trained on,
-            simulated anew, or a folder of images: these test the prior, too.
+            simulated anew, or a folder of images: these test the prior, too; "chain" for what a control's chain draws
+            without data, which tests its paths and weights alone.
         output: Report, ending in .json; a figure of the same name, and a folder of the simulations.
         gaussian: Take the Gaussian with the prior's moments in the prior's place: exact answers in minutes.
         sims: Simulations.
@@ -45,6 +56,10 @@ class CoverageConfig(SampledProblem):
         if self.sims < 10 or self.n < 10:
             raise ValueError(
                 f"sims is {self.sims} and n {self.n}; expected at least 10 of each, better 100"
+            )
+        if self.truths == CHAIN and self.control is None:
+            raise ValueError(
+                f"truths are {CHAIN!r}, of the chain that a control steers; expected the section control"
             )
         if self.swaps < SWAPS:
             raise ValueError(
@@ -77,7 +92,7 @@ def coverage(config: CoverageConfig) -> None:
     prior = si.load_prior(config.prior, config.device)
     seen, amplitude, compared = chosen(config, prior)
     sought = None
-    if config.truths != PRIOR:
+    if config.truths not in (PRIOR, CHAIN):
         images = truths(config.truths, config.prior, prior, config.sims, config.seed)
         sought = amplitude * images
     # what is wrong with the configuration is known by now: nothing finished is lost for a slip
@@ -88,6 +103,8 @@ def coverage(config: CoverageConfig) -> None:
         prior = si.GaussianPrior(prior.moments.mean.double(), prior.moments.covariance)
     prior = prior.rescaled(amplitude)
     sampler = config.sampler(prior, seen.likelihood)
+    if isinstance(sampler, Steered) and config.truths == CHAIN:
+        sought = sampler.amortised.unsteered(config.sims, config.seed)
     try:
         found = si.sample_simulations(
             prior,

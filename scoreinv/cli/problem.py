@@ -33,7 +33,7 @@ DATA = ("visibilities", "cutout", "simulation", "exposure", "speckle")
 SAMPLERS = ("smc", "anneal", "guided", "control")
 WAIT = timedelta(days=7)
 MOST = 1e20  # amplitude; squares of it and of noise must stay numbers of single precision
-PRIOR, HELD_OUT = "prior", "held out"  # where truths come from
+PRIOR, HELD_OUT, CHAIN = "prior", "held out", "chain"  # where truths come from
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,7 @@ PROBES = 256  # of them that measure how sure the prior is at each level
 FORMAT = 8  # of the files of a control
 MEDIAN = 0.6745  # of the absolute value of a standard normal variable
 IMAGES = 1024  # draws of the prior from which training data are simulated
+TOGETHER = 128  # images of a chain whose paths are in memory at once
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,15 @@ class Amortised:
         if y is None:
             raise ValueError("which data? This control serves all: pass y")
         return Conditioned(Posterior(self.chain.prior, self.likelihood, y), self)
+
+    def unsteered(self, n: int, seed: int) -> Tensor:
+        """n images that the chain draws without data, with shape (n, *shape): of the prior that weighted paths answer for.
+
+        A chain of few steps does not draw quite what `Prior.sample` does.
+        """
+        counts = [min(TOGETHER, n - i) for i in range(0, n, TOGETHER)]
+        parts = [self.engine.unsteered(m, stream(seed, 10, i)).x for i, m in enumerate(counts)]
+        return torch.cat(parts)
 
     def bounds(self, sims: int, paths: int, seed: int) -> list[Evidence]:
         """Evidence reports for simulated data, each with an upper bound that is strict for the chain.
