@@ -19,7 +19,8 @@ from scoreinv.npe import ParameterPrior
 from scoreinv.samplers.smc import systematic
 from scoreinv.streams import stream
 
-SHAPES = 2_000_000  # of the noise of slcp, which its reference weighs
+SHAPES = 2_000_000  # of the noise of slcp, which its reference weighs at a time
+ROUNDS = 20  # of them, at most
 
 
 @dataclass(frozen=True)
@@ -147,24 +148,37 @@ def _slcp() -> Task:
         # the four points, and their centre is a Gaussian about their mean, but for the weights, and for the box
         points = x.reshape(4, 2)
         left = points - points.mean(0)
-        z = normal((SHAPES, 10), generator)
-        T = torch.zeros(SHAPES, 2, 2, dtype=torch.float64)
-        T[:, 0, 0], T[:, 1, 0], T[:, 1, 1] = z[:, :3].norm(dim=1), z[:, 3], z[:, 4:6].norm(dim=1)
-        T = torch.linalg.cholesky(torch.linalg.inv(left.T @ left)) @ T
-        S = torch.linalg.inv(T @ T.mT)
-        s1, s2 = S[:, 0, 0].sqrt(), S[:, 1, 1].sqrt()
-        centre = points.mean(0) + 0.5 * (torch.linalg.cholesky(S) @ z[:, 6:8, None])[..., 0]
-        signs = z[:, 8:].sign()
-        shape = [signs[:, 0] * s1.sqrt(), signs[:, 1] * s2.sqrt(), (S[:, 0, 1] / s1 / s2).atanh()]
-        theta = torch.cat([centre, torch.stack(shape, 1)], 1)
-        w = torch.where((theta.abs() <= 3).all(1), (torch.det(S) / (s1 * s2)).sqrt(), 0.0)
-        w = w / w.sum()
-        effective = float(1 / w.square().sum())
-        if not effective > n:
-            raise FloatingPointError(
-                f"the reference of slcp has {effective:.0f} effective draws, expected {n} or more"
+        root = torch.linalg.cholesky(torch.linalg.inv(left.T @ left))
+
+        def weighted() -> tuple[Tensor, Tensor]:
+            z = normal((SHAPES, 10), generator)
+            T = torch.zeros(SHAPES, 2, 2, dtype=torch.float64)
+            T[:, 0, 0], T[:, 1, 0], T[:, 1, 1] = (
+                z[:, :3].norm(dim=1),
+                z[:, 3],
+                z[:, 4:6].norm(dim=1),
             )
-        return theta[systematic(w, n, generator)]
+            T = root @ T
+            S = torch.linalg.inv(T @ T.mT)
+            s1, s2 = S[:, 0, 0].sqrt(), S[:, 1, 1].sqrt()
+            centre = points.mean(0) + 0.5 * (torch.linalg.cholesky(S) @ z[:, 6:8, None])[..., 0]
+            signs = z[:, 8:].sign()
+            rho = S[:, 0, 1] / s1 / s2
+            shape = [signs[:, 0] * s1.sqrt(), signs[:, 1] * s2.sqrt(), rho.atanh()]
+            theta = torch.cat([centre, torch.stack(shape, 1)], 1)
+            inside = (theta.abs() <= 3).all(1)
+            return theta[inside], (torch.det(S) / (s1 * s2)).sqrt()[inside]
+
+        parts: list[tuple[Tensor, Tensor]] = []
+        for _ in range(ROUNDS):  # where the box cuts off almost all, one will not do
+            parts.append(weighted())
+            theta, w = map(torch.cat, zip(*parts, strict=True))
+            effective = float(w.sum().square() / w.square().sum()) if len(w) else 0.0
+            if effective > n:
+                return theta[systematic(w / w.sum(), n, generator)]
+        raise FloatingPointError(
+            f"the reference of slcp has {effective:.0f} effective draws, expected {n} or more"
+        )
 
     return Task(prior, simulate, reference, log_likelihood)
 
