@@ -94,17 +94,19 @@ class Control:
         particles: For each draw.
         effective: Share of the draws that particles must be worth; for data for which they are not, more are drawn, up to 16
             of a draw, and if that does not do the result says so.
+        moves: How often the later part of a draw's path is walked anew, so that no draw is there twice.
     """
 
     folder: str
     resample: float = 0.0
     particles: int = 1
-    effective: float = 0.5
+    effective: float = 0.25
+    moves: int = 1
 
     def sampler(self, prior: si.Prior, likelihood: si.Likelihood) -> Steered:
         """The paths, of a prior in the unit of the sky."""
         learned = si.load_amortised(self.folder, prior, likelihood)
-        return Steered(learned, self.resample, self.particles, self.effective)
+        return Steered(learned, self.resample, self.particles, self.effective, self.moves)
 
 
 @dataclass(frozen=True, kw_only=True)

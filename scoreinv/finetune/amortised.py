@@ -155,10 +155,16 @@ class Conditioned:
     amortised: Amortised
 
     def sample(
-        self, n: int, seed: int, particles: int = 1, effective: float = 0.5, **options: Any
+        self,
+        n: int,
+        seed: int,
+        particles: int = 1,
+        effective: float = 0.25,
+        moves: int = 1,
+        **options: Any,
     ) -> Samples:
         """n draws of weighted paths; see `Steered` for how many, and `scoreinv.sample` for the options."""
-        sampler = Steered(self.amortised, particles=particles, effective=effective)
+        sampler = Steered(self.amortised, particles=particles, effective=effective, moves=moves)
         return sample(self.posterior, n, sampler, seed=seed, **options)
 
     def evidence(self, n: int, seed: int) -> Evidence:

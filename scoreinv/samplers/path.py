@@ -90,9 +90,10 @@ class Trace:
         collapsed_at: Level at which the weights collapsed; 0 if they did not.
         log_evidence: Over that of the moments' Gaussian, or absolute [nat]; without weights from a path integral.
         absolute: Whether it is log p(y) itself.
-        log_weights: Of the draws, whose mean weight is the evidence [nat]; None without weights.
-        evaluations: Network evaluations per particle; the first island pays for the scouts.
-        vjps: Vector-Jacobian products of the network per particle.
+        log_weights: Of the particles, whose mean weight is the evidence [nat]; None without weights.
+        even: Whether the draws have been chosen by these weights already, and count alike.
+        evaluations: Network evaluations per draw of the island; the first island pays for the scouts.
+        vjps: Vector-Jacobian products of the network per draw of the island.
     """
 
     ess: list[float] = field(default_factory=list)
@@ -101,6 +102,7 @@ class Trace:
     log_evidence: float = 0.0
     absolute: bool = False
     log_weights: list[float] | None = None
+    even: bool = False
     evaluations: float = 0
     vjps: float = 0
 

@@ -136,6 +136,12 @@ def _log_weights(islands: list[Finished]) -> Tensor | None:
     return torch.tensor([w for _, t, _ in islands for w in t.log_weights], dtype=torch.float64)
 
 
+def _log_shares(islands: list[Finished]) -> Tensor:
+    """Of all draws: their weights, or those of their island where they count alike."""
+    parts = [[t.log_evidence] * len(x) if t.even else t.log_weights for x, t, _ in islands]
+    return torch.tensor([w for part in parts for w in part], dtype=torch.float64)
+
+
 def _scout(posterior: Posterior, sampler: SMC, seed: int) -> Trace:
     """Whether weights collapse on this posterior: they do if they do for every scout, each with a stream of its own."""
     evaluations, collapsed_at = 0.0, []
@@ -191,9 +197,9 @@ def _pool(
     evidence = base + torch.tensor([t.log_evidence for t in traces], dtype=torch.float64)
     log_w = _log_weights(islands)
     if log_w is not None:
+        effective = float(1 / torch.softmax(log_w, 0).square().sum())
         order = in_order(draws, posterior.moments.covariance)
-        share = torch.softmax(log_w[order], 0)
-        effective = float(1 / share.square().sum())
+        share = torch.softmax(_log_shares(islands)[order], 0)
         x = draws[order[systematic(share, n, stream(seed, -1))].sort().values]
         log_z = float(torch.logsumexp(evidence, 0)) - math.log(len(evidence))
     else:
