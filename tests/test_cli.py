@@ -675,7 +675,6 @@ def test_what_finetune_has_learned_samples_and_is_tested_for_coverage(
         "prior": str(prior),
         "amplitude": 1.0,
         "control": {"folder": str(folder), "particles": 2},
-        "island": 32,
     }
     path = tmp_path / "other.yaml"
     path.write_text(yaml.safe_dump(content))

@@ -113,7 +113,7 @@ def coverage(config: CoverageConfig) -> None:
             config.n,
             sampler,
             seed=config.seed,
-            island=config.island,
+            island=config.together,
             truths=sought,
             folder=config.folder,
             progress=process.is_main_process and sys.stderr.isatty(),

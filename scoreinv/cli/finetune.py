@@ -21,6 +21,7 @@ import scoreinv as si
 from scoreinv.cli.problem import (
     HELD_OUT,
     PRIOR,
+    WEIGHED,
     Problem,
     chosen,
     completed,
@@ -40,7 +41,6 @@ from scoreinv.finetune.training import CHECKPOINT
 from scoreinv.simulators import SersicGalaxy
 
 REPORT, PICTURE, DRAWS, IMAGES = "report.json", "report.png", "draws.fits", "images.safetensors"
-ISLAND = 256  # draws that are resampled together, at most
 FLUX = 0.04  # of a galaxy of the peak 1 in a pixel, on average over the canvas
 LEAST = {"sims": 1, "paths": 10, "n": 2, "images": 1, "particles": 1}
 
@@ -73,7 +73,7 @@ class FinetuneConfig(Problem):
     images: int = 20000
     sims: int = 8
     paths: int = 64
-    particles: int = 4
+    particles: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,7 +159,7 @@ def finetune(config: FinetuneConfig) -> None:
     say("after", _described(after))
     say("processes", process.num_processes)
     given = learned.condition(seen.y)
-    island = min(config.particles * config.n, ISLAND)
+    island = min(config.particles * config.n, WEIGHED)
     draws = given.sample(config.n, config.seed, config.particles, island=island, grid=seen.grid)
     parameters = None
     if config.latent:

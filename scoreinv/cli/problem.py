@@ -24,6 +24,7 @@ from scoreinv.cli.data import (
 )
 from scoreinv.finetune import Steered
 from scoreinv.priors.zoo import prior_card
+from scoreinv.samplers.simulations import ISLAND
 from scoreinv.training import TrainingData, unseen_images
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ DATA = ("visibilities", "cutout", "simulation", "exposure", "speckle")
 SAMPLERS = ("smc", "anneal", "guided", "control")
 WAIT = timedelta(days=7)
 MOST = 1e20  # amplitude; squares of it and of noise must stay numbers of single precision
+WEIGHED = 256  # particles of a control that are in memory at once, at most
 PRIOR, HELD_OUT, CHAIN = "prior", "held out", "chain"  # where truths come from
 
 
@@ -103,6 +105,10 @@ class Control:
     effective: float = 0.25
     moves: int = 1
 
+    def together(self, n: int) -> int:
+        """Particles that are weighed against each other, of n draws."""
+        return max(2, min(self.particles * n, WEIGHED))
+
     def sampler(self, prior: si.Prior, likelihood: si.Likelihood) -> Steered:
         """The paths, of a prior in the unit of the sky."""
         learned = si.load_amortised(self.folder, prior, likelihood)
@@ -118,14 +124,15 @@ class SampledProblem(Problem):
         anneal: Sampler, one of four kinds: moves without weights, for one mode.
         guided: Sampler, one of four kinds: one pass, fast and approximate.
         control: Sampler, one of four kinds: what `scoreinv finetune` has learned.
-        island: Particles or draws that are made together, and kept together in case of an interruption.
+        island: Particles or draws that are made together, and kept together in case of an interruption; if not given 16, of
+            a control all of a posterior, up to 256.
     """
 
     smc: si.SMC | None = None
     anneal: si.Anneal | None = None
     guided: si.Guided | None = None
     control: Control | None = None
-    island: int = 16
+    island: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,8 +142,15 @@ class SampledProblem(Problem):
                 f"expected one sampler at most, got {' and '.join(samplers)}; "
                 f"leave one out, on the command line with --{samplers[0]} null"
             )
-        if self.island < 2:
+        if self.island is not None and self.island < 2:
             raise ValueError(f"island is {self.island}, expected at least 2")
+
+    @property
+    def together(self) -> int:
+        """Particles of an island."""
+        if self.island is not None:
+            return self.island
+        return ISLAND if self.control is None else self.control.together(self.n)
 
     def sampler(
         self, prior: si.Prior, likelihood: si.Likelihood

@@ -106,7 +106,7 @@ def _draw(config: SampleConfig, posterior: si.Posterior, seen: Observation) -> s
             config.n,
             config.sampler(posterior.prior, posterior.likelihood),
             seed=config.seed,
-            island=config.island,
+            island=config.together,
             batch=config.batch,
             folder=config.islands,
             progress=sys.stderr.isatty(),
