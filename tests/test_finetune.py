@@ -700,7 +700,7 @@ def test_paths_walked_anew_leave_the_draws_what_they_are():
         assert float(each.mean()) == pytest.approx(known, abs=4 * float(each.std()) / 20**0.5)
         found[moves] = float(each.mean())
         differ[moves] = sum(len(x.flatten(1).unique(dim=0)) for x in draws) / (20 * 256)
-        assert islands[0].trace.evaluations == 8 + 5 * moves
+        assert islands[0].trace.evaluations == 8 + 4 * moves
         assert all(math.isnan(i.trace.acceptance[-1]) == (moves == 0) for i in islands)
     assert differ[0] < 0.75 < differ[1] < 0.95 < differ[4]
     # negative control: without weights

@@ -17,7 +17,7 @@ from scoreinv.samplers.smc import in_order, systematic
 if TYPE_CHECKING:
     from scoreinv.finetune.amortised import Amortised
 
-AGAIN = 0.6  # of the steps, those that a move walks anew
+AGAIN = 0.5  # of the steps, those that a move walks anew
 
 
 @dataclass(frozen=True)
