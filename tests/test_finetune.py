@@ -707,6 +707,18 @@ def test_paths_walked_anew_leave_the_draws_what_they_are():
     assert abs(float(misfit(paths.x).mean()) - known) > 10 * abs(found[1] - known)
 
 
+def test_what_a_chain_draws_without_data_is_the_prior_where_it_is_exact():
+    """Of a Gaussian prior, whatever its control: covariance of 4,000 draws within 4 standard errors (false alarms: 2e-4)."""
+    prior, likelihood = gaussian(), measured([[1.0, -0.5]], 0.5)
+    learned = si.finetune(prior, likelihood, seed=0, steps=6, plan=Plan(iterations=1, rate=1e-12))
+    x = learned.unsteered(4000, seed=1)
+    torch.testing.assert_close(learned.unsteered(200, seed=1)[:128], x[:128])
+    known = prior.moments.covariance.apply(torch.eye(2).double().reshape(2, 1, 1, 2)).reshape(2, 2)
+    variances = known.diagonal()
+    error = ((variances[:, None] * variances + known**2) / 4000).sqrt()
+    assert bool(((torch.cov(x.flatten(1).T) - known).abs() < 4 * error).all())
+
+
 def test_paths_of_an_exact_chain_are_not_walked_anew():
     prior, likelihood = gaussian(), measured([[1.0, -0.5]], 0.5)
     learned = si.finetune(prior, likelihood, seed=0, steps=6, plan=Plan(iterations=1, rate=1e-12))
