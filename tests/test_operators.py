@@ -19,6 +19,7 @@ from scoreinv.operators import (
     PSFConvolution,
     gaussian_psf,
 )
+from scoreinv.operators.information import POWERS
 from tests.analytic import (
     ARCSEC,
     PIXEL,
@@ -311,6 +312,20 @@ def test_exact_information(A, noise):
     exact = A.information(noise, torch.float64).exact
     if exact is not None:
         torch.testing.assert_close(dense(exact.apply, A.shape), information_matrix(A, noise))
+
+
+@pairs
+def test_what_data_know_best(A, noise):
+    """Powers of H never pass its largest eigenvalue; short of it by the average (Kuczynski & Wozniakowski 1992) at most."""
+    found = A.information(noise, torch.float64).largest()
+    exact = float(torch.linalg.eigvalsh(information_matrix(A, noise))[-1])
+    short = 0.871 * math.log(math.prod(A.shape)) / (POWERS - 1)
+    assert (1 - short) * exact <= found <= exact * (1 + 1e-9)
+
+
+def test_data_that_know_nothing():
+    blind = DenseOperator(torch.zeros(1, 4, dtype=torch.float64), (1, 2, 2))
+    assert blind.information(GaussianNoise(std=1.0), torch.float64).largest() == 0
 
 
 def test_where_the_information_is_exact():

@@ -52,7 +52,9 @@ from scoreinv.samplers.samples import Samples
 from scoreinv.streams import stream
 
 PROBES = 256  # of them that measure how sure the prior is at each level
-FORMAT = 8  # of the files of a control
+FORMAT = 9  # of the files of a control
+FIRST = 3.5  # level of a chain that data steer, over the widest direction of the prior
+LAST = 1 / 30  # and where a prior knows what is left
 MEDIAN = 0.6745  # of the absolute value of a standard normal variable
 IMAGES = 1024  # draws of the prior from which training data are simulated
 TOGETHER = 128  # images of a chain whose paths are in memory at once
@@ -236,9 +238,10 @@ def untrained(
     """The posteriors of a control that has learned nothing yet; see `finetune` for the arguments."""
     _check_images(images, prior)
     check_observation(prior, likelihood, y)
-    levels = PriorChain(prior, steps).levels
+    told = likelihood if guided else None
+    levels = PriorChain(prior, steps, None, *span(prior, told)).levels
     covariances = measured(prior, levels, images[:PROBES].to(prior.dtype), seed)
-    chain = new_chain(prior, covariances, likelihood if guided else None)
+    chain = new_chain(prior, covariances, told)
     examples = None if y is not None else likelihood.simulate(images, seed)
     if not isinstance(control, Control):
         control = control_of(chain, likelihood, examples, guided, control, seed)
@@ -288,7 +291,27 @@ def new_chain(
             return TwistedChain(prior, len(covariances), likelihood, covariances)
         except NotKnownError:
             pass  # a plain chain with guidance will do
-    return PriorChain(prior, len(covariances), covariances)
+    levels = span(prior, likelihood)
+    return PriorChain(prior, len(covariances), covariances, *levels, likelihood)
+
+
+def span(prior: Prior, likelihood: Likelihood | None) -> tuple[float | None, float | None]:
+    """First and last noise level of a chain of few steps that data steer; None for those of `PriorChain`.
+
+    Steps are where data decide. Above `FIRST` they move x_0 by little of its noise, and by how much is known; below `LAST`
+    a prior that knows its error draws the rest at once, unless data tell more of the image.
+    """
+    if not prior.knows_error:
+        return None, None
+    widest = float(prior.moments.covariance.eigenvalues(prior.shape).max()) ** 0.5
+    if likelihood is None or not likelihood.gaussian:
+        return None, max(prior.sigma_min, LAST * widest)
+    precision = likelihood.information(torch.float64).largest()
+    last = LAST * widest
+    if precision > 0:
+        last = min(last, precision**-0.5 / 2)
+    last = max(prior.sigma_min, last)
+    return min(FIRST * widest, prior.sigma_max), last
 
 
 def control_of(

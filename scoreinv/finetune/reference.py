@@ -202,9 +202,11 @@ class PriorChain(Reference):
             prior's moments if not given, which makes a Gaussian prior exact at any T; Scalar(v) with a small v and
             Scalar(inf) are the usual small and large variances.
         sigma_max: First level; ten times the widest direction of the prior if not given, or its own if that is less.
+        sigma_min: Last level before 0; the prior's own if not given.
+        likelihood: Of data that move x_0, too, if it is linear with Gaussian noise.
 
     Raises:
-        ValueError: A covariance that leaves directions without variance, or not one for each step.
+        ValueError: A covariance that leaves directions without variance, or not one for each step; levels that do not fall.
     """
 
     def __init__(
@@ -213,6 +215,8 @@ class PriorChain(Reference):
         steps: int,
         covariance: Covariance | Sequence[Covariance] | None = None,
         sigma_max: float | None = None,
+        sigma_min: float | None = None,
+        likelihood: Likelihood | None = None,
     ) -> None:
         if steps < 2:
             raise ValueError(f"steps is {steps}, expected at least 2")
@@ -221,7 +225,7 @@ class PriorChain(Reference):
         moments = prior.moments
         widest = float(moments.covariance.eigenvalues(self.shape).max()) ** 0.5
         top = min(10 * widest, prior.sigma_max) if sigma_max is None else sigma_max
-        self.levels = noise_levels(steps, top, prior.sigma_min)
+        self.levels = noise_levels(steps, top, sigma_min or prior.sigma_min)
         self._sigma = torch.tensor([*self.levels, 0.0], dtype=torch.float64)
         given = moments.covariance if covariance is None else covariance
         self.covariances = [given] * steps if isinstance(given, Covariance) else list(given)
@@ -243,6 +247,10 @@ class PriorChain(Reference):
             for C, a, b in zip(self.covariances, *self._spans, strict=True)
         ]
         self._pixel = moments.covariance.marginal_variance(self.shape)
+        self.likelihood, C, self._told = likelihood, moments.covariance, None
+        if likelihood is not None and likelihood.gaussian:
+            self._told = solver(likelihood, C, self.dtype).given(C)
+        self._start, self._start_volume = C.map(lambda v: v + self.levels[0] ** 2), 0.0
 
     @property
     def device(self) -> torch.device:
@@ -251,7 +259,13 @@ class PriorChain(Reference):
     def start(self, n: int, y: Tensor | None) -> GaussianStep:
         mean = self.prior.moments.mean.to(self.dtype).expand(n, *self.shape)
         C = self.prior.moments.covariance.map(lambda v: v + self.levels[0] ** 2)
-        return GaussianStep(mean, C, mean)
+        plain = GaussianStep(mean, C, mean)
+        if y is None or self._told is None:
+            return plain
+        # what a Gaussian prior would make of the data
+        mean = mean + self._told.respond(self.likelihood.log_slope(y, mean))
+        volume = torch.tensor(self._start_volume, dtype=torch.float64)
+        return GaussianStep(mean, self._start, mean, (plain, volume))
 
     def step(self, x: Tensor, k: Tensor, y: Tensor | None) -> GaussianStep:
         sigma = self._sigma[k].to(x.dtype)
@@ -363,21 +377,17 @@ class TwistedChain(PriorChain):
         covariance: Covariance | Sequence[Covariance] | None = None,
         sigma_max: float | None = None,
     ) -> None:
-        super().__init__(prior, steps, covariance, sigma_max)
-        self.likelihood = likelihood
-        given = foreseen(self, likelihood)
-        C = prior.moments.covariance
-        if given is not None:
-            given.append(solver(likelihood, C, self.dtype).given(C))
-        known = None if given is None else [g.covariance() for g in given]
-        if known is None or any(C is None for C in known):
+        super().__init__(prior, steps, covariance, sigma_max, likelihood=likelihood)
+        given, C = foreseen(self, likelihood), prior.moments.covariance
+        known = [] if given is None else [g.covariance() for g in (*given, self._told)]
+        if given is None or any(K is None for K in known):
             raise NotKnownError(
                 f"covariances given data of {type(likelihood.operator).__name__} and {type(likelihood.noise).__name__} are "
                 f"not known at {self.shape}; take a PriorChain and guidance"
             )
         top = self.levels[0] ** 2
-        self._posterior, self._start = given.pop(), known.pop().map(lambda v: v + top)
-        self._first = self._volume(C.map(lambda v: v + top), self._start)
+        self._start = known.pop().map(lambda v: v + top)
+        self._start_volume = self._volume(C.map(lambda v: v + top), self._start)
         self._given, self._twisted = given, []
         for K, sigma, s in zip(known, *self._spans, strict=True):
             a = (s / sigma) ** 2
@@ -387,14 +397,6 @@ class TwistedChain(PriorChain):
 
     def _volume(self, plain: Covariance, twisted: Covariance) -> float:
         return 0.5 * (plain.logdet(self.shape) - twisted.logdet(self.shape))
-
-    def start(self, n: int, y: Tensor | None) -> GaussianStep:
-        plain = super().start(n, None)
-        if y is None:
-            return plain
-        e = self.likelihood.log_slope(y, plain.mean)
-        mean = plain.mean + self._posterior.respond(e)
-        return GaussianStep(mean, self._start, mean, (plain, torch.tensor(self._first)))
 
     def around(
         self,

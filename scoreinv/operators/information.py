@@ -19,6 +19,8 @@ from torch import Tensor
 from scoreinv.gaussian import Covariance, Diagonal, Fourier, Scalar
 from scoreinv.noise.gaussian import GaussianNoise
 
+POWERS = 20  # of H that its largest eigenvalue is found by
+
 if TYPE_CHECKING:
     from scoreinv.operators.base import LinearOperator
 
@@ -40,6 +42,20 @@ class Information:
     draw: Callable[[int, torch.Generator], Tensor]
     exact: Covariance | None
     nearby: Fourier | None
+
+    def largest(self) -> float:
+        """The eigenvalue of the direction that data know best; a little less where only powers of H tell it."""
+        if self.exact is not None:
+            return float(self.exact.eigenvalues(self.shape).max())
+        generator = torch.Generator().manual_seed(0)
+        x = white(self.shape, 1, generator, torch.float64)
+        for _ in range(POWERS):
+            x = self.apply(x)
+            size = float(x.norm())
+            if not size:
+                break
+            x = x / size
+        return size
 
 
 def white(
