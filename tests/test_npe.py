@@ -42,6 +42,7 @@ from scoreinv.npe.data import Standardise
 from scoreinv.npe.estimator import stacked
 from scoreinv.npe.fitting import recent
 from scoreinv.npe.flows import KINDS, new_flow
+from scoreinv.npe.mixture import Mixture
 from scoreinv.streams import seeded, stream
 
 D, M, NOISE = 2, 4, 0.5
@@ -279,6 +280,41 @@ def test_weights_make_an_estimate_exact(fitted, pairs):
     assert float(error.abs().max()) < 5 / found.n_eff**0.5
 
 
+def test_draws_far_off_are_refined(fitted, pairs):
+    """Of the estimate for other data few count; drawn anew most do, and the evidence is exact within 5 standard errors."""
+    x, other = pairs[1][3], pairs[1][3] + 3 * NOISE
+    given, known = fitted.condition(other.float()), log_likelihood(x)
+    S = A @ torch.diag(SPREAD**2) @ A.T + NOISE**2 * torch.eye(M).double()
+    log_z = float(MultivariateNormal(A @ MEAN, S).log_prob(x))
+    rough, fine = (given.reweighted(known, 4000, seed=2, refine=r) for r in (0, 3))
+    assert rough.n_eff < 400 < 2000 < fine.n_eff
+    error = (1 / fine.n_eff - 1 / 4000) ** 0.5
+    assert fine.evidence.log_z == pytest.approx(log_z, abs=5 * error)
+    mean, C = exact(x)
+    off = (torch.softmax(fine.log_w, 0) @ fine.theta - mean) / C.diagonal().sqrt()
+    assert float(off.abs().max()) < 5 / fine.n_eff**0.5
+
+
+def test_a_mixture_finds_modes_of_weighted_draws():
+    """Two narrow ones in a wide cloud; its density has the integral 1, and is that of its draws (within 5 errors)."""
+    wide = 4 * torch.randn(20000, 2, generator=stream(1), dtype=torch.float64)
+    modes = torch.tensor([[3.0, 0.0], [-3.0, 1.0]], dtype=torch.float64)
+    log_p = torch.logsumexp(-0.5 * ((wide[:, None] - modes) / 0.3).square().sum(2), 1)
+    mixture = Mixture.fitted(wide, log_p + wide.square().sum(1) / 32, stream(2))
+    drawn = mixture.sample(20000, stream(3))
+    near = (drawn[:, None] - modes).norm(dim=2) < 1.5
+    assert float(near.double().mean(0).min()) > 0.4
+    side = torch.linspace(-8, 8, 401, dtype=torch.float64)
+    grid = torch.cartesian_prod(side, side)
+    density = mixture.log_prob(grid).exp() * 0.04**2
+    assert float(density.sum()) == pytest.approx(1, abs=5e-3)
+    entropy = -float((density * (density / 0.04**2).log()).sum())
+    found = -mixture.log_prob(drawn)
+    assert float(found.mean()) == pytest.approx(
+        entropy, abs=5 * float(found.std()) / 20000**0.5 + 0.02
+    )
+
+
 def test_arrays_count_like_tensors(fitted, pairs):
     """A log-likelihood and weights of pairs in NumPy."""
     theta, x = pairs[0][:200], pairs[1][:200]
@@ -298,7 +334,7 @@ def test_no_draws_and_no_numbers_are_refused(fitted, others, pairs):
         for n in (0, -1):
             with pytest.raises(ValueError, match=f"n is {n}, expected 1 draw or more"):
                 given.sample(n, seed=0)
-        with pytest.raises(ValueError, match="n is 1, expected 10 draws or more"):
+        with pytest.raises(ValueError, match="n is 1 and refine 0, expected 10 draws or more"):
             given.reweighted(log_likelihood(pairs[1][3]), 1, seed=0)
         with pytest.raises(ValueError, match="1 of 2 parameters are nan"):
             given.log_prob(nothing)

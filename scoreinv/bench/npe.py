@@ -42,6 +42,7 @@ INF = math.inf
 PAIRS = 10_000
 DRAWS = 2000  # of estimate and reference, that are told apart
 WEIGHTED = 10_000  # draws of an estimate that are weighted by the likelihood
+REFINED = 3  # times that these are drawn anew
 
 
 SINE, ROUNDS, A_ROUND = "sine", 3, 2560
@@ -203,11 +204,12 @@ def _rounds(seed: int, plan: Fitting) -> dict[str, float]:
         plan=plan,
     )
     trained = cpu_seconds() - began
-    weighted = found.given.reweighted(known, WEIGHTED, seed)
+    weighted = found.given.reweighted(known, WEIGHTED, seed, REFINED)
     return {
         "rounds": len(found.weighted),
         "n_eff of a round": max(w.n_eff for w in found.weighted),
         "n_eff / n": weighted.n_eff / WEIGHTED,
+        "before": found.given.reweighted(known, WEIGHTED, seed).n_eff / WEIGHTED,
         "k-hat": weighted.evidence.k_hat,
         "training [CPU s]": trained,
     }
@@ -268,12 +270,15 @@ def judged(
     given = estimator.condition(x)
     reference = task.reference(x, DRAWS, generator)
     row = told(lambda _, n: given.sample(n, seed), x, reference, seed)
-    row |= {"C2ST weighted": math.nan, "n_eff / n": math.nan, "k-hat": math.nan}
+    names = ("C2ST weighted", "n_eff / n", "before", "k-hat")
+    row |= dict.fromkeys(names, math.nan)
     if task.log_likelihood is not None:
-        weighted = given.reweighted(lambda theta: task.log_likelihood(x, theta), WEIGHTED, seed)
+        known = lambda theta: task.log_likelihood(x, theta)
+        weighted = given.reweighted(known, WEIGHTED, seed, REFINED)
         chosen = systematic(torch.softmax(weighted.log_w, 0), DRAWS, generator)
         row["C2ST weighted"] = told_apart(weighted.theta[chosen], reference, seed)
         row["n_eff / n"] = weighted.n_eff / WEIGHTED
+        row["before"] = given.reweighted(known, WEIGHTED, seed).n_eff / WEIGHTED
         row["k-hat"] = weighted.evidence.k_hat
     return row
 

@@ -42,6 +42,7 @@ LEAST = {
     "workers": 1,
     "batch": 1,
     "rounds": 1,
+    "refine": 0,
 }
 SHOWN = ("name", "log q [nat]", "+-", "held-out loss", "epochs", "seconds", "dropped")
 
@@ -66,6 +67,7 @@ class NpeConfig:
         swaps: Draws of the null distribution; no p-value is below one in so many.
         observation: Numbers in .npy, or inputs by name in .npz; a simulation, whose truth is known, if left out.
         samples: Draws of its posterior.
+        refine: How often those that are weighted by a known likelihood are drawn anew, nearer to the posterior.
         workers: Processes that simulate and fit, one thread each.
         device: Where networks are fitted.
         seed: Decides everything random.
@@ -85,6 +87,7 @@ class NpeConfig:
     swaps: int = 1999
     observation: str | None = None
     samples: int = 10_000
+    refine: int = 3
     workers: int = 1
     device: str = "cpu"
     seed: int = 0
@@ -206,7 +209,7 @@ def _observe(config: NpeConfig) -> None:
     simulator = load_simulator(config.simulator)
     x, truth, seen = _seen(config, simulator)
     row = read_json(config.fits / name / "row.json")
-    of = digest_of_json(row["of"], name, seen, config.samples, config.seed)
+    of = digest_of_json(row["of"], name, seen, config.samples, config.refine, config.seed)
     folder = config.folder / "posterior"
     kept = folder / POSTERIOR
     if kept.exists() and not config.overwrite and posterior_of(kept) != of:
@@ -259,7 +262,7 @@ def _rounds(config: NpeConfig) -> None:
         rows.append(row)
     print(table(rows))
     name = f"{method} of round {found.best}"
-    estimator, of = found.estimators[found.best], digest_of_json(of, config.samples)
+    estimator, of = found.estimators[found.best], digest_of_json(of, config.samples, config.refine)
     _posterior(config, estimator, simulator, x, truth, name, of, folder / "posterior")
 
 
@@ -287,7 +290,8 @@ def _posterior(
     """Draw the posterior of the observation, keep it, and say what is in it."""
     about = {"of": of, "estimator": name, "observation": config.observation or "simulated"}
     about["scoreinv"] = installed("scoreinv")
-    found = observe(estimator, simulator, x, config.samples, folder, config.seed, truth, about)
+    n, seed, refine = config.samples, config.seed, config.refine
+    found = observe(estimator, simulator, x, n, folder, seed, truth, about, refine)
     say("posterior", f"{name}, {config.samples} draws, in {folder}")
     rows = []
     for i, parameter in enumerate(simulator.prior.names):

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from scoreinv.finetune.evidence import Evidence, evidence
 from scoreinv.npe.data import Inputs
+from scoreinv.npe.mixture import Mixture
 from scoreinv.samplers.tempering import Propose, temper
-from scoreinv.streams import stream
+from scoreinv.streams import integer, stream
 from scoreinv.tensors import as_tensor
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ LEAPS = 0.1  # of the moves, from mode to mode
 JITTER = 1e-3  # of a standard deviation of the chains
 LOG_TWO_PI = math.log(2 * math.pi)
 LEAST = 10  # draws that prove an evidence
+OWN = 0.1  # of draws that are refined, those of the estimate itself
 
 
 @dataclass(frozen=True)
@@ -121,17 +123,51 @@ class Estimated(ABC):
         return self.estimator.mixed([m.log_ratio(u, self.x) for m in self.estimator.members])
 
     def reweighted(
-        self, log_likelihood: Callable[[Tensor], Tensor], n: int, seed: int
+        self, log_likelihood: Callable[[Tensor], Tensor], n: int, seed: int, refine: int = 0
     ) -> Weighted:
         """n draws, weighted by log p(x | theta), which takes theta with shape (n, d) and answers with shape (n,) [nat].
+
+        Args:
+            log_likelihood: Of the observation.
+            n: Draws.
+            seed: Of them.
+            refine: How often they are drawn anew, all but a tenth of them of a mixture fitted to those before, by their
+                weights (`scoreinv.npe.mixture`). Only the last ones are kept, so that the weights stay exact.
 
         Raises:
             ValueError: Too few draws; a log-likelihood of another shape, nan, +inf, or -inf for all draws.
         """
-        if n < LEAST:
-            raise ValueError(f"n is {n}, expected {LEAST} draws or more, better thousands")
-        u, log_z = self._draw(n, seed)
-        theta = self.prior.from_normal(u)
+        if n < LEAST or refine < 0:
+            raise ValueError(
+                f"n is {n} and refine {refine}, expected {LEAST} draws or more, better thousands, and 0 or more times"
+            )
+        found = self._weighed(*self._proposed(n, seed), log_likelihood)
+        for i in range(refine):
+            u = self.prior.to_normal(found.theta)
+            mixture = Mixture.fitted(u, found.log_w, stream(seed, 1, i))
+            found = self._weighed(*self._proposed(n, integer(seed, 2, i), mixture), log_likelihood)
+        return found
+
+    @torch.no_grad()
+    def _proposed(
+        self, n: int, seed: int, mixture: Mixture | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """n draws u, with shape (n, d), a tenth of them of the estimate if there is a mixture, and log q(u) / N(u; 0, 1)."""
+        own = n if mixture is None else math.ceil(OWN * n)
+        u, log_z = self._draw(own, seed)
+        if mixture is None:
+            return u, self.log_ratio(u) - log_z
+        u = torch.cat([u, mixture.sample(n - own, stream(seed, 1))])
+        log_base = -0.5 * (u.square() + LOG_TWO_PI).sum(1)
+        estimate = self.log_ratio(u) - log_z + math.log(own / n)
+        fitted = mixture.log_prob(u) - log_base + math.log(1 - own / n)
+        return u, torch.logaddexp(estimate, fitted)
+
+    def _weighed(
+        self, u: Tensor, log_q: Tensor, log_likelihood: Callable[[Tensor], Tensor]
+    ) -> Weighted:
+        """Draws u with shape (n, d) that were made with q, of which log q(u) / N(u; 0, 1) is given, with shape (n,)."""
+        n, theta = len(u), self.prior.from_normal(u)
         log_l = as_tensor(log_likelihood(theta)).double()
         if tuple(log_l.shape) != (n,):
             raise ValueError(f"the log-likelihood has shape {tuple(log_l.shape)}, expected ({n},)")
@@ -141,7 +177,7 @@ class Estimated(ABC):
                 f"the log-likelihood of {int(wrong.sum())} of {n} draws is {float(log_l[wrong][0]):g} (first: theta = "
                 f"{theta[wrong][0].tolist()}); expected a number, or -inf where data cannot be"
             )
-        log_w = log_l - (self.log_ratio(u) - log_z)
+        log_w = log_l - log_q
         if not bool((log_w > -math.inf).any()):
             raise ValueError(f"the log-likelihood of all {n} draws is -inf")
         # draws that the likelihood forbids count as almost nothing

@@ -270,6 +270,7 @@ def observe(
     seed: int,
     truth: Tensor | None = None,
     about: dict[str, Any] | None = None,
+    refine: int = 0,
 ) -> Observed:
     """Draws of the posterior of one observation, posterior.npz, and two pictures, corner.png and predictive.png.
 
@@ -282,12 +283,14 @@ def observe(
         seed: Decides the draws.
         truth: If it is known, with shape (1, d), for the picture.
         about: What else to keep beside the draws; values of JSON.
+        refine: See `Estimated.reweighted`.
     """
     given = estimator.condition(x)
     theta = given.sample(n, seed)
     known, weighted = simulator.log_likelihood, None
     if known is not None:
-        weighted = given.reweighted(lambda theta: known(x, theta), n, integer(seed, 1))
+        log_likelihood = lambda theta: known(x, theta)
+        weighted = given.reweighted(log_likelihood, n, integer(seed, 1), refine)
     folder.mkdir(parents=True, exist_ok=True)
     more = {} if weighted is None else {"weighted": weighted.theta, "log_w": weighted.log_w}
     arrays = {k: v.numpy() for k, v in {"theta": theta, **more}.items()}

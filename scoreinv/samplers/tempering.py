@@ -50,7 +50,7 @@ def temper(
             f"f is zero for all {len(x)} draws of the start; there is no way to begin"
         )
     while beta < 1:
-        step = _rise(now, 1 - beta)
+        step = rise(now, 1 - beta)
         beta, log_w = beta + step, step * now
         log_z += float(torch.logsumexp(log_w, 0)) - math.log(len(x))
         keep = systematic(torch.softmax(log_w, 0), len(x), generator)
@@ -67,13 +67,13 @@ def temper(
     return x, log_z
 
 
-def _rise(log_f: Tensor, most: float) -> float:
-    """How far beta may rise with half of the chains effective."""
+def rise(log_f: Tensor, most: float, effective: float = 0.5) -> float:
+    """How far beta may rise, to `most`, with this share of the chains effective, for log f with shape (B,)."""
     share = lambda step: 1 / (torch.softmax(step * log_f, 0).square().sum() * len(log_f))
-    if share(most) >= 0.5:
+    if share(most) >= effective:
         return most
     low, high = 0.0, most
     for _ in range(40):
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if share(middle) >= 0.5 else (low, middle)
+        low, high = (middle, high) if share(middle) >= effective else (low, middle)
     return max(low, 1e-6)
