@@ -87,7 +87,7 @@ class NpeConfig:
     swaps: int = 1999
     observation: str | None = None
     samples: int = 10_000
-    refine: int = 3
+    refine: int = 5
     workers: int = 1
     device: str = "cpu"
     seed: int = 0

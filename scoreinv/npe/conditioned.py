@@ -44,6 +44,7 @@ JITTER = 1e-3  # of a standard deviation of the chains
 LOG_TWO_PI = math.log(2 * math.pi)
 LEAST = 10  # draws that prove an evidence
 OWN = 0.1  # of draws that are refined, those of the estimate itself
+FORGOTTEN = 14.0  # below the largest log-weight [nat], when a mixture is fitted
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,16 @@ class Estimated(ABC):
             raise ValueError(
                 f"n is {n} and refine {refine}, expected {LEAST} draws or more, better thousands, and 0 or more times"
             )
-        found = self._weighed(*self._proposed(n, seed), log_likelihood)
+        found, known = self._weighed(*self._proposed(n, seed), log_likelihood), []
         for i in range(refine):
-            u = self.prior.to_normal(found.theta)
-            mixture = Mixture.fitted(u, found.log_w, stream(seed, 1, i))
-            found = self._weighed(*self._proposed(n, integer(seed, 2, i), mixture), log_likelihood)
+            # draws of each time count by what they are worth
+            log_w = found.log_w - torch.logsumexp(found.log_w, 0) + math.log1p(found.n_eff)
+            some = log_w > log_w.max() - FORGOTTEN
+            known.append((self.prior.to_normal(found.theta[some]), log_w[some]))
+            u, log_w = map(torch.cat, zip(*known, strict=True))
+            mixture = Mixture.fitted(u, log_w, stream(seed, 1, i))
+            proposed = self._proposed(n, integer(seed, 2, i), mixture)
+            found = self._weighed(*proposed, log_likelihood)
         return found
 
     @torch.no_grad()

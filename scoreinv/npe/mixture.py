@@ -17,7 +17,7 @@ from scoreinv.samplers.tempering import rise
 
 COMPONENTS = 32  # at most
 EACH = 10  # effective draws for each number of a component's mean, at least
-ROUNDS = 40  # of expectation and maximisation
+ROUNDS = 20  # of expectation and maximisation
 LEAST = 0.05  # of the draws that must count: the weights are tempered until they do
 FREEDOM = 5  # of Student's t
 
