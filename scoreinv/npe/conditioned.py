@@ -45,6 +45,7 @@ LOG_TWO_PI = math.log(2 * math.pi)
 LEAST = 10  # draws that prove an evidence
 OWN = 0.1  # of draws that are refined, those of the estimate itself
 FORGOTTEN = 14.0  # below the largest log-weight [nat], when a mixture is fitted
+WORTH = 0.2  # of the most effective draws, which others must be worth to count beside them
 
 
 @dataclass(frozen=True)
@@ -142,14 +143,17 @@ class Estimated(ABC):
             raise ValueError(
                 f"n is {n} and refine {refine}, expected {LEAST} draws or more, better thousands, and 0 or more times"
             )
-        found, known = self._weighed(*self._proposed(n, seed), log_likelihood), []
+        found = self._weighed(*self._proposed(n, seed), log_likelihood)
+        known: list[tuple[float, Tensor, Tensor]] = []
         for i in range(refine):
             # draws of each time count by what they are worth
             log_w = found.log_w - torch.logsumexp(found.log_w, 0) + math.log1p(found.n_eff)
             some = log_w > log_w.max() - FORGOTTEN
-            known.append((self.prior.to_normal(found.theta[some]), log_w[some]))
-            u, log_w = map(torch.cat, zip(*known, strict=True))
-            mixture = Mixture.fitted(u, log_w, stream(seed, 1, i))
+            known.append((found.n_eff, self.prior.to_normal(found.theta[some]), log_w[some]))
+            best = max(size for size, *_ in known)
+            known = [one for one in known if one[0] >= WORTH * best]
+            _, u, log_w = zip(*known, strict=True)
+            mixture = Mixture.fitted(torch.cat(u), torch.cat(log_w), stream(seed, 1, i))
             proposed = self._proposed(n, integer(seed, 2, i), mixture)
             found = self._weighed(*proposed, log_likelihood)
         return found
