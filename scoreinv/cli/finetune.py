@@ -21,7 +21,6 @@ import scoreinv as si
 from scoreinv.cli.problem import (
     HELD_OUT,
     PRIOR,
-    WEIGHED,
     Problem,
     chosen,
     completed,
@@ -31,6 +30,7 @@ from scoreinv.cli.problem import (
     say,
     trained_on,
     truths,
+    weighed_together,
 )
 from scoreinv.finetune.adapted import check_control
 from scoreinv.finetune.amortised import train, untrained
@@ -159,7 +159,7 @@ def finetune(config: FinetuneConfig) -> None:
     say("after", _described(after))
     say("processes", process.num_processes)
     given = learned.condition(seen.y)
-    island = min(config.particles * config.n, WEIGHED)
+    island = weighed_together(config.particles, config.n)
     draws = given.sample(config.n, config.seed, config.particles, island=island, grid=seen.grid)
     parameters = None
     if config.latent:

@@ -86,6 +86,11 @@ class Problem:
         return next(x for x in map(self.__getattribute__, DATA) if x is not None)
 
 
+def weighed_together(particles: int, n: int) -> int:
+    """Particles of a control that are weighed against each other, for n draws."""
+    return max(2, min(particles * n, WEIGHED))
+
+
 @dataclass(frozen=True)
 class Control:
     """Weighted paths of a control that `scoreinv finetune` has learned for this prior, measurement and amplitude.
@@ -107,7 +112,7 @@ class Control:
 
     def together(self, n: int) -> int:
         """Particles that are weighed against each other, of n draws."""
-        return max(2, min(self.particles * n, WEIGHED))
+        return weighed_together(self.particles, n)
 
     def sampler(self, prior: si.Prior, likelihood: si.Likelihood) -> Steered:
         """The paths, of a prior in the unit of the sky."""
@@ -211,7 +216,7 @@ def truths(source: str, name: str, prior: si.Prior, n: int, seed: int) -> Tensor
     if source != HELD_OUT:
         if not Path(source).is_dir():
             raise ValueError(
-                f"truths are from {source!r}, expected {PRIOR!r}, {HELD_OUT!r} or a folder of images"
+                f"truths are from {source!r}, expected {PRIOR!r}, {HELD_OUT!r}, {CHAIN!r} of a control, or a folder"
             )
         plain = TrainingData(
             "folder", prior.shape[-1], n, amplitude=(1.0, 1.0), shift=0, symmetric=False
