@@ -295,6 +295,19 @@ def test_draws_far_off_are_refined(fitted, pairs):
     assert float(off.abs().max()) < 5 / fine.n_eff**0.5
 
 
+def test_what_is_refined_asks_the_likelihood_for_nothing_beyond_the_prior(fitted, pairs):
+    """Tails of a mixture reach farther than numbers do; neither they nor the other draws are asked for with nan."""
+    asked = []
+
+    def known(theta):
+        asked.append(float(GAUSSIAN.to_normal(theta).abs().max()))
+        return 30 * theta[:, 0]
+
+    found = fitted.condition(pairs[1][3].float()).reweighted(known, 4000, seed=2, refine=6)
+    assert max(asked) <= 8 + 1e-9 and bool(found.theta.isfinite().all())
+    assert max(asked) > 4
+
+
 def test_a_mixture_finds_modes_of_weighted_draws():
     """Two narrow ones in a wide cloud; its density has the integral 1, and is that of its draws (within 5 errors)."""
     wide = 4 * torch.randn(20000, 2, generator=stream(1), dtype=torch.float64)

@@ -298,7 +298,10 @@ def test_truths_may_be_other_images_than_draws_of_the_prior(tmp_path, capsys):
     assert main([*words, "--overwrite"]) == 2
     # a slip costs no finished simulation
     assert len(list(output.with_suffix("").iterdir())) == kept == 12
-    assert "truths are from 'held-out', expected 'prior', 'held out', 'chain'" in capsys.readouterr().err
+    assert (
+        "truths are from 'held-out', expected 'prior', 'held out', 'chain'"
+        in capsys.readouterr().err
+    )
 
 
 def test_processes_share_the_simulations(tmp_path):

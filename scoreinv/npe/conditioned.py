@@ -45,6 +45,9 @@ LOG_TWO_PI = math.log(2 * math.pi)
 LEAST = 10  # draws that prove an evidence
 OWN = 0.1  # of draws that are refined, those of the estimate itself
 FORGOTTEN = 14.0  # below the largest log-weight [nat], when a mixture is fitted
+FARTHEST = (
+    8.0  # of draws that count, in units of the prior's width; one in 10^15 of it lies beyond
+)
 WORTH = 0.2  # of the most effective draws, which others must be worth to count beside them
 
 
@@ -143,19 +146,20 @@ class Estimated(ABC):
             raise ValueError(
                 f"n is {n} and refine {refine}, expected {LEAST} draws or more, better thousands, and 0 or more times"
             )
-        found = self._weighed(*self._proposed(n, seed), log_likelihood)
+        u, log_q = self._proposed(n, seed)
+        found = self._weighed(u, log_q, log_likelihood)
         known: list[tuple[float, Tensor, Tensor]] = []
         for i in range(refine):
             # draws of each time count by what they are worth
             log_w = found.log_w - torch.logsumexp(found.log_w, 0) + math.log1p(found.n_eff)
             some = log_w > log_w.max() - FORGOTTEN
-            known.append((found.n_eff, self.prior.to_normal(found.theta[some]), log_w[some]))
+            known.append((found.n_eff, u[some], log_w[some]))
             best = max(size for size, *_ in known)
             known = [one for one in known if one[0] >= WORTH * best]
-            _, u, log_w = zip(*known, strict=True)
-            mixture = Mixture.fitted(torch.cat(u), torch.cat(log_w), stream(seed, 1, i))
-            proposed = self._proposed(n, integer(seed, 2, i), mixture)
-            found = self._weighed(*proposed, log_likelihood)
+            _, drawn, weights = zip(*known, strict=True)
+            mixture = Mixture.fitted(torch.cat(drawn), torch.cat(weights), stream(seed, 1, i))
+            u, log_q = self._proposed(n, integer(seed, 2, i), mixture)
+            found = self._weighed(u, log_q, log_likelihood)
         return found
 
     @torch.no_grad()
@@ -177,7 +181,9 @@ class Estimated(ABC):
         self, u: Tensor, log_q: Tensor, log_likelihood: Callable[[Tensor], Tensor]
     ) -> Weighted:
         """Draws u with shape (n, d) that were made with q, of which log q(u) / N(u; 0, 1) is given, with shape (n,)."""
-        n, theta = len(u), self.prior.from_normal(u)
+        # a mixture has tails where the prior has nothing, and nobody wrote the likelihood for
+        n, nowhere = len(u), (u.abs() > FARTHEST).any(1)
+        theta = self.prior.from_normal(u.clamp(-FARTHEST, FARTHEST))
         log_l = as_tensor(log_likelihood(theta)).double()
         if tuple(log_l.shape) != (n,):
             raise ValueError(f"the log-likelihood has shape {tuple(log_l.shape)}, expected ({n},)")
@@ -187,7 +193,7 @@ class Estimated(ABC):
                 f"the log-likelihood of {int(wrong.sum())} of {n} draws is {float(log_l[wrong][0]):g} (first: theta = "
                 f"{theta[wrong][0].tolist()}); expected a number, or -inf where data cannot be"
             )
-        log_w = log_l - log_q
+        log_w = (log_l - log_q).masked_fill(nowhere, -math.inf)
         if not bool((log_w > -math.inf).any()):
             raise ValueError(f"the log-likelihood of all {n} draws is -inf")
         # draws that the likelihood forbids count as almost nothing
