@@ -58,8 +58,8 @@ vary."""
 ESTIMATE_LEGEND = """\
 Estimates of scalar parameters from 10,000 pairs, medians over observations. `C2ST` is the accuracy of a classifier that
 tells draws of the estimate from draws of the posterior, 0.5 where it cannot; `weighted`: after weights by the known
-likelihood, with `n_eff / n` of the draws effective, and Pareto's `k-hat` of the weights; these draws are made anew eight
-times, nearer to the posterior, `before` that fewer of them were effective. The sine is met in rounds, each
+likelihood, with `n_eff / n` of the draws effective, and Pareto's `k-hat` of the weights; these draws are made anew up to
+eight times, nearer to the posterior, until half of them count; `before` that fewer did. The sine is met in rounds, each
 with rounds of its own; `geometry` compares estimates of a galaxy's flux, radius and shape with draws of its image. Seconds
 are of the processor, all threads together. sbi runs by its defaults, lampe's flows by the plan of ours without averages,
 nbi by the networks of its example. `missed` names the targets that ours did not meet."""

@@ -42,7 +42,7 @@ INF = math.inf
 PAIRS = 10_000
 DRAWS = 2000  # of estimate and reference, that are told apart
 WEIGHTED = 10_000  # draws of an estimate that are weighted by the likelihood
-REFINED = 8  # times that these are drawn anew
+REFINED = 8  # times that these are drawn anew, at most
 
 
 SINE, ROUNDS, A_ROUND = "sine", 3, 2560

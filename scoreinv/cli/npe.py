@@ -67,7 +67,7 @@ class NpeConfig:
         swaps: Draws of the null distribution; no p-value is below one in so many.
         observation: Numbers in .npy, or inputs by name in .npz; a simulation, whose truth is known, if left out.
         samples: Draws of its posterior.
-        refine: How often those that are weighted by a known likelihood are drawn anew, nearer to the posterior.
+        refine: How often at most those that are weighted by a known likelihood are drawn anew, nearer to the posterior.
         workers: Processes that simulate and fit, one thread each.
         device: Where networks are fitted.
         seed: Decides everything random.

@@ -43,6 +43,7 @@ LEAPS = 0.1  # of the moves, from mode to mode
 JITTER = 1e-3  # of a standard deviation of the chains
 LOG_TWO_PI = math.log(2 * math.pi)
 LEAST = 10  # draws that prove an evidence
+ENOUGH = 0.5  # of the draws that must count, to draw no more
 OWN = 0.1  # of draws that are refined, those of the estimate itself
 FORGOTTEN = 14.0  # below the largest log-weight [nat], when a mixture is fitted
 FARTHEST = (
@@ -136,8 +137,9 @@ class Estimated(ABC):
             log_likelihood: Of the observation.
             n: Draws.
             seed: Of them.
-            refine: How often they are drawn anew, all but a tenth of them of a mixture fitted to those before, by their
-                weights (`scoreinv.npe.mixture`). Only the last ones are kept, so that the weights stay exact.
+            refine: How often they are drawn anew at most, until half of them count; all but a tenth of them of a mixture
+                fitted to those before, by their weights (`scoreinv.npe.mixture`). Only the last ones are kept, so that the
+                weights stay exact.
 
         Raises:
             ValueError: Too few draws; a log-likelihood of another shape, nan, +inf, or -inf for all draws.
@@ -150,6 +152,8 @@ class Estimated(ABC):
         found = self._weighed(u, log_q, log_likelihood)
         known: list[tuple[float, Tensor, Tensor]] = []
         for i in range(refine):
+            if found.n_eff > ENOUGH * n:
+                break
             # draws of each time count by what they are worth
             log_w = found.log_w - torch.logsumexp(found.log_w, 0) + math.log1p(found.n_eff)
             some = log_w > log_w.max() - FORGOTTEN
