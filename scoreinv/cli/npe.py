@@ -214,7 +214,7 @@ def _observe(config: NpeConfig) -> None:
     kept = folder / POSTERIOR
     if kept.exists() and not config.overwrite and posterior_of(kept) != of:
         raise FileExistsError(
-            f"{kept} is of another observation, fit or number of draws; move it away, or pass --overwrite"
+            f"{kept} is of another observation or fit, or was drawn otherwise; move it away, or pass --overwrite"
         )
     _posterior(config, estimator, simulator, x, truth, name, of, folder)
 

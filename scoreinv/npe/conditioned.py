@@ -46,9 +46,7 @@ LEAST = 10  # draws that prove an evidence
 ENOUGH = 0.5  # of the draws that must count, to draw no more
 OWN = 0.1  # of draws that are refined, those of the estimate itself
 FORGOTTEN = 14.0  # below the largest log-weight [nat], when a mixture is fitted
-FARTHEST = (
-    8.0  # of draws that count, in units of the prior's width; one in 10^15 of it lies beyond
-)
+FARTHEST = 8.0  # of draws that count, in widths of the prior; one in 10^15 of it lies beyond
 WORTH = 0.2  # of the most effective draws, which others must be worth to count beside them
 
 
