@@ -52,6 +52,35 @@ def test_likelihoods_are_those_of_the_simulators(name):
     assert float((ratio[:, 1] - ratio[:, 0]).mean()) < 0
 
 
+def test_the_likelihood_of_two_moons_is_a_density():
+    """On a grid it integrates to 1, up to the grid's steps, and gives the mean and the spread of 20,000 simulations."""
+    task = tasks.TASKS["two_moons"]()
+    theta = task.prior.sample(1, 5)
+    x = task.simulate(theta.expand(20_000, -1), stream(6))
+    sides = [torch.arange(float(v.min()) - 0.02, float(v.max()) + 0.02, 0.002) for v in x.T]
+    grid = torch.cartesian_prod(*sides).double()
+    p = torch.stack([task.log_likelihood(v, theta)[0] for v in grid]).exp() * 0.002**2
+    assert float(p.sum()) == pytest.approx(1, abs=0.02)
+    mean = (p[:, None] * grid).sum(0) / p.sum()
+    spread = ((p[:, None] * (grid - mean).square()).sum(0) / p.sum()).sqrt()
+    torch.testing.assert_close(x.mean(0), mean, atol=0.003, rtol=0)
+    torch.testing.assert_close(x.std(0), spread, rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_published_observations_are_possible(name, monkeypatch):
+    """Draws of their posteriors could have made each, and would rather than data of other parameters."""
+    monkeypatch.setattr(tasks, "SHAPES", 40_000)
+    task, seen = tasks.TASKS[name](), tasks.published(name)
+    assert len(seen) == 10
+    for i, x in enumerate(seen):
+        draws = task.reference(x, 200, stream(1, i))
+        assert bool(task.log_likelihood(x, draws).isfinite().all())
+        other = task.simulate(task.prior.sample(1, i), stream(2, i))[0]
+        there, here = (float(task.log_likelihood(v, draws).mean()) for v in (other, x))
+        assert there < here
+
+
 def test_the_likelihood_of_slcp_is_normal():
     theta = torch.tensor([[0.7, -2.9, -1.0, -0.9, 0.6]]).double()
     s1, s2, rho = 1.0, 0.81, math.tanh(0.6)
@@ -67,7 +96,7 @@ def test_the_table_says_how_good_an_estimate_is(monkeypatch):
     monkeypatch.setattr(npe, "DRAWS", 300)
     monkeypatch.setattr(npe, "WEIGHTED", 5000)
     plan = Fitting(epochs=3)
-    (row,) = npe.npe(0, ["gaussian_mixture"], observations=2, plan=plan)
+    (row,) = npe.npe(0, ["gaussian_mixture"], fits=1, observations=2, plan=plan)
     assert 0.7 < row["C2ST"] > row["C2ST weighted"] + 0.02 and row["missed"].startswith("C2ST")
     assert 0 < row["n_eff / n"] < 1 and row["epochs"] == 3
 
@@ -104,12 +133,13 @@ def test_other_packages_are_judged_on_the_same_pairs_and_observations(monkeypatc
     monkeypatch.setattr(npe, "missing", lambda package: "gone" if package == "absent" else "")
     with pytest.warns(UserWarning, match="left out: gone"):
         ours, theirs = npe.npe(
-            0, ["gaussian_mixture"], observations=2, plan=Fitting(epochs=3), peers=True
+            0, ["gaussian_mixture"], observations=1, plan=Fitting(epochs=3), peers=True
         )
     assert (ours["package"], theirs["package"]) == ("scoreinv", "lazy")
     assert theirs["C2ST"] > 0.9 and theirs["missed"] == "-"
-    theta = tasks.TASKS["gaussian_mixture"]().prior.sample(500, 0)
-    assert len(given) == 1 and torch.equal(given[0], theta)
+    for seed, theta in enumerate(given):
+        assert torch.equal(theta, tasks.TASKS["gaussian_mixture"]().prior.sample(500, seed))
+    assert len(given) == ours["fits"] == theirs["fits"] == 2
 
 
 @pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")  # what sbi's flows call
@@ -146,6 +176,7 @@ def test_a_table_is_kept_with_its_page_and_found_again(monkeypatch, tmp_path):
     monkeypatch.setattr(npe, "PAIRS", 300)
     monkeypatch.setattr(npe, "DRAWS", 100)
     monkeypatch.setattr(npe, "told_apart", lambda x, reference, seed: 0.9)
+    monkeypatch.setattr(tasks, "published", lambda name: torch.zeros(1, 2).double() - 0.1)
     monkeypatch.setattr(npe, "WEIGHTED", 200)
     monkeypatch.setattr(
         npe, "ESTIMATES", {"sbi": lambda prior, *_: lambda x, n: prior.sample(n, 5)}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from scoreinv.npe.examples.cluster import KEV, counted, energy_flux, expected, p
 from scoreinv.npe.examples.dust import black_body
 from scoreinv.npe.figure import corner, predictive
 from scoreinv.npe.images import ISOPHOTE, geometry, geometry_prior, image_pairs
-from scoreinv.npe.rounds import Region
+from scoreinv.npe.mixture import Population
+from scoreinv.npe.rounds import LEAST, Region, _thinned
 from scoreinv.npe.store import Store, load_simulator, simulated
 from scoreinv.operators import Identity
 
@@ -172,15 +174,27 @@ def test_rounds_find_a_narrow_posterior(proposal):
     torch.testing.assert_close(width, spread, rtol=3 / (2 * weighted.n_eff) ** 0.5, atol=0)
 
 
-def test_a_region_holds_the_posterior_and_its_draws_are_of_the_prior():
-    """Of 10,000 draws of an estimate one in a hundred lies outside; inside, both ways of drawing agree with the prior."""
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_region_holds_the_posterior_and_its_draws_are_of_the_prior(beside):
+    """Of 10,000 draws of an estimate one in a hundred lies outside; inside, both ways of drawing agree with the prior.
+
+    Also where a mixture is fitted to weighted draws, which are of a posterior not quite that of the estimate.
+    """
     theta = NARROW.sample(2000, seed=0)
     x = theta + 0.5 * torch.randn(2000, 2, generator=torch.Generator().manual_seed(1)).double()
     given = NPE(NARROW, "maf").fit(theta, x, 0, QUICK).condition(torch.zeros(2).double())
-    region = Region.of(given, 0.01, 2)
-    u = NARROW.to_normal(given.sample(10_000, 3))
+    region = Region(given)
+    if beside:
+        population = Population()
+        u = torch.randn(4000, 2, generator=torch.Generator().manual_seed(8)).double()
+        population.add(u, -0.5 * (u / 0.3).square().sum(1))
+        region = Region(given, population.fitted(torch.Generator().manual_seed(9)))
+    u, log_r = region.draw(10_000, 2)
+    region = region.above(log_r, torch.ones_like(log_r), 0.01)
+    u, log_r = region.draw(10_000, 3)
     # one in a hundred, and three of its errors, of both samples
     assert float((region.log_r(u) < 0).double().mean()) == pytest.approx(0.01, abs=0.005)
+    torch.testing.assert_close(region.log_ratio(u), log_r, atol=1e-4, rtol=0)
     kept = Truncated().draw([region], 4000, 4)
     assert bool((region.log_r(kept) > 0).all())
     prior = torch.randn(200_000, 2, generator=torch.Generator().manual_seed(5)).double()
@@ -191,7 +205,7 @@ def test_a_region_holds_the_posterior_and_its_draws_are_of_the_prior():
         error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
         assert bool(((a.mean(0) - b.mean(0)).abs() < 4.5 * error).all())
     # where the level is high, draws come of the estimate, and are the same
-    higher = Region(given, max(region.log_t, 0.2))
+    higher = replace(region, log_t=max(region.log_t, 0.2))
     kept = Truncated().draw([higher], 4000, 6)
     inside = prior[higher.log_r(prior) > 0]
     error = (kept.var(0) / len(kept) + inside.var(0) / len(inside)).sqrt()
@@ -199,10 +213,31 @@ def test_a_region_holds_the_posterior_and_its_draws_are_of_the_prior():
     # weights of draws of a mixture give back the clipped prior
     both = torch.cat([prior[:20_000], Clipped().draw([region], 20_000, 7)])
     w = Clipped().weights(both, [region], [20_000, 20_000])
+    w = _thinned(w, torch.Generator().manual_seed(10))
     clipped = region.log_r(prior).clamp_max(0).exp()[:, None]
     expected_mean = (clipped * prior).sum(0) / clipped.sum()
     found = (w[:, None] * both).sum(0) / w.sum()
     torch.testing.assert_close(found, expected_mean, atol=0.03, rtol=0)
+
+
+def test_a_level_counts_draws_by_their_weights():
+    """Draws that weigh nothing are left out first, whatever their number."""
+    log_r = torch.tensor([3.0, 1.0, 2.0, 4.0]).double()
+    w = torch.tensor([0.4, 0.0, 0.1, 0.5]).double()
+    for share, log_t in ((0.05, 2.0), (0.2, 3.0), (0.6, 4.0)):
+        assert Region(None).above(log_r, w, share).log_t == log_t
+
+
+def test_small_weights_are_left_out_by_chance_alone():
+    """Their sum is as it was, within 4 of its errors; no small one is left, and no large one is changed."""
+    w = torch.rand(50_000, generator=torch.Generator().manual_seed(0)).double() ** 8
+    thin = _thinned(w, torch.Generator().manual_seed(1))
+    least = LEAST * w.mean()
+    small = w < least
+    assert small.sum() > 10_000 and torch.equal(thin[~small], w[~small])
+    assert set(thin[small].tolist()) == {0.0, float(least)}
+    error = (w[small] * (least - w[small])).sum().sqrt()
+    assert float((thin - w).sum().abs()) < 4 * float(error)
 
 
 def test_mistakes_in_rounds():

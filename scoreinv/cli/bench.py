@@ -261,14 +261,15 @@ def _rtb(config: BenchConfig) -> list[dict[str, Any]]:
 
 def _npe(config: BenchConfig) -> list[dict[str, Any]]:
     names = config.problems or (npe.QUICK if config.quick else npe.PROBLEMS)
-    observations = 3 if config.quick else 5
+    fits, observations = (1, 3) if config.quick else (2, 10)
     # a package that was not there is no part of what is kept
     others = [p for p in (*npe.ESTIMATES, npe.NBI) if config.peers and not npe.missing(p)]
     keys = {
-        name: f"{name} {config.seed} {observations} {config.members} {others}" for name in names
+        name: f"{name} {config.seed} {fits} {observations} {config.members} {others}"
+        for name in names
     }
     found = lambda name: npe.npe(
-        config.seed, [name], observations, config.members, peers=config.peers
+        config.seed, [name], fits, observations, config.members, peers=config.peers
     )
     rows = _kept(config, keys, found)
     if config.output:

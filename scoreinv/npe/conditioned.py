@@ -27,7 +27,7 @@ from torch import Tensor
 
 from scoreinv.finetune.evidence import Evidence, evidence
 from scoreinv.npe.data import Inputs
-from scoreinv.npe.mixture import Mixture
+from scoreinv.npe.mixture import Mixture, Population
 from scoreinv.samplers.tempering import Propose, temper
 from scoreinv.streams import integer, stream
 from scoreinv.tensors import as_tensor
@@ -45,9 +45,7 @@ LOG_TWO_PI = math.log(2 * math.pi)
 LEAST = 10  # draws that prove an evidence
 ENOUGH = 0.5  # of the draws that must count, to draw no more
 OWN = 0.1  # of draws that are refined, those of the estimate itself
-FORGOTTEN = 14.0  # below the largest log-weight [nat], when a mixture is fitted
 FARTHEST = 8.0  # of draws that count, in widths of the prior; one in 10^15 of it lies beyond
-WORTH = 0.2  # of the most effective draws, which others must be worth to count beside them
 
 
 @dataclass(frozen=True)
@@ -146,43 +144,43 @@ class Estimated(ABC):
             raise ValueError(
                 f"n is {n} and refine {refine}, expected {LEAST} draws or more, better thousands, and 0 or more times"
             )
-        u, log_q = self._proposed(n, seed)
-        found = self._weighed(u, log_q, log_likelihood)
-        known: list[tuple[float, Tensor, Tensor]] = []
+        u, log_z = self._draw(n, seed)
+        found = self.weighed(u, self.log_ratio(u) - log_z, log_likelihood)
+        population = Population()
         for i in range(refine):
             if found.n_eff > ENOUGH * n:
                 break
-            # draws of each time count by what they are worth
-            log_w = found.log_w - torch.logsumexp(found.log_w, 0) + math.log1p(found.n_eff)
-            some = log_w > log_w.max() - FORGOTTEN
-            known.append((found.n_eff, u[some], log_w[some]))
-            best = max(size for size, *_ in known)
-            known = [one for one in known if one[0] >= WORTH * best]
-            _, drawn, weights = zip(*known, strict=True)
-            mixture = Mixture.fitted(torch.cat(drawn), torch.cat(weights), stream(seed, 1, i))
-            u, log_q = self._proposed(n, integer(seed, 2, i), mixture)
-            found = self._weighed(u, log_q, log_likelihood)
+            population.add(u, found.log_w)
+            mixture = population.fitted(stream(seed, 1, i))
+            u, log_q = self.drawn_beside(mixture, n, integer(seed, 2, i))
+            found = self.weighed(u, log_q, log_likelihood)
         return found
 
     @torch.no_grad()
-    def _proposed(
-        self, n: int, seed: int, mixture: Mixture | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """n draws u, with shape (n, d), a tenth of them of the estimate if there is a mixture, and log q(u) / N(u; 0, 1)."""
-        own = n if mixture is None else math.ceil(OWN * n)
+    def drawn_beside(self, mixture: Mixture, n: int, seed: int) -> tuple[Tensor, Tensor]:
+        """n draws u, with shape (n, d), a tenth of them of the estimate, and their `log_ratio_beside`."""
+        own = math.ceil(OWN * n)
         u, log_z = self._draw(own, seed)
-        if mixture is None:
-            return u, self.log_ratio(u) - log_z
         u = torch.cat([u, mixture.sample(n - own, stream(seed, 1))])
-        log_base = -0.5 * (u.square() + LOG_TWO_PI).sum(1)
-        estimate = self.log_ratio(u) - log_z + math.log(own / n)
-        fitted = mixture.log_prob(u) - log_base + math.log(1 - own / n)
-        return u, torch.logaddexp(estimate, fitted)
+        return u, self.log_ratio_beside(mixture, u, own / n, log_z)
 
-    def _weighed(
+    @torch.no_grad()
+    def log_ratio_beside(
+        self, mixture: Mixture, u: Tensor, own: float = OWN, log_z: float = 0.0
+    ) -> Tensor:
+        """log of a share of r, normalised, and the rest of a mixture over N(u; 0, 1), with shape (B,)."""
+        log_base = -0.5 * (u.square() + LOG_TWO_PI).sum(1)
+        estimate = self.log_ratio(u) - log_z + math.log(own)
+        return torch.logaddexp(estimate, mixture.log_prob(u) - log_base + math.log(1 - own))
+
+    def weighed(
         self, u: Tensor, log_q: Tensor, log_likelihood: Callable[[Tensor], Tensor]
     ) -> Weighted:
-        """Draws u with shape (n, d) that were made with q, of which log q(u) / N(u; 0, 1) is given, with shape (n,)."""
+        """Draws u with shape (n, d) that were made with q, of which log q(u) / N(u; 0, 1) is given, with shape (n,).
+
+        Raises:
+            ValueError: A log-likelihood of another shape, nan, +inf, or -inf for all draws.
+        """
         # a mixture has tails where the prior has nothing, and nobody wrote the likelihood for
         n, nowhere = len(u), (u.abs() > FARTHEST).any(1)
         theta = self.prior.from_normal(u.clamp(-FARTHEST, FARTHEST))

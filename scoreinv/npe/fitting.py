@@ -114,7 +114,9 @@ def fit(
     x_held = pairs.fresh(mapped(pairs.x, lambda v: v[held_out]), stream(seed, 2))
     u_held, w_held = pairs.u[held_out], pairs.w[held_out]
     member.to(device)
-    optimiser = torch.optim.AdamW(member.parameters(), lr=plan.rate, weight_decay=plan.decay)
+    optimiser = torch.optim.AdamW(
+        member.parameters(), lr=plan.rate, weight_decay=plan.decay, fused=True
+    )
     running = AveragedModel(member, multi_avg_fn=recent(plan.average), use_buffers=True)
     judged = running.module if plan.average else member
     falling = torch.optim.lr_scheduler.ReduceLROnPlateau(

@@ -8,7 +8,7 @@ weight is large for want of a tail.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ EACH = 10  # effective draws for each number of a component's mean, at least
 ROUNDS = 20  # of expectation and maximisation
 LEAST = 0.05  # of the draws that must count: the weights are tempered until they do
 FREEDOM = 5  # of Student's t
+WORTH = 0.2  # of the most effective draws, which others must be worth to count beside them
+FORGOTTEN = 14.0  # below the largest log-weight [nat]
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,32 @@ class Mixture:
     def _log_volume(self) -> Tensor:
         """log det R_j, with shape (J,)."""
         return self.roots.diagonal(dim1=1, dim2=2).log().sum(1)
+
+
+@dataclass
+class Population:
+    """Weighted draws of one posterior, of several proposals, each of which counts by what its draws are worth.
+
+    Attributes:
+        known: Effective draws, draws u, and log-weights, of each proposal.
+    """
+
+    known: list[tuple[float, Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, u: Tensor, log_w: Tensor) -> None:
+        """Draws with shape (n, d) and their log-weights with shape (n,), up to a constant."""
+        log_w = torch.log_softmax(log_w, 0)
+        log_n_eff = -torch.logsumexp(2 * log_w, 0)
+        log_w = log_w + log_n_eff
+        some = log_w > log_w.max() - FORGOTTEN
+        self.known.append((float(log_n_eff.exp()), u[some], log_w[some]))
+
+    def fitted(self, generator: torch.Generator) -> Mixture:
+        """A mixture fitted to all of them."""
+        best = max(n_eff for n_eff, *_ in self.known)
+        counted = [one for one in self.known if one[0] >= WORTH * best]
+        _, u, log_w = zip(*counted, strict=True)
+        return Mixture.fitted(torch.cat(u), torch.cat(log_w), generator)
 
 
 def _covariance(u: Tensor, share: Tensor, means: Tensor) -> Tensor:

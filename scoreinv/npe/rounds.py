@@ -17,8 +17,13 @@ weights
 below N / (n t). Truncation: Deistler, Goncalves & Macke (2022, arXiv:2210.04815); estimates as proposals whose importance
 weights tell when to stop: Zhang et al., nbi (2023, arXiv:2312.03824); the mixture in the denominator: Veach & Guibas (1995).
 
-Where the likelihood is known, draws of each round's estimate are weighted by it. Once fewer of them are effective than
-before, the rounds end, and the best estimate is taken.
+Where the likelihood is known, draws of each round's estimate are weighted by it, and of the next estimate only a tenth: the
+rest are of a mixture that is fitted to the weighted draws of the rounds before (`scoreinv.npe.mixture`), r is that of both
+together, and e the share of the posterior, by the weights. The draws that are weighted are those that a clipped round
+simulates. Once fewer of them are effective than before, the rounds end, and the best estimate is taken.
+
+Pairs that hardly count cost as much as others. Those of less than a hundredth of the mean weight are left out by chance, or
+weigh as much as that, so that the mean loss is the same.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -37,41 +42,59 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scoreinv.digests import digest
-from scoreinv.npe.conditioned import Estimated, Weighted
+from scoreinv.npe.conditioned import FARTHEST, Estimated, Weighted
 from scoreinv.npe.data import ALONE, joined, mapped, named
 from scoreinv.npe.estimator import Estimator
 from scoreinv.npe.featurizers import Data
 from scoreinv.npe.fitting import Fitting
+from scoreinv.npe.mixture import Mixture, Population
 from scoreinv.npe.parameters import ParameterPrior
 from scoreinv.streams import integer, stream
 
-SHARE = 1e-3  # of an estimate's draws that a round may leave out
+SHARE = 1e-3  # of the posterior that a round may leave out
 LEVEL = 10_000  # draws that tell t
+LEAST = 0.01  # of the mean weight of pairs
 REFUSED = 1000  # draws for each that is kept, at most
+FORMAT = 2  # of the files of rounds
 PAIRS, FITTED = "pairs.safetensors", "fitted"  # of a round that is kept
 
 
 @dataclass(frozen=True)
 class Region:
-    """Where an estimate expects the parameters.
+    """Where an estimate expects the parameters, and what is known by weights beside it.
 
     Attributes:
         given: The estimate.
+        mixture: Fitted to weighted draws of the rounds before; None if there are none.
         log_t: log of the level.
     """
 
     given: Estimated
-    log_t: float
+    mixture: Mixture | None = None
+    log_t: float = 0.0
 
-    @classmethod
-    def of(cls, given: Estimated, share: float, seed: int) -> Region:
-        """That holds all but a share of the draws."""
-        u = given.prior.to_normal(given.sample(LEVEL, seed))
-        return cls(given, float(given.log_ratio(u).quantile(share)))
+    def draw(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
+        """n draws u, with shape (n, d), and their `log_ratio`; a few are beyond all that is ever asked for."""
+        if self.mixture is not None:
+            return self.given.drawn_beside(self.mixture, n, seed)
+        u = self.given.prior.to_normal(self.given.sample(n, seed))
+        return u, self.log_ratio(u)
+
+    def log_ratio(self, u: Tensor) -> Tensor:
+        """log r, with shape (B,)."""
+        if self.mixture is not None:
+            return self.given.log_ratio_beside(self.mixture, u)
+        return self.given.log_ratio(u)
 
     def log_r(self, u: Tensor) -> Tensor:
         """Over the level, with shape (B,)."""
-        return self.given.log_ratio(u) - self.log_t
+        return self.log_ratio(u) - self.log_t
+
+    def above(self, log_r: Tensor, w: Tensor, share: float) -> Region:
+        """With the level above which all but a share of draws lie, by their weights, both with shape (n,)."""
+        order = log_r.argsort()
+        left_out = (w[order].cumsum(0) / w.sum() <= share).sum()
+        return replace(self, log_t=float(log_r[order[left_out]]))
 
 
 class Proposal(ABC):
@@ -106,8 +129,8 @@ class Truncated(Proposal):
                 )
             size, d = 2 * n, len(region.given.prior)
             if region.log_t > 0:
-                u = region.given.prior.to_normal(region.given.sample(size, integer(seed, tried)))
-                log_r = region.log_r(u)
+                u, log_r = region.draw(size, integer(seed, tried))
+                log_r = log_r - region.log_t
                 lucky = torch.rand(size, generator=generator, dtype=u.dtype).log() < -log_r
                 inside = (log_r > 0) & lucky
             else:
@@ -127,12 +150,12 @@ class Clipped(Proposal):
     """Draws of the last estimate, with weights."""
 
     def draw(self, regions: list[Region], n: int, seed: int) -> Tensor:
-        region = regions[-1]
-        return region.given.prior.to_normal(region.given.sample(n, seed))
+        u, _ = regions[-1].draw(n, seed)
+        return u[(u.abs() <= FARTHEST).all(1)]
 
     def weights(self, u: Tensor, regions: list[Region], made: list[int]) -> Tensor:
         log_f = torch.tensor(made, dtype=torch.float64).log() - math.log(sum(made))
-        each = [torch.zeros(len(u), dtype=torch.float64), *(v.given.log_ratio(u) for v in regions)]
+        each = [torch.zeros(len(u), dtype=torch.float64), *(v.log_ratio(u) for v in regions)]
         mixed = torch.logsumexp(torch.stack(each) + log_f[:, None], 0)
         return (regions[-1].log_r(u).clamp_max(0) - mixed).exp()
 
@@ -180,6 +203,13 @@ def _said(x: Tensor) -> str:
     return f"{tuple(x.shape)} {digest([x.double()])[:16]}"
 
 
+def _thinned(w: Tensor, generator: torch.Generator) -> Tensor:
+    """Weights whose means are these, with shape (N,), of which none is small but those that are 0."""
+    least = LEAST * w.mean()
+    kept = torch.rand(w.shape, generator=generator, dtype=w.dtype) * least < w
+    return torch.where(w < least, least * kept, w)
+
+
 def _inside(u: Tensor, regions: list[Region]) -> Tensor:
     """Which lie in all regions, with shape (B,)."""
     return torch.stack([region.log_r(u) > 0 for region in regions]).all(0)
@@ -193,7 +223,7 @@ class Sequential:
         given: The posterior of the observation, as the best estimate knows it.
         estimators: Of each round.
         pairs: That each round was fitted to, those without weight left out.
-        weighted: Draws of each estimate by the likelihood, where that is known.
+        weighted: Draws of each estimate, and of what was known beside it, by the likelihood, where that is known.
         best: Number of the round whose estimate was taken.
     """
 
@@ -234,7 +264,7 @@ def sequential(
         log_likelihood: log p(x | theta) of the observation, with shape (n,), for theta with shape (n, d) [nat].
         noise: Makes data of simulated ones, anew in every epoch, as that of `Estimator.fit`.
         plan: Of the fits.
-        share: Of the draws of an estimate that the next round may leave out.
+        share: Of the posterior, as far as it is known, that the next round may leave out.
         device: Where the networks are fitted.
         progress: Show a progress bar.
         folder: Where the simulations and the estimate of each round are kept, from which the same call goes on,
@@ -253,6 +283,7 @@ def sequential(
         raise ValueError(f"rounds are for NPE, and {type(blank).__name__} learns no posterior")
     proposal, plan, result = proposal or Truncated(), plan or Fitting(), None
     card = {
+        "format": FORMAT,
         "observation": mapped(named(x), _said),
         "parameters": blank.prior.card,
         "n": n,
@@ -261,20 +292,21 @@ def sequential(
         "proposal": type(proposal).__name__,
         "plan": asdict(plan),
     }
-    regions: list[Region] = []
+    regions, population = [], Population()
     u, seen = torch.empty(0, len(blank.prior), dtype=torch.float64), {}
     for i in tqdm(range(rounds), disable=not progress, unit="round"):
         estimator = new()
         prior, own = estimator.prior, None if folder is None else folder / f"round-{i}"
 
         def made(prior: ParameterPrior = prior, i: int = i) -> tuple[Tensor, Data]:
-            first = integer(seed, 0, i)
+            first = integer(seed, 3, i - 1) if i else integer(seed, 0, i)
             u = proposal.draw(regions, n, first) if i else prior.to_normal(prior.sample(n, first))
             return u, simulate(prior.from_normal(u), stream(seed, 1, i))
 
         more, simulated = made() if own is None else _kept(own / PAIRS, card, made)
         u, seen = torch.cat([u, more]), joined(seen, named(simulated))
         w = proposal.weights(u, regions, [n] * (i + 1)) if regions else torch.ones(n).double()
+        w = _thinned(w, stream(seed, 5, i))
         used = w > 0
         some = mapped(seen, lambda v, used=used: v[used])
         if own is not None and (own / FITTED).exists():
@@ -297,14 +329,18 @@ def sequential(
         result = result or Sequential(given)
         result.estimators.append(estimator)
         result.pairs.append(int(used.sum()))
-        if log_likelihood is None:
-            result.given, result.best = given, i
-        else:
-            result.weighted.append(given.reweighted(log_likelihood, n, integer(seed, 3, i)))
+        known = bool(population.known)
+        region = Region(given, population.fitted(stream(seed, 6, i)) if known else None)
+        drawn, log_r = region.draw(LEVEL if log_likelihood is None else n, integer(seed, 3, i))
+        w = torch.ones_like(log_r)
+        if log_likelihood is not None:
+            weighted = given.weighed(drawn, log_r, log_likelihood)
+            result.weighted.append(weighted)
             sizes = [weighted.n_eff for weighted in result.weighted]
             if sizes[-1] < max(sizes):
                 break
-            result.given, result.best = given, i
-        if i + 1 < rounds:
-            regions.append(Region.of(given, share, integer(seed, 4, i)))
+            population.add(drawn, weighted.log_w)
+            w = torch.softmax(weighted.log_w, 0)
+        result.given, result.best = given, i
+        regions.append(region.above(log_r, w, share))
     return result
