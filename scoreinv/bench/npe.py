@@ -3,7 +3,7 @@
 C2ST is the accuracy of a perceptron that tells estimate and reference apart, in five parts, as by Lueckmann et al. (2021,
 arXiv:2101.04653), whose problems are in `tasks`. A sine in noise is met in rounds of 2,560 simulations, as by Zhang et al.
 (nbi, 2023, arXiv:2312.03824). sbi and lampe may estimate from the same pairs, nbi the same sines. Flux, radius and shape of
-galaxies behind a PSF are estimated beside draws of the posteriors of their images.
+galaxies behind a PSF, and of discs from their visibilities, are estimated beside draws of the posteriors of their images.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scoreinv.bench import tasks
-from scoreinv.bench.learned import psf_problem
+from scoreinv.bench.learned import psf_problem, uv_problem
 from scoreinv.bench.peers.estimates import (
     ESTIMATES,
     Draws,
@@ -46,10 +46,11 @@ REFINED = 8  # times that these are drawn anew, at most
 
 SINE, ROUNDS, A_ROUND = "sine", 3, 2560
 OURS, NBI = "scoreinv", "nbi"
-GEOMETRY, GALAXIES, IMAGES, WORKERS = "geometry", "galaxy32", 6000, 2
+SCENES = {"geometry": ("galaxy32", psf_problem), "disc geometry": ("disc64", uv_problem)}
+SCENE_NOISE, IMAGES, WORKERS = 0.05, 6000, 2
 SPEED, EPOCHS = "speed", 5
 TRAINING = "training [CPU s]"
-PROBLEMS = (*tasks.TASKS, SINE, SPEED, GEOMETRY)
+PROBLEMS = (*tasks.TASKS, SINE, SPEED, *SCENES)
 AVERAGE = 0.99  # of the weights of an estimate
 QUICK = ("two_moons", "gaussian_linear_uniform")
 EXACT = {"C2ST weighted": (0, 0.53), "n_eff / n": (0.2, INF)}
@@ -81,7 +82,7 @@ def npe(
     Args:
         seed: First of the simulations and the fits.
         names: Of `PROBLEMS`; all if not given.
-        fits: Of each of `tasks.TASKS`, of simulations of their own.
+        fits: Of each of `tasks.TASKS`, of simulations of their own, each judged by a share of the observations.
         observations: Of each, those published, from the first on.
         members: Of the ensemble.
         plan: Of the fits.
@@ -104,8 +105,8 @@ def _rows(
     """Those of one problem."""
     if name == SPEED:
         yield speed(seed)
-    elif name == GEOMETRY:
-        yield of_images(seed, observations, plan or Fitting(epochs=60, batch=100))
+    elif name in SCENES:
+        yield of_images(name, seed, observations, plan or Fitting(epochs=60, batch=100))
     elif name == SINE:
         plan = plan or Fitting(epochs=60, batch=256)
         yield sine(seed, OURS, lambda s: _rounds(s, plan))
@@ -135,8 +136,10 @@ def estimates(
     task, seen = tasks.TASKS[name](), tasks.published(name)[:observations]
     plan = plan or Fitting(average=AVERAGE, decay=task.decay)
 
-    def fitted(package: str, seed: int) -> tuple[list[dict[str, float]], dict[str, float]]:
-        """What is known of the estimate of each observation, and what the fit cost."""
+    def fitted(
+        package: str, seed: int, judged_by: Iterable[int]
+    ) -> tuple[list[dict[str, float]], dict[str, float]]:
+        """What is known of the estimates of some observations, and what the fit cost."""
         theta = task.prior.sample(PAIRS, seed)
         x = task.simulate(theta, stream(seed, 1))
         began = cpu_seconds()
@@ -148,10 +151,10 @@ def estimates(
         else:
             draws = ESTIMATES[package](task.prior, task.flow, theta, x, seed)
             cost, judge = {TRAINING: cpu_seconds() - began}, partial(_told, task, draws)
-        return [judge(one, seed, i) for i, one in enumerate(seen)], cost
+        return [judge(seen[i], seed, i) for i in judged_by], cost
 
     for package in (OURS, *filter(present, ESTIMATES if peers else ())):
-        each = [fitted(package, seed + i) for i in range(fits)]
+        each = [fitted(package, seed + i, range(i, len(seen), fits)) for i in range(fits)]
         row = {"problem": name, "package": package, "flow": task.flow}
         row |= _medians([found for of_fit, _ in each for found in of_fit])
         row |= {"observations": observations, "fits": fits, "members": members, "seed": seed}
@@ -233,12 +236,15 @@ def _rounds(seed: int, plan: Fitting) -> dict[str, float]:
     }
 
 
-def of_images(seed: int, observations: int, plan: Fitting, n: int = IMAGES) -> dict[str, Any]:
-    """The row of galaxies' flux, radius and shape, estimated at once beside draws of the images' posteriors."""
-    prior, n_draws = load_prior(GALAXIES), 64
-    data = TrainingData(**shipped_priors()[GALAXIES]["training"]["data"])
+def of_images(
+    name: str, seed: int, observations: int, plan: Fitting, n: int = IMAGES
+) -> dict[str, Any]:
+    """The row of sources' flux, radius and shape, estimated at once beside draws of the images' posteriors."""
+    of, seen_by = SCENES[name]
+    prior, n_draws = load_prior(of), 64
+    data = TrainingData(**shipped_priors()[of]["training"]["data"])
     images = unseen_images(data, n + observations, seed, WORKERS)
-    likelihood = psf_problem(prior, 0.05)
+    likelihood = seen_by(prior, SCENE_NOISE)
     theta, x = image_pairs(images[:n], likelihood, seed)
     began = cpu_seconds()
     estimator = NPE(geometry_prior(images[:n]), "nsf").fit(theta, x, seed, plan)
@@ -256,17 +262,17 @@ def of_images(seed: int, observations: int, plan: Fitting, n: int = IMAGES) -> d
         return torch.stack([apart, (both[0].std(0) / spread).log().mean(), *off])
 
     sources = images[n:], prior.sample(observations, seed)
-    galaxies, own = (
+    unseen, own = (
         torch.stack([compared(v, i) for i, v in enumerate(source[:, None])]).mean(0)
         for source in sources
     )
     return {
-        "problem": GEOMETRY,
+        "problem": name,
         "flow": "nsf",
-        "apart [sd]": float(galaxies[0].sqrt()),
-        "width over that of images": float(galaxies[1].exp()),
-        "error over sd": float(galaxies[2].sqrt()),
-        "that of images": float(galaxies[3].sqrt()),
+        "apart [sd]": float(unseen[0].sqrt()),
+        "width over that of images": float(unseen[1].exp()),
+        "error over sd": float(unseen[2].sqrt()),
+        "that of images": float(unseen[3].sqrt()),
         "that of the prior's own": float(own[3].sqrt()),
         TRAINING: trained,
         "observations": observations,
