@@ -56,14 +56,14 @@ visibilities. Memory is by how much the process grew, less the draws themselves.
 vary."""
 
 ESTIMATE_LEGEND = """\
-Estimates of scalar parameters from 10,000 pairs: medians over the published observations, each judging one of two fits.
-`C2ST` is the accuracy of a classifier that tells draws of the estimate from draws of the posterior, 0.5 where it cannot;
-`weighted`: after weights by the known likelihood, with `n_eff / n` of the draws effective, and Pareto's `k-hat` of the
-weights; these draws are made anew up to eight times, nearer to the posterior, until half of them count; `before` that fewer
-did. The sine is met in rounds, each with rounds of its own: `n_eff of a round` counts, of 2,560 draws, those of its estimate
-and of a mixture fitted to the weighted draws of rounds before. `geometry` compares estimates of flux, radius and shape of a
-galaxy behind a PSF with draws of its image, `disc geometry` those of a disc from its visibilities. Seconds are of the
-processor, all threads together. sbi runs by its defaults, lampe's flows by the plan of ours without averages, nbi by the
+Estimates of scalar parameters from 10,000 pairs: medians over the published observations, each of which judges one of the
+`fits`. `C2ST` is the accuracy of a classifier that tells draws of the estimate from draws of the posterior, 0.5 where it
+cannot; `weighted`: after weights by the known likelihood, with `n_eff / n` of the draws effective, and Pareto's `k-hat` of
+the weights; these draws are made anew up to eight times, nearer to the posterior, until half of them count; `before` that
+fewer did. The sine is met in rounds, each with rounds of its own: `n_eff of a round` counts, of 2,560 draws, those of its
+estimate and of a mixture fitted to the weighted draws of rounds before. `geometry` compares estimates of flux, radius and
+shape of a galaxy behind a PSF with draws of its image, `disc geometry` those of a disc from its visibilities. Seconds are of
+the processor, all threads together. sbi runs by its defaults, lampe's flows by the plan of ours without averages, nbi by the
 networks of its example. `missed` names the targets that ours did not meet."""
 
 CONTROLS_LEGEND = """\
