@@ -836,7 +836,7 @@ def test_features_of_every_kind_of_data():
     sets, images = DeepSet(3, 8), ResNet2D(2, 8, widths=(8, 16))
     series = ResNet1D(2, 8, widths=(8, 16), recurrent=True)
     x = {
-        "set": torch.randn(5, 7, 3),
+        "set": torch.randn(5, 3, 7),
         "image": torch.randn(5, 2, 20, 20),
         "series": torch.randn(5, 2, 31),
     }
@@ -844,8 +844,51 @@ def test_features_of_every_kind_of_data():
     assert named(x).shape == (5, 24) == (5, named.features)
     assert torch.equal(Named(**{"self": sets})({"self": x["set"]}), sets(x["set"]))
     order = torch.randperm(7)
-    torch.testing.assert_close(sets(x["set"]), sets(x["set"][:, order]))
+    torch.testing.assert_close(sets(x["set"]), sets(x["set"][:, :, order]))
     assert MLP(4, 6)(torch.randn(3, 4)).shape == (3, 6)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_absent_members_are_no_part_of_a_set(layers):
+    """Whatever their numbers, and wherever they stand; how many there are is told; none at all has features, too."""
+    sets = DeepSet(4, 8, (16, 16), layers, masked=True).eval()
+    x = torch.cat([torch.randn(5, 2, 7), torch.zeros(5, 2, 7)], 1)
+    x[:, 2:, 4:] = 1
+    other = x.clone()
+    other[:, :2, 4:] = 50.0
+    order = torch.randperm(7)
+    torch.testing.assert_close(sets(x), sets(other))
+    torch.testing.assert_close(sets(x), sets(other[:, :, order]))
+    assert not torch.allclose(sets(x), sets(x[:, :, :6]))
+    other[:, 2, 4:] = 0  # a number that is there
+    assert not torch.allclose(sets(x), sets(other), atol=1e-3)
+    assert bool(sets(torch.ones_like(x)).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("layers", "epochs"), [(0, 20), pytest.param(1, 40, marks=pytest.mark.slow)]
+)
+def test_a_larger_set_says_more(layers, epochs):
+    """Means of up to 16 numbers of noise 1, of which 4 or 16 are there, are known to 1 / 5^1/2 and 1 / 17^1/2.
+
+    30 sets of each size: widths on average, and means off the exact ones by less than half of that, rms.
+    """
+    prior = ParameterPrior(mean=Normal(0.0, 1.0))
+    theta = prior.sample(3000, seed=0)
+    g = torch.Generator().manual_seed(1)
+    x = theta[:, :, None] + torch.randn(3000, 1, 16, generator=g, dtype=torch.float64)
+    size = torch.randint(2, 17, (3000, 1, 1), generator=g)
+    x = x.masked_fill(torch.arange(16) >= size, math.nan)
+    sets = lambda: DeepSet(2, 16, (32, 32), layers, masked=True)
+    estimator = NPE(prior, "mixture", sets, invalid="mask")
+    estimator.fit(theta, x, 0, Fitting(epochs=epochs, batch=100, rate=2e-3))
+    for n in (4, 16):
+        seen = prior.sample(30, seed=n)[:, :, None] + torch.randn(30, 1, 16, generator=g)
+        seen[:, :, n:] = math.nan
+        draws = torch.stack([estimator.condition(v).sample(500, seed=1) for v in seen])[..., 0]
+        exact, width = seen[:, 0, :n].sum(1) / (n + 1), (n + 1) ** -0.5
+        assert float(draws.std(1).mean()) == pytest.approx(width, rel=0.2)
+        assert float((draws.mean(1) - exact).square().mean().sqrt()) < 0.5 * width
 
 
 def test_data_of_several_kinds_with_missing_numbers_and_fresh_noise():

@@ -1,8 +1,8 @@
 """Networks that make features of data: numbers, images, series, sets, and several of these by name.
 
 Every one may stand alone: a module from data with shape (B, ...) to features with shape (B, `features`).
-Residual networks: He et al. (2016, arXiv:1512.03385); sets: Zaheer et al., Deep Sets (2017, arXiv:1703.06114); recurrent
-units: Cho et al. (2014, arXiv:1406.1078).
+Residual networks: He et al. (2016, arXiv:1512.03385); sets: Zaheer et al., Deep Sets (2017, arXiv:1703.06114), and with
+attention Lee et al., Set Transformer (2019, arXiv:1810.00825); recurrent units: Cho et al. (2014, arXiv:1406.1078).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Data = Tensor | Mapping[str, Tensor]
+HEADS = 4  # of attention
 
 
 class MLP(nn.Module):
@@ -100,18 +101,47 @@ class ResNet1D(nn.Module):
 
 
 class DeepSet(nn.Module):
-    """Of sets whose order says nothing, with shape (B, members, inputs)."""
+    """Of sets whose order says nothing, with shape (B, inputs, members).
+
+    Args:
+        inputs: Numbers of each member, and as many more where they are masked.
+        features: That it makes.
+        hidden: Widths of the networks of a member and of the set.
+        layers: Of attention between members, for what they say only together.
+        masked: The second half of the inputs are masks, as of an estimator with invalid="mask": a member without any number
+            is no part of the set, so that sets may be of any size up to the number of members.
+    """
 
     def __init__(
-        self, inputs: int, features: int = 64, hidden: Sequence[int] = (128, 128)
+        self,
+        inputs: int,
+        features: int = 64,
+        hidden: Sequence[int] = (128, 128),
+        layers: int = 0,
+        masked: bool = False,
     ) -> None:
         super().__init__()
-        self.each = MLP(inputs, hidden[-1], hidden)
-        self.together, self.features = MLP(2 * hidden[-1], features, hidden), features
+        width = hidden[-1]
+        self.each, self.attention, self.masked = MLP(inputs, width, hidden), None, masked
+        if layers:
+            layer = nn.TransformerEncoderLayer(
+                width, HEADS, 2 * width, dropout=0.0, batch_first=True, norm_first=True
+            )
+            self.attention = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.together, self.features = MLP(2 * width + 1, features, hidden), features
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.each(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        return self.together(torch.cat([h.mean(1), h.amax(1)], 1))
+        gone = torch.zeros_like(x[:, 0], dtype=torch.bool)
+        if self.masked:
+            gone = (x[:, x.shape[1] // 2 :] > 0).all(1)
+            gone = gone & ~gone.all(1, keepdim=True)  # of nothing at all, attention is undefined
+        h = self.each(x.transpose(1, 2).flatten(0, 1)).unflatten(0, gone.shape)
+        if self.attention is not None:
+            h = self.attention(h, src_key_padding_mask=gone)
+        there = (~gone)[..., None].to(h)
+        mean = (h * there).sum(1) / there.sum(1)
+        most = h.masked_fill(gone[..., None], -torch.inf).amax(1)
+        return self.together(torch.cat([mean, most, there.mean(1)], 1))
 
 
 class Named(nn.Module):
