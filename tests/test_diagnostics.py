@@ -388,6 +388,11 @@ def test_vectors_are_tested_by_coordinate():
     report = coverage(draws.numpy(), truths.numpy(), 0)
     assert "scalars" in report.flagged(1e-3) and report.groups["coordinate 2"].high < 0.85
     assert report.groups["coordinate 1"].low < 1 < report.groups["coordinate 1"].high
+    called = coverage(draws, truths, 0, coordinates=("flux", "radius", "tilt"))
+    assert called.groups["radius"] == report.groups["coordinate 2"]
+    assert called.bias["tilt"] == report.bias["coordinate 3"] and called.p == report.p
+    labels = [label.get_text() for label in called.plot().axes[-1].get_yticklabels()]
+    assert labels == ["flux", "radius", "tilt"]
 
 
 def test_ignoring_the_data_passes_coverage_and_fails_sharpness():
@@ -565,6 +570,8 @@ def test_images_of_any_unit_get_the_same_report():
         ({"truth_noise": -1.0}, "truth_noise is negative"),
         ({"truth_noise": torch.ones(15)}, r"does not broadcast with truths \(20, 3\)"),
         ({"swaps": 10}, "expected at least 99"),
+        ({"coordinates": ("a", "b")}, r"coordinates are \['a', 'b'\], for truths .*\(20, 3\)"),
+        ({"coordinates": ("a", "b", "b")}, "expected as many different names"),
         ({"draws": torch.ones(20, 15, 3)}, "all draws of each simulation are equal"),
         ({"draws": torch.ones(20, 15, 3, dtype=torch.complex64)}, "expected real numbers"),
     ],

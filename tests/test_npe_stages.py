@@ -358,7 +358,13 @@ def test_stages_lead_from_a_simulator_to_a_posterior(mine, tmp_path, capsys, mon
     assert npe("run", *given) == 0
     text = capsys.readouterr().out
     assert {f: f.stat().st_mtime_ns for f in out.rglob("*.safetensors")} == kept
-    for line in ("verdict", "of the draws are effective", "like those simulated", "median"):
+    for line in (
+        "verdict",
+        "bias          b: truths",
+        "of the draws are effective",
+        "like those simulated",
+        "median",
+    ):
         assert line in text
     table = json.loads((out / "train/train.json").read_text())
     assert [row["method"] for row in table["rows"]].count("nre") == 1

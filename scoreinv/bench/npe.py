@@ -109,7 +109,7 @@ def _rows(
     elif name in SCENES:
         yield of_images(name, seed, observations, plan or Fitting(epochs=60, batch=100))
     elif name == SINE:
-        plan = plan or Fitting(epochs=60, batch=256)
+        plan = plan or Fitting(epochs=40, batch=256)
         yield sine(seed, OURS, lambda s: _rounds(s, plan))
         if peers and present(NBI):
             yield sine(seed, NBI, lambda s: _rounds_by_nbi(s, plan))

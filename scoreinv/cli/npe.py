@@ -193,7 +193,6 @@ def _validate(config: NpeConfig) -> None:
     progress = sys.stderr.isatty()
     found = validate(estimator, simulator, *sizes[:2], config.seed, config.swaps, progress)
     say("validation", f"{name}, {config.sims} simulations of {config.draws} draws")
-    say("coordinates", ", ".join(f"{i + 1} {k}" for i, k in enumerate(simulator.prior.names)))
     print(found)
     meta = {"of": of, "scoreinv": installed("scoreinv"), "config": asdict(config)}
     found.write(report, meta)

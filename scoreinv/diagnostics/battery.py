@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from scoreinv.diagnostics.effects import (
     squared,
 )
 from scoreinv.diagnostics.exchange import exchange_test
-from scoreinv.diagnostics.quantities import Quantities, band_names, quantities
+from scoreinv.diagnostics.quantities import Quantities, band_names, numbered, quantities
 from scoreinv.diagnostics.ranks import (
     SIMULATIONS,
     STATISTICS,
@@ -249,6 +249,7 @@ def coverage(
     extra: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     covariates: Mapping[str, Tensor] | None = None,
     truth_noise: float | Tensor = 0.0,
+    coordinates: Sequence[str] | None = None,
     swaps: int = 1999,
 ) -> Coverage:
     """Test whether truths are exchangeable with the draws of their posteriors.
@@ -269,6 +270,7 @@ def coverage(
             function of the truth would be found to go with its own error.
         truth_noise: Standard deviation of the truths' own noise, broadcasting with them: real images of high signal to noise
             are truths up to that. As much is added to the draws, which costs power and keeps the rate of false alarms.
+        coordinates: Names of a vector's numbers, as they are to be called.
         swaps: Draws of the null, at least 99.
 
     Raises:
@@ -276,6 +278,12 @@ def coverage(
     """
     draws, truths = _real("draws", draws), _real("truths", truths)
     _check(draws, truths, swaps)
+    image = truths.ndim >= 3
+    if coordinates is not None and (image or len(set(coordinates)) != truths.shape[1]):
+        raise ValueError(
+            f"coordinates are {list(coordinates)}, for truths with shape {tuple(truths.shape)}; expected as many different "
+            "names as a vector has numbers"
+        )
     same = tuple(truths.shape)
     references, baseline = (
         None if v is None else _real(name, v, same)
@@ -307,19 +315,14 @@ def coverage(
         rows = torch.arange(len(draws))[:, None]
         references, draws = draws[rows[:, 0], order[:, 0]], draws[rows, order[:, 1:]]
         extra = {k: (d[rows, order[:, 1:]], t) for k, (d, t) in extra.items()}
-    found = quantities(draws, truths, references, seed)
+    found = quantities(draws, truths, references, seed, coordinates)
     if extra:
         found = found.joined(_extra(extra, found.names))
     N, members, K = found.values.shape
     rank = ranks(found.values, seed)
     findings, critical = _findings(found, rank, covariates, swaps, seed)
     ratio, count = squared(draws, truths)
-    image = truths.ndim >= 3
-    names = (
-        band_names(*truths.shape[-2:])
-        if image
-        else [f"coordinate {i + 1}" for i in range(len(count))]
-    )
+    names = band_names(*truths.shape[-2:]) if image else coordinates or numbered(len(count))
     scalars = [k for k in range(K) if found.families[k] in ("scalars", "extra")]
     radius = found.of("whitened distance" if image else "distance in units of sd")
     first = draws[:, 0].double()

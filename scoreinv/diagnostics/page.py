@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 INK, FAINT, BAD, GOOD = "#1b1b1f", "#6f6f78", "#d1495b", "#30638e"
 COLOURS = ("#30638e", "#d1495b", "#edae49", "#3a7d44", "#7b4b94", "#00798c", "#8d6a3f", "#444444")
+MOST = 10  # names beside a panel
 CURVES = ("whitened distance", "distance in units of sd", "distance to reference")
 FINE = (0.8, 0.9, 1.0, 1.1, 1.2)  # ticks of widths near 1, and of others
 COARSE = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -109,7 +110,7 @@ def _effects(ax: Axes, effects: dict[str, Effect], neutral: float) -> None:
 
 
 def _widths(ax: Axes, report: Coverage) -> None:
-    groups = dict(list(report.groups.items())[:10])
+    groups = dict(list(report.groups.items())[:MOST])
     _effects(ax, {"all": report.dispersion, **groups}, 1.0)
     ax.set_xscale("log")
     low, high = ax.get_xlim()
@@ -122,7 +123,7 @@ def _widths(ax: Axes, report: Coverage) -> None:
 
 
 def _biases(ax: Axes, report: Coverage) -> None:
-    _effects(ax, dict(list(report.bias.items())[:10]), 0.0)
+    _effects(ax, dict(list(report.bias.items())[:MOST]), 0.0)
     reach = max(0.5, *(abs(v) for v in ax.get_xlim()))
     ax.set_xlim(-reach, reach)
     _finish(ax, "truth above the draws", "posterior standard deviations (95 %)", "")
@@ -146,9 +147,13 @@ def _p_values(ax: Axes, report: Coverage) -> None:
 
 def _errors(ax: Axes, report: Coverage) -> None:
     if report.z.ndim < 2:
-        ax.bar(range(1, report.z.numel() + 1), report.z.flatten().numpy(), color=GOOD)
-        ax.axhline(1, color=FAINT, lw=0.8)
-        _finish(ax, "rms error over posterior sd", "coordinate", "")
+        names = list(report.groups)
+        ax.barh(range(len(names)), report.z.flatten().numpy(), color=GOOD, height=0.55)
+        ax.axvline(1, color=FAINT, lw=0.8)
+        if len(names) <= MOST:
+            ax.set_yticks(range(len(names)), names, fontsize=7)
+        ax.invert_yaxis()
+        _finish(ax, "rms error over posterior sd", "over the calibrated one", "")
         return
     z = report.z.flatten(0, -3)[0] if report.z.ndim > 2 else report.z
     image = ax.imshow(z.numpy(), origin="lower", cmap="RdBu_r", vmin=0.5, vmax=1.5)

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,7 +52,13 @@ class Quantities:
         return Quantities(self.names + other.names, self.families + other.families, values)
 
 
-def quantities(draws: Tensor, truths: Tensor, references: Tensor, seed: int) -> Quantities:
+def quantities(
+    draws: Tensor,
+    truths: Tensor,
+    references: Tensor,
+    seed: int,
+    coordinates: Sequence[str] | None = None,
+) -> Quantities:
     """All quantities of images, whose last two axes are pixels, or of vectors.
 
     Args:
@@ -59,14 +66,16 @@ def quantities(draws: Tensor, truths: Tensor, references: Tensor, seed: int) -> 
         truths: With shape (N, *shape).
         references: Of TARP, with shape (N, *shape), independent of truths and draws given the data.
         seed: Of the projections.
+        coordinates: Names of a vector's numbers.
     """
     shape = truths.shape[1:]
+    scalars = _image if truths.ndim >= 3 else partial(_vector, names=coordinates)
     generator = stream(seed, 8)
     directions = torch.randn(math.prod(shape), PROJECTIONS, generator=generator)
     rows, names = [], []
     for x, truth, reference in zip(draws, truths, references, strict=True):
         members = torch.cat([truth[None], x])
-        found = {**dict(_any(members, reference, directions)), **dict(_kind(members))}
+        found = {**dict(_any(members, reference, directions)), **dict(scalars(members))}
         names = list(found)
         rows.append(torch.stack([v.double() for v in found.values()], -1))
     families, labels = zip(*names, strict=True)
@@ -74,10 +83,6 @@ def quantities(draws: Tensor, truths: Tensor, references: Tensor, seed: int) -> 
 
 
 Named = Iterator[tuple[tuple[str, str], Tensor]]
-
-
-def _kind(members: Tensor) -> Named:
-    return _image(members) if members.ndim >= 3 else _vector(members)
 
 
 def _any(members: Tensor, reference: Tensor, directions: Tensor) -> Named:
@@ -97,9 +102,14 @@ def _any(members: Tensor, reference: Tensor, directions: Tensor) -> Named:
         yield ("projections", f"projection {i + 1}"), v
 
 
-def _vector(members: Tensor) -> Named:
-    for i, v in enumerate(members.T):
-        yield ("scalars", f"coordinate {i + 1}"), v
+def numbered(count: int) -> list[str]:
+    """Names of a vector's numbers that have none."""
+    return [f"coordinate {i + 1}" for i in range(count)]
+
+
+def _vector(members: Tensor, names: Sequence[str] | None) -> Named:
+    for name, v in zip(names or numbered(members.shape[1]), members.T, strict=True):
+        yield ("scalars", name), v
 
 
 def _image(members: Tensor) -> Named:

@@ -240,6 +240,7 @@ def validate(
         normal(truths),
         seed,
         extra={"log density": (levels[:, :-1], levels[:, -1])},
+        coordinates=[name.replace("_", " ") for name in simulator.prior.names],
         swaps=swaps,
     )
 
