@@ -6,8 +6,8 @@ import torch
 import scoreinv as si
 from scoreinv.finetune.adapted import AdaptedControl
 from scoreinv.finetune.amortised import data_image, untrained
+from scoreinv.finetune.chain import PriorChain
 from scoreinv.finetune.paths import Engine
-from scoreinv.finetune.reference import PriorChain
 from scoreinv.gaussian import Fourier, Gaussian
 from scoreinv.priors.network import ScorePrior
 from scoreinv.priors.unet import UNet

@@ -13,6 +13,7 @@ from scoreinv.cli import main
 from scoreinv.finetune import Steered, training
 from scoreinv.finetune import paths as engine_of_paths
 from scoreinv.finetune.amortised import control_of, data_image, new_twist, span, untrained
+from scoreinv.finetune.chain import PriorChain, TwistedChain, measured_chain
 from scoreinv.finetune.control import (
     Control,
     ImageControl,
@@ -31,7 +32,7 @@ from scoreinv.finetune.proposals import (
     LocalSearch,
     OnPolicy,
 )
-from scoreinv.finetune.reference import GaussianStep, PriorChain, TwistedChain, measured_chain
+from scoreinv.finetune.reference import GaussianStep
 from scoreinv.finetune.sdes import SamplerControl, sampler_bounds
 from scoreinv.finetune.text import Denoiser
 from scoreinv.finetune.training import Plan, Recipe, train_control

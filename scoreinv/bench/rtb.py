@@ -20,13 +20,13 @@ from torch.distributions import MultivariateNormal
 from scoreinv.bench.scores import sliced_wasserstein
 from scoreinv.bench.speed import one_thread
 from scoreinv.finetune.amortised import PROBES, Amortised, finetune
+from scoreinv.finetune.chain import measured_chain
 from scoreinv.finetune.control import VectorControl, guidance_by_gradient
 from scoreinv.finetune.evidence import evidence
 from scoreinv.finetune.free import Brownian
 from scoreinv.finetune.objectives import ForwardKL, LogVariance
 from scoreinv.finetune.paths import Engine
 from scoreinv.finetune.proposals import Given, OnPolicy
-from scoreinv.finetune.reference import measured_chain
 from scoreinv.finetune.sdes import SamplerControl
 from scoreinv.finetune.training import Plan, Recipe, train_control
 from scoreinv.gaussian import Dense

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from scoreinv.finetune.chain import PriorChain
 from scoreinv.finetune.control import (
     Control,
     Guide,
@@ -31,7 +32,6 @@ from scoreinv.finetune.control import (
     VectorControl,
     convolves,
 )
-from scoreinv.finetune.reference import PriorChain
 from scoreinv.kernels import conditional
 from scoreinv.priors.base import Prior, RescaledPrior
 from scoreinv.priors.network import ScorePrior

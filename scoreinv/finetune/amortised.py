@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scoreinv.digests import digest
 from scoreinv.finetune.adapted import Adapted, AdaptedControl, check_control, new_control
+from scoreinv.finetune.chain import NotKnownError, PriorChain, TwistedChain, measured
 from scoreinv.finetune.control import (
     Control,
     convolves,
@@ -31,12 +32,6 @@ from scoreinv.finetune.control import (
 from scoreinv.finetune.evidence import Evidence, evidence, simulated_bounds
 from scoreinv.finetune.paths import Engine
 from scoreinv.finetune.proposals import JointSimulations, OnPolicy
-from scoreinv.finetune.reference import (
-    NotKnownError,
-    PriorChain,
-    TwistedChain,
-    measured,
-)
 from scoreinv.finetune.steered import Steered
 from scoreinv.finetune.together import ALONE, Share
 from scoreinv.finetune.training import Plan, Recipe, Simulate, train_control

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from scoreinv.conditioning.local import respond
-from scoreinv.finetune.reference import GaussianStep, PriorChain, Reference, Step, foreseen, pulled
+from scoreinv.finetune.chain import PriorChain, foreseen, pulled
+from scoreinv.finetune.reference import GaussianStep, Reference, Step
 from scoreinv.kernels import conditional, inverse
 from scoreinv.likelihood import Likelihood
 from scoreinv.operators import Generated

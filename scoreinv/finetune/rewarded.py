@@ -19,11 +19,11 @@ from torch import Tensor
 
 from scoreinv.finetune.adapted import Adapted, check_control, new_control
 from scoreinv.finetune.amortised import IMAGES, PROBES
+from scoreinv.finetune.chain import measured_chain
 from scoreinv.finetune.control import Control, guidance_by_gradient
 from scoreinv.finetune.evidence import Evidence, evidence, simulated_bounds
 from scoreinv.finetune.paths import Engine, Reward
 from scoreinv.finetune.proposals import JointSimulations, OnPolicy
-from scoreinv.finetune.reference import measured_chain
 from scoreinv.finetune.together import ALONE, Share
 from scoreinv.finetune.training import Observe, Plan, Recipe, train_control
 from scoreinv.priors.base import Prior

@@ -22,15 +22,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from scoreinv.finetune.chain import PriorChain, measured_chain, solver
 from scoreinv.finetune.control import Control, Guide, guidance
 from scoreinv.finetune.evidence import Evidence, simulated_bounds
 from scoreinv.finetune.paths import Engine
-from scoreinv.finetune.reference import (
-    PriorChain,
-    Step,
-    measured_chain,
-    solver,
-)
+from scoreinv.finetune.reference import Step
 from scoreinv.gaussian import Scalar
 from scoreinv.likelihood import Likelihood
 from scoreinv.priors.base import Prior

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from scoreinv.finetune.chain import PriorChain, foreseen, foreseen_log_prob
 from scoreinv.finetune.control import TIMES, answer, numbers
 from scoreinv.finetune.paths import Engine, Paths, chunk
-from scoreinv.finetune.reference import PriorChain, foreseen, foreseen_log_prob
 from scoreinv.finetune.training import Plan, Simulate, falling
 from scoreinv.likelihood import Likelihood
 from scoreinv.priors.unet import UNet, initialise, sinusoidal
