@@ -14,6 +14,7 @@ from torch import Tensor
 from scoreinv.cli.bench import table
 from scoreinv.cli.problem import say
 from scoreinv.digests import digest_of_json
+from scoreinv.finetune.evidence import HEAVY
 from scoreinv.npe.data import ALONE, mapped, named
 from scoreinv.npe.estimator import Estimator
 from scoreinv.npe.featurizers import Data
@@ -309,5 +310,6 @@ def _posterior(
     if found.weighted is not None:
         w = found.weighted
         share, k_hat = w.n_eff / config.samples, w.evidence.k_hat
-        say("likelihood", f"{share:.1%} of the draws are effective, k-hat {k_hat:.2f}")
+        doubt = ": a FEW draws weigh too much, raise refine" if k_hat > HEAVY else ""
+        say("likelihood", f"{share:.1%} of the draws are effective, k-hat {k_hat:.2f}{doubt}")
         say("evidence", f"log Z = {w.evidence.log_z:.2f} nat")

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from scoreinv.finetune.evidence import Evidence, evidence
+from scoreinv.finetune.evidence import HEAVY, Evidence, evidence
 from scoreinv.npe.data import Inputs
 from scoreinv.npe.mixture import Mixture, Population
 from scoreinv.samplers.tempering import Propose, temper
@@ -133,9 +133,9 @@ class Estimated(ABC):
             log_likelihood: Of the observation.
             n: Draws.
             seed: Of them.
-            refine: How often they are drawn anew at most, until half of them count; all but a tenth of them of a mixture
-                fitted to those before, by their weights (`scoreinv.npe.mixture`). Only the last ones are kept, so that the
-                weights stay exact.
+            refine: How often they are drawn anew at most, until half of them count and their largest weights are to be
+                trusted; all but a tenth of them of a mixture fitted to those before, by their weights
+                (`scoreinv.npe.mixture`). Only the last ones are kept, so that the weights stay exact.
 
         Raises:
             ValueError: Too few draws; a log-likelihood of another shape, nan, +inf, or -inf for all draws.
@@ -148,7 +148,7 @@ class Estimated(ABC):
         found = self.weighed(u, self.log_ratio(u) - log_z, log_likelihood)
         population = Population()
         for i in range(refine):
-            if found.n_eff > ENOUGH * n:
+            if found.n_eff > ENOUGH * n and found.evidence.k_hat <= HEAVY:
                 break
             population.add(u, found.log_w)
             mixture = population.fitted(stream(seed, 1, i))
