@@ -56,7 +56,7 @@ def corner(
             _finish(ax, i, j, ends, names, truth)
     if len(draws) > 1:
         handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="upper right", frameon=False, fontsize=9)
+        figure.legend(handles, labels, loc="outside upper right", frameon=False, fontsize=9)
     return figure
 
 
