@@ -268,7 +268,9 @@ class Estimator(ABC):
         if other:
             seen = ", ".join(f"{k} {card.get(k)!r}" for k in other)
             expected = ", ".join(f"{k} {self._card[k]!r}" for k in other)
-            raise ValueError(f"{folder} holds an estimator of {seen}, expected {expected}")
+            raise ValueError(
+                f"{folder} holds an estimator of {seen}, expected {expected}; load it as it was made, or fit anew"
+            )
         part = lambda name: {
             k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")
         }
