@@ -96,7 +96,7 @@ def test_the_table_says_how_good_an_estimate_is(monkeypatch):
     monkeypatch.setattr(npe, "DRAWS", 300)
     monkeypatch.setattr(npe, "WEIGHTED", 5000)
     plan = Fitting(epochs=3)
-    (row,) = npe.npe(0, ["gaussian_mixture"], fits=1, observations=2, plan=plan)
+    (row,) = npe.npe(npe.Suite(0, 1, 2, plan=plan), ["gaussian_mixture"])
     assert 0.7 < row["C2ST"] > row["C2ST weighted"] + 0.02 and row["missed"].startswith("C2ST")
     assert 0 < row["n_eff / n"] < 1 and row["epochs"] == 3
 
@@ -105,7 +105,7 @@ def test_rounds_have_a_row_and_targets(monkeypatch):
     """Rounds of 300 and three epochs are far from the targets, and say so."""
     monkeypatch.setattr(npe, "A_ROUND", 300)
     monkeypatch.setattr(npe, "WEIGHTED", 500)
-    (row,) = npe.npe(0, ["sine"], plan=Fitting(epochs=3))
+    (row,) = npe.npe(npe.Suite(0, plan=Fitting(epochs=3)), ["sine"])
     assert row["missed"].startswith("n_eff of a round") and 1 <= row["rounds"] <= 3
 
 
@@ -114,7 +114,7 @@ def test_the_cost_of_an_epoch_has_a_row_and_targets(monkeypatch):
     monkeypatch.setattr(npe, "PAIRS", 300)
     for most, missed in ((0.0, "an epoch [CPU s], 10000 draws [CPU s]"), (math.inf, "-")):
         monkeypatch.setitem(npe.TARGETS, "speed", {k: (0, most) for k in npe.TARGETS["speed"]})
-        (row,) = npe.npe(0, ["speed"])
+        (row,) = npe.npe(npe.Suite(0), ["speed"])
         assert row["missed"] == missed and row["an epoch [CPU s]"] > 0
 
 
@@ -133,7 +133,7 @@ def test_other_packages_are_judged_on_the_same_pairs_and_observations(monkeypatc
     monkeypatch.setattr(npe, "missing", lambda package: "gone" if package == "absent" else "")
     with pytest.warns(UserWarning, match="left out: gone"):
         ours, theirs = npe.npe(
-            0, ["gaussian_mixture"], observations=1, plan=Fitting(epochs=3), peers=True
+            npe.Suite(0, 2, 2, plan=Fitting(epochs=3), peers=True), ["gaussian_mixture"]
         )
     assert (ours["package"], theirs["package"]) == ("scoreinv", "lazy")
     assert theirs["C2ST"] > 0.9 and theirs["missed"] == "-"

@@ -13,6 +13,7 @@ import os
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -69,52 +70,49 @@ TARGETS: dict[str, dict[str, tuple[float, float]]] = {
 }
 
 
-def npe(
-    seed: int,
-    names: Sequence[str] | None = None,
-    fits: int = 2,
-    observations: int = 10,
-    members: int = 1,
-    plan: Fitting | None = None,
-    peers: bool = False,
-) -> Iterator[dict[str, Any]]:
-    """A row of each problem: medians over fits and observations.
+@dataclass(frozen=True)
+class Suite:
+    """How problems are run.
 
     Args:
         seed: First of the simulations and the fits.
-        names: Of `PROBLEMS`; all if not given.
         fits: Of each of `tasks.TASKS`, of simulations of their own, each judged by a share of the observations.
         observations: Of each, those published, from the first on.
         members: Of the ensemble.
-        plan: Of the fits.
+        plan: Of the fits; that of each problem if not given.
         peers: Rows of sbi, lampe and nbi, too, where they are installed.
     """
+
+    seed: int
+    fits: int = 2
+    observations: int = 10
+    members: int = 1
+    plan: Fitting | None = None
+    peers: bool = False
+
+
+def npe(suite: Suite, names: Sequence[str] = PROBLEMS) -> Iterator[dict[str, Any]]:
+    """A row of each problem, by name: medians over fits and observations."""
     with one_thread():
-        for name in names or PROBLEMS:
-            yield from _rows(name, seed, fits, observations, members, plan, peers)
+        for name in names:
+            yield from _rows(name, suite)
 
 
-def _rows(
-    name: str,
-    seed: int,
-    fits: int,
-    observations: int,
-    members: int,
-    plan: Fitting | None,
-    peers: bool,
-) -> Iterator[dict[str, Any]]:
+def _rows(name: str, suite: Suite) -> Iterator[dict[str, Any]]:
     """Those of one problem."""
+    seed = suite.seed
     if name == SPEED:
         yield speed(seed)
     elif name in SCENES:
-        yield of_images(name, seed, observations, plan or Fitting(epochs=60, batch=100))
+        plan = suite.plan or Fitting(epochs=60, batch=100)
+        yield of_images(name, seed, suite.observations, plan)
     elif name == SINE:
-        plan = plan or Fitting(epochs=40, batch=256)
+        plan = suite.plan or Fitting(epochs=40, batch=256)
         yield sine(seed, OURS, lambda s: _rounds(s, plan))
-        if peers and present(NBI):
+        if suite.peers and present(NBI):
             yield sine(seed, NBI, lambda s: _rounds_by_nbi(s, plan))
     else:
-        yield from estimates(name, seed, fits, observations, members, plan, peers)
+        yield from estimates(name, suite)
 
 
 def present(package: str) -> bool:
@@ -124,18 +122,10 @@ def present(package: str) -> bool:
     return not reason
 
 
-def estimates(
-    name: str,
-    seed: int,
-    fits: int,
-    observations: int,
-    members: int,
-    plan: Fitting | None,
-    peers: bool,
-) -> Iterator[dict[str, Any]]:
+def estimates(name: str, suite: Suite) -> Iterator[dict[str, Any]]:
     """The rows of one of `tasks.TASKS`: ours, and of the same pairs and observations those of sbi and lampe."""
-    task, seen = tasks.TASKS[name](), tasks.published(name)[:observations]
-    plan = plan or Fitting(average=AVERAGE, patience=PATIENCE, decay=task.decay)
+    task, seen = tasks.TASKS[name](), tasks.published(name)[: suite.observations]
+    plan = suite.plan or Fitting(average=AVERAGE, patience=PATIENCE, decay=task.decay)
 
     def fitted(
         package: str, seed: int, judged_by: Iterable[int]
@@ -145,20 +135,24 @@ def estimates(
         x = task.simulate(theta, stream(seed, 1))
         began = cpu_seconds()
         if package == OURS:
-            estimator = NPE(task.prior, flow=task.flow, members=members)
+            estimator = NPE(task.prior, flow=task.flow, members=suite.members)
             estimator.fit(theta, x, seed=seed, plan=plan)
             cost = {"epochs": len(estimator.history[0]), TRAINING: cpu_seconds() - began}
+            cost["members"] = suite.members
             judge = partial(judged, task, estimator)
         else:
             draws = ESTIMATES[package](task.prior, task.flow, theta, x, seed)
             cost, judge = {TRAINING: cpu_seconds() - began}, partial(_told, task, draws)
         return [judge(seen[i], seed, i) for i in judged_by], cost
 
-    for package in (OURS, *filter(present, ESTIMATES if peers else ())):
-        each = [fitted(package, seed + i, range(i, len(seen), fits)) for i in range(fits)]
+    for package in (OURS, *filter(present, ESTIMATES if suite.peers else ())):
+        each = [
+            fitted(package, suite.seed + i, range(i, len(seen), suite.fits))
+            for i in range(suite.fits)
+        ]
         row = {"problem": name, "package": package, "flow": task.flow}
         row |= _medians([found for of_fit, _ in each for found in of_fit])
-        row |= {"observations": observations, "fits": fits, "members": members, "seed": seed}
+        row |= {"observations": len(seen), "fits": suite.fits, "seed": suite.seed}
         row |= _medians([cost for _, cost in each])
         yield {**row, "missed": _missed(name, row) if package == OURS else "-"}
 

@@ -268,10 +268,8 @@ def _npe(config: BenchConfig) -> list[dict[str, Any]]:
         name: f"{name} {config.seed} {fits} {observations} {config.members} {others}"
         for name in names
     }
-    found = lambda name: npe.npe(
-        config.seed, [name], fits, observations, config.members, peers=config.peers
-    )
-    rows = _kept(config, keys, found)
+    suite = npe.Suite(config.seed, fits, observations, config.members, peers=config.peers)
+    rows = _kept(config, keys, lambda name: npe.npe(suite, [name]))
     if config.output:
         _publish(config, estimates_figure(rows), partial(estimates, rows))
     return rows
