@@ -18,9 +18,10 @@ below N / (n t). Truncation: Deistler, Goncalves & Macke (2022, arXiv:2210.04815
 weights tell when to stop: Zhang et al., nbi (2023, arXiv:2312.03824); the mixture in the denominator: Veach & Guibas (1995).
 
 Where the likelihood is known, draws of each round's estimate are weighted by it, and of the next estimate only a tenth: the
-rest are of a mixture that is fitted to the weighted draws of the rounds before (`scoreinv.npe.mixture`), r is that of both
-together, and e the share of the posterior, by the weights. The draws that are weighted are those that a clipped round
-simulates. Once fewer of them are effective than before, the rounds end, and the best estimate is taken.
+rest are of a mixture that is fitted to the weighted draws of the rounds before (`scoreinv.npe.mixture`). A clipped round
+simulates those draws, r is that of both together, and e the share of the posterior, by the weights; a truncated one, whose
+bounds are hard, keeps to the estimate. Once fewer draws are effective than before, the rounds end, and the best estimate is
+taken.
 
 Pairs that hardly count cost as much as others. Those of less than a hundredth of the mean weight are left out by chance, or
 weigh as much as that, so that the mean loss is the same.
@@ -105,6 +106,10 @@ class Proposal(ABC):
         """n parameters u, with shape (n, d)."""
 
     @abstractmethod
+    def bounded(self, region: Region, log_r: Tensor, w: Tensor, share: float, seed: int) -> Region:
+        """The next region, of draws of this one: their `log_ratio` and their weights, both with shape (n,)."""
+
+    @abstractmethod
     def weights(self, u: Tensor, regions: list[Region], made: list[int]) -> Tensor:
         """Of all pairs, with shape (N,), under the prior of the last region; 0 for those outside.
 
@@ -141,6 +146,12 @@ class Truncated(Proposal):
             tried += size
         return torch.cat(found)[:n]
 
+    def bounded(self, region: Region, log_r: Tensor, w: Tensor, share: float, seed: int) -> Region:
+        # what is cut off is lost, and few weighted draws do not know where the posterior ends
+        own = Region(region.given)
+        _, log_r = own.draw(LEVEL, seed)
+        return own.above(log_r, torch.ones_like(log_r), share)
+
     def weights(self, u: Tensor, regions: list[Region], made: list[int]) -> Tensor:
         return _inside(u, regions).double()
 
@@ -152,6 +163,9 @@ class Clipped(Proposal):
     def draw(self, regions: list[Region], n: int, seed: int) -> Tensor:
         u, _ = regions[-1].draw(n, seed)
         return u[(u.abs() <= FARTHEST).all(1)]
+
+    def bounded(self, region: Region, log_r: Tensor, w: Tensor, share: float, seed: int) -> Region:
+        return region.above(log_r, w, share)
 
     def weights(self, u: Tensor, regions: list[Region], made: list[int]) -> Tensor:
         log_f = torch.tensor(made, dtype=torch.float64).log() - math.log(sum(made))
@@ -342,5 +356,5 @@ def sequential(
             population.add(drawn, weighted.log_w)
             w = torch.softmax(weighted.log_w, 0)
         result.given, result.best = given, i
-        regions.append(region.above(log_r, w, share))
+        regions.append(proposal.bounded(region, log_r, w, share, integer(seed, 4, i)))
     return result
