@@ -192,8 +192,7 @@ def test_a_region_holds_the_posterior_and_its_draws_are_of_the_prior(beside):
         u = torch.randn(4000, 2, generator=torch.Generator().manual_seed(8)).double()
         population.add(u, -0.5 * (u / 0.3).square().sum(1))
         region = Region(given, population.fitted(torch.Generator().manual_seed(9)))
-    u, log_r = region.draw(10_000, 2)
-    region = region.above(log_r, torch.ones_like(log_r), 0.01)
+    region = region.holding(0.01, 2)
     u, log_r = region.draw(10_000, 3)
     # one in a hundred, and three of its errors, of both samples
     assert float((region.log_r(u) < 0).double().mean()) == pytest.approx(0.01, abs=0.005)
@@ -239,7 +238,7 @@ def test_hard_bounds_do_not_trust_weighted_draws():
     u, log_r = region.draw(5000, 1)
     w = torch.zeros_like(log_r)
     w[log_r.argsort()[-5:]] = 1.0  # those that are surest
-    hard, soft = (p.bounded(region, log_r, w, 0.01, 2) for p in (Truncated(), Clipped()))
+    hard, soft = (p.bounded(region, (log_r, w), 0.01, 2) for p in (Truncated(), Clipped()))
     kept = [float((r.log_r(u) > 0).double().mean()) for r in (hard, soft)]
     assert kept[0] == pytest.approx(0.99, abs=0.006) and kept[1] < 0.01
 

@@ -59,6 +59,8 @@ REFUSED = 1000  # draws for each that is kept, at most
 FORMAT = 2  # of the files of rounds
 PAIRS, FITTED = "pairs.safetensors", "fitted"  # of a round that is kept
 
+Known = tuple[Tensor, Tensor]  # log r of draws, and their weights, both with shape (n,)
+
 
 @dataclass(frozen=True)
 class Region:
@@ -91,6 +93,11 @@ class Region:
         """Over the level, with shape (B,)."""
         return self.log_ratio(u) - self.log_t
 
+    def holding(self, share: float, seed: int) -> Region:
+        """With the level above which all but a share of its own draws lie."""
+        _, log_r = self.draw(LEVEL, seed)
+        return self.above(log_r, torch.ones_like(log_r), share)
+
     def above(self, log_r: Tensor, w: Tensor, share: float) -> Region:
         """With the level above which all but a share of draws lie, by their weights, both with shape (n,)."""
         order = log_r.argsort()
@@ -106,8 +113,8 @@ class Proposal(ABC):
         """n parameters u, with shape (n, d)."""
 
     @abstractmethod
-    def bounded(self, region: Region, log_r: Tensor, w: Tensor, share: float, seed: int) -> Region:
-        """The next region, of draws of this one: their `log_ratio` and their weights, both with shape (n,)."""
+    def bounded(self, region: Region, known: Known | None, share: float, seed: int) -> Region:
+        """The region with its level; known are weighted draws of it, where the likelihood is."""
 
     @abstractmethod
     def weights(self, u: Tensor, regions: list[Region], made: list[int]) -> Tensor:
@@ -146,11 +153,9 @@ class Truncated(Proposal):
             tried += size
         return torch.cat(found)[:n]
 
-    def bounded(self, region: Region, log_r: Tensor, w: Tensor, share: float, seed: int) -> Region:
+    def bounded(self, region: Region, known: Known | None, share: float, seed: int) -> Region:
         # what is cut off is lost, and few weighted draws do not know where the posterior ends
-        own = Region(region.given)
-        _, log_r = own.draw(LEVEL, seed)
-        return own.above(log_r, torch.ones_like(log_r), share)
+        return Region(region.given).holding(share, seed)
 
     def weights(self, u: Tensor, regions: list[Region], made: list[int]) -> Tensor:
         return _inside(u, regions).double()
@@ -164,8 +169,8 @@ class Clipped(Proposal):
         u, _ = regions[-1].draw(n, seed)
         return u[(u.abs() <= FARTHEST).all(1)]
 
-    def bounded(self, region: Region, log_r: Tensor, w: Tensor, share: float, seed: int) -> Region:
-        return region.above(log_r, w, share)
+    def bounded(self, region: Region, known: Known | None, share: float, seed: int) -> Region:
+        return region.holding(share, seed) if known is None else region.above(*known, share)
 
     def weights(self, u: Tensor, regions: list[Region], made: list[int]) -> Tensor:
         log_f = torch.tensor(made, dtype=torch.float64).log() - math.log(sum(made))
@@ -343,18 +348,18 @@ def sequential(
         result = result or Sequential(given)
         result.estimators.append(estimator)
         result.pairs.append(int(used.sum()))
-        known = bool(population.known)
-        region = Region(given, population.fitted(stream(seed, 6, i)) if known else None)
-        drawn, log_r = region.draw(LEVEL if log_likelihood is None else n, integer(seed, 3, i))
-        w = torch.ones_like(log_r)
+        mixture = population.fitted(stream(seed, 6, i)) if population.known else None
+        region, known = Region(given, mixture), None
         if log_likelihood is not None:
+            drawn, log_r = region.draw(n, integer(seed, 3, i))
             weighted = given.weighed(drawn, log_r, log_likelihood)
             result.weighted.append(weighted)
             sizes = [weighted.n_eff for weighted in result.weighted]
             if sizes[-1] < max(sizes):
                 break
             population.add(drawn, weighted.log_w)
-            w = torch.softmax(weighted.log_w, 0)
+            known = log_r, torch.softmax(weighted.log_w, 0)
         result.given, result.best = given, i
-        regions.append(proposal.bounded(region, log_r, w, share, integer(seed, 4, i)))
+        if i + 1 < rounds:
+            regions.append(proposal.bounded(region, known, share, integer(seed, 4, i)))
     return result
