@@ -40,9 +40,9 @@ from scoreinv.npe import (
 )
 from scoreinv.npe.data import Standardise
 from scoreinv.npe.estimator import stacked
-from scoreinv.npe.fitting import recent
 from scoreinv.npe.flows import KINDS, new_flow
 from scoreinv.npe.mixture import Mixture
+from scoreinv.npe.weights import Average, joined
 from scoreinv.streams import seeded, stream
 
 D, M, NOISE = 2, 4, 0.5
@@ -700,16 +700,52 @@ class Stopped(Exception):
 
 
 def test_averages_of_the_weights_lag_behind_as_they_should():
-    """Of weights that rise by 1 a step: by average / (1 - average), at first by a tenth of the steps; 0: the last."""
-    for average, lag in ((0.9, 9.0), (0.5, 1.0), (0.0, 0.0)):
-        kept, counted = torch.zeros(1).double(), torch.zeros(1, dtype=torch.long)
-        update = recent(average)
-        for n in range(1, 400):
-            update([kept], [torch.tensor([float(n)]).double()], n)
-            update([counted], [torch.tensor([n])], n)
-            if n == 40 and average > 0.8:
-                assert 3.0 < 40 - float(kept) < 6.0
-        assert 399 - float(kept) == pytest.approx(lag, abs=0.01) and int(counted) == 399
+    """Of weights that rise by 1 a step: by share / (1 - share), at first by a tenth of the steps; 0: the last."""
+    for share, lag in ((0.9, 9.0), (0.5, 1.0), (0.0, 0.0)):
+        network = torch.nn.BatchNorm1d(1, affine=False)
+        network.register_parameter("rising", torch.nn.Parameter(torch.zeros(1).double()))
+        with joined(network) as weights:
+            average = Average(network, weights, share)
+            for n in range(1, 400):
+                weights[0] += 1
+                network.num_batches_tracked += 1
+                average.update()
+                if n == 40 and share > 0.8:
+                    assert 3.0 < 40 - float(average.network().rising.detach()) < 6.0
+            judged = average.network()
+            assert 399 - float(judged.rising.detach()) == pytest.approx(lag, abs=0.01)
+            assert int(judged.num_batches_tracked) == 399
+
+
+def test_a_step_of_joined_weights_is_that_of_each():
+    """Of two types and a layer that does not learn; and all stand alone afterwards, also where the fit breaks off."""
+    make = lambda: torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2).double()
+    )
+    with seeded(0):
+        each, network = make(), make()
+    network.load_state_dict(each.state_dict())
+    for layers in (each, network):
+        layers[1].requires_grad_(False)
+    x = torch.linspace(-1, 1, 15).reshape(5, 3)
+    loss = lambda layers: layers[2](layers[1](layers[0](x)).double()).square().sum()
+
+    def descended(layers, weights):
+        optimiser = torch.optim.AdamW(weights, lr=0.1, weight_decay=0.1)
+        for _ in range(5):
+            optimiser.zero_grad(set_to_none=False)
+            loss(layers).backward()
+            optimiser.step()
+
+    descended(each, [v for v in each.parameters() if v.requires_grad])
+    with pytest.raises(KeyboardInterrupt), joined(network) as weights:
+        assert {v.dtype: v.numel() for v in weights} == {torch.float32: 16, torch.float64: 10}
+        descended(network, weights)
+        raise KeyboardInterrupt
+    for a, b in zip(each.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    apart = {v.untyped_storage().data_ptr() for v in network.parameters()}
+    assert len(apart) == 6 and all(v.grad is None for v in network.parameters())
 
 
 def test_averages_are_what_is_kept_and_decay_pulls_weights_in(pairs):

@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from scoreinv.digests import digest, digest_of_json, rounded
 from scoreinv.npe.data import Inputs, mapped
 from scoreinv.npe.members import Member
+from scoreinv.npe.weights import Average, joined
 from scoreinv.streams import integer, seeded, stream
 
 Fresh = Callable[[Inputs, torch.Generator], Inputs]
@@ -114,15 +114,6 @@ def fit(
     x_held = pairs.fresh(mapped(pairs.x, lambda v: v[held_out]), stream(seed, 2))
     u_held, w_held = pairs.u[held_out], pairs.w[held_out]
     member.to(device)
-    optimiser = torch.optim.AdamW(
-        member.parameters(), lr=plan.rate, weight_decay=plan.decay, fused=True
-    )
-    running = AveragedModel(member, multi_avg_fn=recent(plan.average), use_buffers=True)
-    judged = running.module if plan.average else member
-    falling = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimiser, factor=0.5, patience=max(1, plan.patience // 2), threshold_mode="abs"
-    )
-    progressed = Progress(member.state_dict())
     card = {
         **(about or {}),
         "network": _drawn(member),
@@ -133,9 +124,17 @@ def fit(
         "pair weights": rounded(pairs.w),
         **asdict(plan),
     }
-    keeper = Keeper(checkpoint, card)
-    keeper.restore(member, running, optimiser, falling, progressed)
-    with tqdm(total=plan.epochs, disable=not progress, unit="epoch") as bar:
+    keeper, progressed = Keeper(checkpoint, card), Progress(member.state_dict())
+    with (
+        joined(member) as weights,
+        tqdm(total=plan.epochs, disable=not progress, unit="epoch") as bar,
+    ):
+        average = Average(member, weights, plan.average)
+        optimiser = torch.optim.AdamW(weights, lr=plan.rate, weight_decay=plan.decay, fused=True)
+        falling = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimiser, factor=0.5, patience=max(1, plan.patience // 2), threshold_mode="abs"
+        )
+        keeper.restore(member, average, optimiser, falling, progressed)
         bar.update(len(progressed.history))
         for epoch in range(len(progressed.history), plan.epochs):
             if progressed.waited >= plan.patience:
@@ -148,13 +147,13 @@ def fit(
                     some = mapped(pairs.x, lambda v, rows=rows: v[rows])
                     some = mapped(pairs.fresh(some, generator), there)
                     loss = member.loss(there(pairs.u[rows]), some, there(pairs.w[rows]))
-                    optimiser.zero_grad()
+                    optimiser.zero_grad(set_to_none=False)  # the gradients of the layers are views
                     loss.backward()
-                    nn.utils.clip_grad_norm_(member.parameters(), plan.clip)
+                    nn.utils.clip_grad_norm_(weights, plan.clip)
                     optimiser.step()
-                    if plan.average:
-                        running.update_parameters(member)
+                    average.update()
                     total += float(loss.detach()) * len(rows)
+            judged = average.network()
             now = _held_out_loss(judged, u_held, x_held, w_held, plan.batch, device, seed)
             if not math.isfinite(total + now):
                 raise FloatingPointError(
@@ -164,26 +163,12 @@ def fit(
             falling.step(now)
             found = {"loss": total / len(trained), "held out": now, "rate": rate}
             progressed.add(found, judged)
-            keeper.keep(member, running, optimiser, falling, progressed)
+            keeper.keep(member, average, optimiser, falling, progressed)
             bar.set_postfix(held_out=f"{now:.3f}", best=f"{progressed.best:.3f}")
             bar.update()
     member.load_state_dict(progressed.kept)
     member.cpu().eval()
     return progressed.history
-
-
-def recent(average: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]:
-    """Updates a running average of weights, which is over the last tenth of the steps until it is long enough."""
-
-    def update(kept: Sequence[Tensor], new: Sequence[Tensor], n: Tensor | int) -> None:
-        share = min(average, (1 + int(n)) / (10 + int(n)))
-        for old, now in zip(kept, new, strict=True):
-            if old.is_floating_point():
-                old.lerp_(now, 1 - share)
-            else:
-                old.copy_(now)
-
-    return update
 
 
 class Progress:
@@ -217,12 +202,12 @@ class Keeper:
         """After an epoch, so that what is there is always whole."""
         if self.file is None:
             return
-        running, optimiser, falling, progressed = others
+        average, optimiser, falling, progressed = others
         self.file.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "card": self.card,
             "member": member.state_dict(),
-            "running": running.state_dict(),
+            "average": average.state_dict(),
             "optimiser": optimiser.state_dict(),
             "falling": falling.state_dict(),
             "progress": vars(progressed),
@@ -235,7 +220,7 @@ class Keeper:
         """Take up the state where there is one."""
         if self.file is None or not self.file.exists():
             return
-        running, optimiser, falling, progressed = others
+        average, optimiser, falling, progressed = others
         try:
             state = torch.load(self.file, weights_only=True)
             card = state["card"]
@@ -251,7 +236,7 @@ class Keeper:
             )
         try:
             member.load_state_dict(state["member"])
-            running.load_state_dict(state["running"])
+            average.load_state_dict(state["average"])
             optimiser.load_state_dict(state["optimiser"])
             falling.load_state_dict(state["falling"])
         except (KeyError, RuntimeError, ValueError) as error:

@@ -60,6 +60,7 @@ def new_flow(
     if kind == "coupling" and parameters < 2:
         raise ValueError("a coupling needs two parameters or more; take maf, nsf or mixture")
     from zuko import flows
+    from zuko.nn import MaskedLinear
 
     if kind not in EXPLICIT:
         widths = tuple(2 * width for width in (*hidden, hidden[-1]))
@@ -68,8 +69,15 @@ def new_flow(
     if kind == "mixture":
         return flows.GMM(components=2 * transforms, **sizes)
     if kind == "maf":
-        return flows.MAF(transforms=transforms, **sizes)
-    return flows.NSF(transforms=transforms, passes=2 if kind == "coupling" else None, **sizes)
+        flow = flows.MAF(transforms=transforms, **sizes)
+    else:
+        passes = 2 if kind == "coupling" else None
+        flow = flows.NSF(transforms=transforms, passes=passes, **sizes)
+    for layer in flow.modules():
+        if isinstance(layer, MaskedLinear):
+            # multiplies weights at each step, and would be made of their type each time
+            layer.mask = layer.mask.to(layer.weight.dtype)
+    return flow
 
 
 class Transport(nn.Module, ABC):
