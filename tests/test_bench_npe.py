@@ -96,7 +96,7 @@ def test_the_table_says_how_good_an_estimate_is(monkeypatch):
     monkeypatch.setattr(npe, "DRAWS", 300)
     monkeypatch.setattr(npe, "WEIGHTED", 5000)
     plan = Fitting(epochs=3)
-    (row,) = npe.npe(npe.Suite(0, 1, 2, plan=plan), ["gaussian_mixture"])
+    row = npe.npe("gaussian_mixture", npe.Suite(0, 1, 2, plan=plan))
     assert 0.7 < row["C2ST"] > row["C2ST weighted"] + 0.02 and row["missed"].startswith("C2ST")
     assert 0 < row["n_eff / n"] < 1 and row["epochs"] == 3
 
@@ -105,7 +105,7 @@ def test_rounds_have_a_row_and_targets(monkeypatch):
     """Rounds of 300 and three epochs are far from the targets, and say so."""
     monkeypatch.setattr(npe, "A_ROUND", 300)
     monkeypatch.setattr(npe, "WEIGHTED", 500)
-    (row,) = npe.npe(npe.Suite(0, plan=Fitting(epochs=3)), ["sine"])
+    row = npe.npe("sine", npe.Suite(0, plan=Fitting(epochs=3)))
     assert row["missed"].startswith("n_eff of a round") and 1 <= row["rounds"] <= 3
 
 
@@ -114,7 +114,7 @@ def test_the_cost_of_an_epoch_has_a_row_and_targets(monkeypatch):
     monkeypatch.setattr(npe, "PAIRS", 300)
     for most, missed in ((0.0, "an epoch [CPU s], 10000 draws [CPU s]"), (math.inf, "-")):
         monkeypatch.setitem(npe.TARGETS, "speed", {k: (0, most) for k in npe.TARGETS["speed"]})
-        (row,) = npe.npe(npe.Suite(0), ["speed"])
+        row = npe.npe("speed", npe.Suite(0))
         assert row["missed"] == missed and row["an epoch [CPU s]"] > 0
 
 
@@ -132,9 +132,9 @@ def test_other_packages_are_judged_on_the_same_pairs_and_observations(monkeypatc
     monkeypatch.setattr(npe, "ESTIMATES", {"lazy": lazy, "absent": lazy})
     monkeypatch.setattr(npe, "missing", lambda package: "gone" if package == "absent" else "")
     with pytest.warns(UserWarning, match="left out: gone"):
-        ours, theirs = npe.npe(
-            npe.Suite(0, 2, 2, plan=Fitting(epochs=3), peers=True), ["gaussian_mixture"]
-        )
+        beside = npe.packages("gaussian_mixture", peers=True)
+    suite = npe.Suite(0, 2, 2, plan=Fitting(epochs=3))
+    ours, theirs = (npe.npe("gaussian_mixture", suite, package) for package in beside)
     assert (ours["package"], theirs["package"]) == ("scoreinv", "lazy")
     assert theirs["C2ST"] > 0.9 and theirs["missed"] == "-"
     for seed, theta in enumerate(given):
@@ -201,8 +201,11 @@ def test_a_table_is_kept_with_its_page_and_found_again(monkeypatch, tmp_path):
     assert page.count("\n| scoreinv |") == page.count("\n| sbi |") == page.count("## ") == 2
     figure = estimates_figure(json.loads(first.replace("null", "NaN")))
     assert [ax.get_title() for ax in figure.axes] == ["two_moons", "gaussian_mixture"]
-    # with another package there the table is another one
-    monkeypatch.setattr(npe, "missing", lambda package: "gone" if package == "nbi" else "")
-    monkeypatch.setattr(npe, "npe", lambda *_, **__: iter(()))
+    # of another package that is there its rows alone are found
+    monkeypatch.setitem(npe.ESTIMATES, "lampe", None)
+    monkeypatch.setattr(npe, "npe", lambda name, suite, package: new(name, package))
+    new = lambda name, package: {**json.loads(first)[0], "problem": name, "package": package}
     bench(config)
-    assert json.loads((tmp_path / "estimates.json").read_text()) == []
+    rows = json.loads((tmp_path / "estimates.json").read_text())
+    assert [row["package"] for row in rows] == ["scoreinv", "sbi", "lampe"] * 2
+    assert [row for row in rows if row["package"] != "lampe"] == json.loads(first)

@@ -12,13 +12,14 @@ import math
 import os
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from scoreinv.bench import tasks
 from scoreinv.bench.learned import psf_problem, uv_problem
@@ -80,7 +81,7 @@ class Suite:
         observations: Of each, those published, from the first on.
         members: Of the ensemble.
         plan: Of the fits; that of each problem if not given.
-        peers: Rows of sbi, lampe and nbi, too, where they are installed.
+        progress: Show how many observations have judged a fit.
     """
 
     seed: int
@@ -88,31 +89,29 @@ class Suite:
     observations: int = 10
     members: int = 1
     plan: Fitting | None = None
-    peers: bool = False
+    progress: bool = False
 
 
-def npe(suite: Suite, names: Sequence[str] = PROBLEMS) -> Iterator[dict[str, Any]]:
-    """A row of each problem, by name: medians over fits and observations."""
-    with one_thread():
-        for name in names:
-            yield from _rows(name, suite)
+def packages(name: str, peers: bool) -> list[str]:
+    """That have a row of a problem: ours, and sbi, lampe or nbi if wanted, and installed."""
+    others = {SINE: (NBI,)} | dict.fromkeys(tasks.TASKS, tuple(ESTIMATES))
+    return [OURS, *filter(present, others.get(name, ()) if peers else ())]
 
 
-def _rows(name: str, suite: Suite) -> Iterator[dict[str, Any]]:
-    """Those of one problem."""
+def npe(name: str, suite: Suite, package: str = OURS) -> dict[str, Any]:
+    """The row of a problem, one of `PROBLEMS`, for a package: medians over fits and observations."""
     seed = suite.seed
-    if name == SPEED:
-        yield speed(seed)
-    elif name in SCENES:
-        plan = suite.plan or Fitting(epochs=60, batch=100)
-        yield of_images(name, seed, suite.observations, plan)
-    elif name == SINE:
-        plan = suite.plan or Fitting(epochs=40, batch=256)
-        yield sine(seed, OURS, lambda s: _rounds(s, plan))
-        if suite.peers and present(NBI):
-            yield sine(seed, NBI, lambda s: _rounds_by_nbi(s, plan))
-    else:
-        yield from estimates(name, suite)
+    with one_thread():
+        if name == SPEED:
+            return speed(seed)
+        if name in SCENES:
+            plan = suite.plan or Fitting(epochs=60, batch=100)
+            return of_images(name, seed, suite.observations, plan)
+        if name == SINE:
+            plan = suite.plan or Fitting(epochs=40, batch=256)
+            rounds = _rounds if package == OURS else _rounds_by_nbi
+            return sine(seed, package, lambda s: rounds(s, plan))
+        return estimates(name, suite, package)
 
 
 def present(package: str) -> bool:
@@ -122,15 +121,14 @@ def present(package: str) -> bool:
     return not reason
 
 
-def estimates(name: str, suite: Suite) -> Iterator[dict[str, Any]]:
-    """The rows of one of `tasks.TASKS`: ours, and of the same pairs and observations those of sbi and lampe."""
+def estimates(name: str, suite: Suite, package: str) -> dict[str, Any]:
+    """The row of one of `tasks.TASKS`, of the same pairs and observations for each package."""
     task, seen = tasks.TASKS[name](), tasks.published(name)[: suite.observations]
     plan = suite.plan or Fitting(average=AVERAGE, patience=PATIENCE, decay=task.decay)
 
-    def fitted(
-        package: str, seed: int, judged_by: Iterable[int]
-    ) -> tuple[list[dict[str, float]], dict[str, float]]:
+    def fitted(i: int) -> tuple[list[dict[str, float]], dict[str, float]]:
         """What is known of the estimates of some observations, and what the fit cost."""
+        seed = suite.seed + i
         theta = task.prior.sample(PAIRS, seed)
         x = task.simulate(theta, stream(seed, 1))
         began = cpu_seconds()
@@ -143,18 +141,19 @@ def estimates(name: str, suite: Suite) -> Iterator[dict[str, Any]]:
         else:
             draws = ESTIMATES[package](task.prior, task.flow, theta, x, seed)
             cost, judge = {TRAINING: cpu_seconds() - began}, partial(_told, task, draws)
-        return [judge(seen[i], seed, i) for i in judged_by], cost
+        judges = tqdm(
+            range(i, len(seen), suite.fits),
+            f"{name}, {package}, fit {i + 1} of {suite.fits}",
+            disable=not suite.progress,
+        )
+        return [judge(seen[j], seed, j) for j in judges], cost
 
-    for package in (OURS, *filter(present, ESTIMATES if suite.peers else ())):
-        each = [
-            fitted(package, suite.seed + i, range(i, len(seen), suite.fits))
-            for i in range(suite.fits)
-        ]
-        row = {"problem": name, "package": package, "flow": task.flow}
-        row |= _medians([found for of_fit, _ in each for found in of_fit])
-        row |= {"observations": len(seen), "fits": suite.fits, "seed": suite.seed}
-        row |= _medians([cost for _, cost in each])
-        yield {**row, "missed": _missed(name, row) if package == OURS else "-"}
+    each = [fitted(i) for i in range(suite.fits)]
+    row = {"problem": name, "package": package, "flow": task.flow}
+    row |= _medians([found for of_fit, _ in each for found in of_fit])
+    row |= {"observations": len(seen), "fits": suite.fits, "seed": suite.seed}
+    row |= _medians([cost for _, cost in each])
+    return {**row, "missed": _missed(name, row) if package == OURS else "-"}
 
 
 def _medians(found: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
 
@@ -29,6 +29,7 @@ from scoreinv.bench.records import Records, Rows
 from scoreinv.cli.problem import HELD_OUT, PRIOR, truths
 from scoreinv.samplers.path import Sampler
 
+Case = TypeVar("Case")
 FEW = 20  # draws
 TABLES = ("exact", "coverage", "learned", "rtb", "npe", "speed", "scaling")
 
@@ -262,14 +263,14 @@ def _rtb(config: BenchConfig) -> list[dict[str, Any]]:
 def _npe(config: BenchConfig) -> list[dict[str, Any]]:
     names = config.problems or (npe.QUICK if config.quick else npe.PROBLEMS)
     fits, observations = (1, 3) if config.quick else (2, 10)
-    # a package that was not there is no part of what is kept
-    others = [p for p in (*npe.ESTIMATES, npe.NBI) if config.peers and not npe.missing(p)]
+    shown = sys.stderr.isatty()
+    suite = npe.Suite(config.seed, fits, observations, config.members, progress=shown)
     keys = {
-        name: f"{name} {config.seed} {fits} {observations} {config.members} {others}"
+        (name, package): f"{name} {package} {config.seed} {fits} {observations} {config.members}"
         for name in names
+        for package in npe.packages(name, config.peers)
     }
-    suite = npe.Suite(config.seed, fits, observations, config.members, peers=config.peers)
-    rows = _kept(config, keys, lambda name: npe.npe(suite, [name]))
+    rows = _kept(config, keys, lambda case: [npe.npe(case[0], suite, case[1])])
     if config.output:
         _publish(config, estimates_figure(rows), partial(estimates, rows))
     return rows
@@ -277,14 +278,14 @@ def _npe(config: BenchConfig) -> list[dict[str, Any]]:
 
 def _kept(
     config: BenchConfig,
-    keys: Mapping[str, str],
-    found: Callable[[str], Iterable[dict[str, Any]]],
+    keys: Mapping[Case, str],
+    found: Callable[[Case], Iterable[dict[str, Any]]],
 ) -> list[dict[str, Any]]:
-    """Rows of all problems, printed; those that are kept beside the output are found again by their key."""
+    """Rows of all cases, printed; those that are kept beside the output are found again by their key."""
     records, rows = Records(_store(config), Rows), []
-    for name, key in keys.items():
+    for case, key in keys.items():
         if key not in records:
-            records.add(Rows(key, tuple(found(name))))
+            records.add(Rows(key, tuple(found(case))))
         rows += records[key].rows
         print(table(list(records[key].rows)), end="\n\n", flush=True)
     print(table(rows))
