@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from functools import partial
 
 import numpy as np
@@ -116,6 +117,23 @@ def test_the_cost_of_an_epoch_has_a_row_and_targets(monkeypatch):
         monkeypatch.setitem(npe.TARGETS, "speed", {k: (0, most) for k in npe.TARGETS["speed"]})
         row = npe.npe("speed", npe.Suite(0))
         assert row["missed"] == missed and row["an epoch [CPU s]"] > 0
+
+
+def test_an_epoch_of_another_package_is_measured_alike(monkeypatch):
+    """Of one whose epochs take a tenth of a second, without targets."""
+
+    def busy(prior, flow, theta, x, seed, epochs):
+        began = time.process_time()
+        while time.process_time() < began + 0.1 * epochs:
+            pass
+        return lambda x, n: prior.sample(n, seed)
+
+    monkeypatch.setattr(npe, "ESTIMATES", {"busy": busy})
+    monkeypatch.setattr(npe, "missing", lambda package: "")
+    monkeypatch.setattr(npe, "TIMES", 1)
+    assert npe.packages("speed", peers=True) == ["scoreinv", "busy"]
+    row = npe.npe("speed", npe.Suite(0), "busy")
+    assert row["an epoch [CPU s]"] == pytest.approx(0.1, abs=0.01) and row["missed"] == "-"
 
 
 def test_other_packages_are_judged_on_the_same_pairs_and_observations(monkeypatch):

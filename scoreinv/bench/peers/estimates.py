@@ -14,6 +14,7 @@ import math
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,7 +57,9 @@ def cpu_seconds() -> float:
     return time.process_time() + sum(os.times()[2:4])
 
 
-def by_sbi(prior: ParameterPrior, flow: str, theta: Tensor, x: Tensor, seed: int) -> Draws:
+def by_sbi(
+    prior: ParameterPrior, flow: str, theta: Tensor, x: Tensor, seed: int, epochs: int = 2**31 - 1
+) -> Draws:
     """NPE of sbi, for parameters that are uniform within their ends, from pairs of shape (n, d) and (n, m)."""
     from sbi.inference import NPE
     from sbi.utils import BoxUniform
@@ -72,8 +75,10 @@ def by_sbi(prior: ParameterPrior, flow: str, theta: Tensor, x: Tensor, seed: int
         stack.callback(log.close)
         nowhere = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(nowhere))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Maximum number of epochs")
         learned = NPE(box, kind, show_progress_bars=False, tracker=TensorBoardTracker(log))
-        learned.append_simulations(theta.float(), x.float()).train()
+        learned.append_simulations(theta.float(), x.float()).train(max_num_epochs=epochs)
         posterior = learned.build_posterior()
 
     def draws(x: Tensor, n: int) -> Tensor:
@@ -83,13 +88,15 @@ def by_sbi(prior: ParameterPrior, flow: str, theta: Tensor, x: Tensor, seed: int
     return draws
 
 
-def by_lampe(prior: ParameterPrior, flow: str, theta: Tensor, x: Tensor, seed: int) -> Draws:
+def by_lampe(
+    prior: ParameterPrior, flow: str, theta: Tensor, x: Tensor, seed: int, epochs: int = 500
+) -> Draws:
     """NPE of lampe on standardised numbers, fitted as ours are by default."""
     import zuko
     from lampe.inference import NPE, NPELoss
     from lampe.utils import GDStep
 
-    plan, unit = Fitting(), theta.std(0)
+    plan, unit = Fitting(epochs=epochs), theta.std(0)
     middle, centre, scale = theta.mean(0), x.mean(0), x.std(0)
     pairs = ((theta - middle) / unit).float(), ((x - centre) / scale).float()
     n_held = round(HELD_OUT * len(theta))
