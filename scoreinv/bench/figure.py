@@ -94,7 +94,7 @@ def estimates_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     columns = max(len(groups), 1)
     figure = Figure(figsize=(2.8 * columns + 0.4, 2.9), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
+    axes = figure.subplots(1, columns, squeeze=False, sharex=True, sharey=True)[0]
     for ax, group in zip(axes, groups, strict=False):
         for row in group:
             ours = row["package"] == "scoreinv"
@@ -106,7 +106,10 @@ def estimates_figure(rows: Sequence[dict[str, Any]]) -> Figure:
                 ax.plot(x, row["C2ST weighted"], ls="", label=label, fillstyle="none", **style)
         ax.axhline(0.5, color=FAINT, linewidth=0.8, linestyle="--")
         ax.set_title(group[0]["problem"], fontsize=8, color=INK)
-        ax.margins(x=0.3, y=0.1)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
+        ax.margins(0.1)
         ax.tick_params(labelsize=7)
     figure.supxlabel("fit [CPU s]", fontsize=9, color=INK)
     figure.supylabel("C2ST", fontsize=9, color=INK)
