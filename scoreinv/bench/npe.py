@@ -186,9 +186,8 @@ def speed(seed: int, package: str) -> dict[str, Any]:
     draws = fitted(1)  # the first of all fits imports and compiles
     one, more = (least(partial(fitted, epochs)) for epochs in (1, 1 + EPOCHS))
     found = {"an epoch [CPU s]": (more - one) / EPOCHS}
-    if (
-        package == OURS
-    ):  # sbi draws until a draw is within the prior, which is no matter of speed after an epoch
+    if package == OURS:
+        # sbi draws until a draw is within the prior, which after one epoch says nothing of its speed
         found[f"{WEIGHTED} draws [CPU s]"] = least(lambda: draws(x[0], WEIGHTED))
     row = {"problem": SPEED, "package": package, "flow": "maf", **found, "seed": seed}
     return {**row, "missed": _missed(SPEED, found) if package == OURS else "-"}
