@@ -757,7 +757,8 @@ def test_averages_are_what_is_kept_and_decay_pulls_weights_in(pairs):
         named = fitted.members[0].named_parameters()
         return torch.cat([v.detach().flatten() for k, v in named if k.endswith("weight")])
 
-    last, averaged, decayed = weights(), weights(average=0.9), weights(decay=3.0)
+    last, averaged = weights(average=0), weights(average=0.9)
+    decayed = weights(average=0, decay=3.0)
     assert 0 < float((averaged - last).norm()) < 0.5 * float(last.norm())
     assert float(decayed.norm()) < 0.7 * float(last.norm())
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from scoreinv.averages import follow
 from scoreinv.bench.problems import MixtureProblem
 from scoreinv.gaussian import Covariance, Dense, Fourier, Gaussian
 from scoreinv.kernels import noise_levels
@@ -121,9 +122,7 @@ class LearnedPrior(Prior):
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            with torch.no_grad():
-                for k, v in self.network.state_dict().items():
-                    average[k].lerp_(v, 1 - min(AVERAGE, (1 + t) / (10 + t)))
+            follow(average.values(), self.network.state_dict().values(), AVERAGE, 1 + t)
         self.network.load_state_dict(average)
         self.network.requires_grad_(False)
 

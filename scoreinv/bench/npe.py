@@ -53,8 +53,6 @@ SCENE_NOISE, IMAGES, WORKERS = 0.05, 6000, 2
 SPEED, EPOCHS, TIMES = "speed", 5, 5
 TRAINING = "training [CPU s]"
 PROBLEMS = (*tasks.TASKS, SINE, SPEED, *SCENES)
-AVERAGE = 0.99  # of the weights of an estimate
-PATIENCE = 10  # epochs; with 20, two moons take 1.7 times as long for 0.02 nat
 QUICK = ("two_moons", "gaussian_linear_uniform")
 EXACT = {"C2ST weighted": (0, 0.53), "n_eff / n": (0.2, INF)}
 TARGETS: dict[str, dict[str, tuple[float, float]]] = {
@@ -124,7 +122,7 @@ def present(package: str) -> bool:
 def estimates(name: str, suite: Suite, package: str) -> dict[str, Any]:
     """The row of one of `tasks.TASKS`, of the same pairs and observations for each package."""
     task, seen = tasks.TASKS[name](), tasks.published(name)[: suite.observations]
-    plan = suite.plan or Fitting(average=AVERAGE, patience=PATIENCE, decay=task.decay)
+    plan = suite.plan or Fitting(decay=task.decay)
 
     def fitted(i: int) -> tuple[list[dict[str, float]], dict[str, float]]:
         """What is known of the estimates of some observations, and what the fit cost."""

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from scoreinv.averages import follow
 from scoreinv.digests import digest
 from scoreinv.finetune.objectives import ForwardKL, LogVariance, Objective
 from scoreinv.finetune.paths import Engine, Paths
@@ -257,11 +258,8 @@ class _State:
 
     def follow(self, found: dict[str, float]) -> None:
         """After a step: the running mean, and what is remembered."""
-        decay = min(self.plan.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for k, v in self.control.state_dict().items():
-                self.average[k].lerp_(v, 1 - decay)
         self.step += 1
+        follow(self.average.values(), self.control.state_dict().values(), self.plan.ema, self.step)
         self.history.append(found)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -298,7 +296,8 @@ class _State:
         }
         self.step, self.history = int(record["step"]), json.loads(record["history"])
         self.control.load_state_dict(part("weight"))
-        self.average = {k: v.to(self.average[k].device) for k, v in part("average").items()}
+        kept = part("average")
+        self.average = {k: kept[k].to(v.device) for k, v in self.average.items()}
         for i, p in enumerate(self.own):
             p.data.copy_(tensors[f"own.{i}"])
         state = self.optimiser.state_dict()

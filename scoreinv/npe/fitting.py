@@ -34,16 +34,16 @@ class Fitting:
         patience: Epochs without a better loss of the held-out pairs after which the fit ends.
         clip: Longest gradient.
         average: Share of itself that the average of the weights keeps at each step, less in the first ones. The average is
-            what is judged and kept; 0 are the last weights. 0.99 is worth it where large flows learn of few pairs.
+            what is judged and kept; 0 are the last weights.
         decay: Of the weights, in units of the rate, as `torch.optim.AdamW` takes it off.
     """
 
     epochs: int = 500
     batch: int = 256
     rate: float = 1e-3
-    patience: int = 20
+    patience: int = 10
     clip: float = 5.0
-    average: float = 0.0
+    average: float = 0.99
     decay: float = 0.0
 
     def __post_init__(self) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scoreinv.averages import follow
+
 
 @contextlib.contextmanager
 def joined(network: nn.Module) -> Iterator[list[Tensor]]:
@@ -59,13 +61,10 @@ class Average:
         self._judged = copy.deepcopy(member) if share else member
         self._averaged = _join(self._judged) if share else weights
 
-    @torch.no_grad()
     def update(self) -> None:
         """After a step."""
         if self.share:
-            share = min(self.share, self.steps / (9 + self.steps))
-            for old, now in zip(self._averaged, self._weights, strict=True):
-                old.lerp_(now, 1 - share)
+            follow(self._averaged, self._weights, self.share, self.steps)
             self.steps += 1
 
     @torch.no_grad()

@@ -55,6 +55,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from scoreinv.averages import follow
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise
 from scoreinv.operators import Identity
@@ -176,9 +177,7 @@ def _fitted(
         lost.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimiser.step()
-        with torch.no_grad():
-            for k, v in module.state_dict().items():
-                average[k].lerp_(v, 1 - min(EMA, (1 + t) / (10 + t)))
+        follow(average.values(), module.state_dict().values(), EMA, 1 + t)
     module.load_state_dict(average)
     return module.eval().requires_grad_(False)
 

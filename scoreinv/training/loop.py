@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from scoreinv.averages import follow
 from scoreinv.gaussian import Gaussian
 from scoreinv.priors.network import ErrorModel, ScorePrior, preconditioning
 from scoreinv.priors.unet import UNet, initialise
@@ -52,13 +53,6 @@ class _State:
             network.parameters(), lr=plan.rate, betas=(0.9, 0.99), weight_decay=0.0
         )
         self.average = {k: v.detach().clone() for k, v in network.named_parameters()}
-
-    def follow(self, network: torch.nn.Module, decay: float) -> None:
-        """Move the average towards the weights; early on faster, so that the start is forgotten."""
-        decay = min(decay, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for k, v in network.named_parameters():
-                self.average[k].lerp_(v.detach().to(self.average[k].device), 1 - decay)
 
     def save(self, path: Path, network: torch.nn.Module, optimiser: torch.optim.Optimizer) -> None:
         tensors = {f"average.{k}": v for k, v in self.average.items()}
@@ -170,7 +164,8 @@ def _fit(
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             state.step += 1
-            state.follow(accelerator.unwrap_model(model), plan.ema)
+            weights = accelerator.unwrap_model(model).parameters()
+            follow(state.average.values(), weights, plan.ema, 1 + state.step)
             losses.append(float(loss.detach()))
             bar.update()
             if state.step % LOG_EVERY == 0 and main:

@@ -1,8 +1,9 @@
 """Estimates of scalar parameters by other packages, at their own defaults where they have any, from the extra `bench`.
 
 sbi: Boelts, Deistler et al., sbi reloaded (2025, 10.21105/joss.07754). lampe: Rozet et al. (github.com/probabilists/lampe),
-which leaves the fit to its user, who here takes the plan of ours. nbi: Zhang et al. (2023, arXiv:2312.03824), by the
-networks of its example. All draw from the global streams of random numbers, which are set for them and put back.
+which leaves the fit to its user, who here takes the plan of ours with the last weights and twice the patience. nbi: Zhang
+et al. (2023, arXiv:2312.03824), by the networks of its example. All draw from the global streams of random numbers, which
+are set for them and put back.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from scoreinv.npe import Fitting, ParameterPrior
 
 Draws = Callable[[Tensor, int], Tensor]  # n draws of the posterior of x, with shape (n, d)
 HELD_OUT = 0.1  # of the pairs
+PATIENCE = 20  # epochs, of lampe's fits
 
 
 def missing(package: str) -> str:
@@ -91,12 +93,12 @@ def by_sbi(
 def by_lampe(
     prior: ParameterPrior, flow: str, theta: Tensor, x: Tensor, seed: int, epochs: int = 500
 ) -> Draws:
-    """NPE of lampe on standardised numbers, fitted as ours are by default."""
+    """NPE of lampe on standardised numbers."""
     import zuko
     from lampe.inference import NPE, NPELoss
     from lampe.utils import GDStep
 
-    plan, unit = Fitting(epochs=epochs), theta.std(0)
+    plan, unit = Fitting(epochs=epochs, patience=PATIENCE, average=0), theta.std(0)
     middle, centre, scale = theta.mean(0), x.mean(0), x.std(0)
     pairs = ((theta - middle) / unit).float(), ((x - centre) / scale).float()
     n_held = round(HELD_OUT * len(theta))
