@@ -40,6 +40,8 @@ from scoreinv.npe import (
 )
 from scoreinv.npe.data import Standardise
 from scoreinv.npe.estimator import stacked
+from scoreinv.npe.featurizers import featurizer_for
+from scoreinv.npe.fitting import Progress
 from scoreinv.npe.flows import KINDS, new_flow
 from scoreinv.npe.mixture import Mixture
 from scoreinv.npe.weights import Average, joined
@@ -763,6 +765,25 @@ def test_averages_are_what_is_kept_and_decay_pulls_weights_in(pairs):
     assert float(decayed.norm()) < 0.7 * float(last.norm())
 
 
+def test_the_rate_is_halved_where_nothing_is_gained_and_falls_at_the_end():
+    """As by torch's own schedule, but for the last fifth of the epochs."""
+    plan, network = Fitting(epochs=60, rate=2e-3, patience=6), torch.nn.Linear(1, 1)
+    optimiser = torch.optim.SGD(network.parameters(), lr=plan.rate)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimiser, patience=3, factor=0.5, threshold=1e-4, threshold_mode="abs"
+    )
+    progress, g = Progress(network.state_dict()), torch.Generator().manual_seed(0)
+    rates, expected = [], []
+    for epoch in range(plan.epochs):
+        rates.append(progress.rate(plan))
+        expected.append(optimiser.param_groups[0]["lr"] * min(1, (60 - epoch) / 12))
+        held_out = math.exp(-epoch / 5) + 0.01 * float(torch.rand(1, generator=g))
+        progress.add({"held out": held_out}, network, plan)
+        theirs.step(held_out)
+    assert rates == pytest.approx(expected, rel=1e-12)
+    assert rates[20] == plan.rate > 2 * rates[45] and rates[-1] < rates[47] / 11
+
+
 def test_a_fit_goes_on_where_it_was_interrupted(pairs, tmp_path):
     """To the same bits; and not with other pairs."""
     theta, x = pairs[0][:600], pairs[1][:600]
@@ -883,6 +904,25 @@ def test_features_of_every_kind_of_data():
     order = torch.randperm(7)
     torch.testing.assert_close(sets(x["set"]), sets(x["set"][:, :, order]))
     assert MLP(4, 6)(torch.randn(3, 4)).shape == (3, 6)
+
+
+def test_features_know_the_level_of_data_and_where_in_a_series_something_happens():
+    """A negative control: means and maxima of a series are those of the same one, eight samples later."""
+    pulse = torch.exp(-0.5 * ((torch.arange(96.0) - 40) / 2) ** 2)[None, None]
+    later = pulse.roll(8, 2)
+    placed, pooled = ResNet1D(1, 8, (8, 16), length=96), ResNet1D(1, 8, (8, 16))
+    apart = lambda network, a, b: float((network(a) - network(b)).detach().norm())
+    assert apart(pooled, pulse, later) < 1e-4 < 1e-2 < apart(placed, pulse, later)
+    image = torch.ones(1, 1, 16, 16)
+    for network, x in ((pooled, pulse), (ResNet2D(1, 8, (8, 16)), image)):
+        assert apart(network, x, 1.5 * x) > 1e-2
+    long = featurizer_for((2, 4096))
+    assert long(torch.randn(3, 2, 4096)).shape == (3, long.features)
+    assert sum(p.numel() for p in long.parameters()) < 1_000_000
+    with pytest.raises(ValueError, match="a series has length 95, expected 96"):
+        placed(pulse[:, :, 1:])
+    with pytest.raises(ValueError, match="recurrent and length"):
+        ResNet1D(1, recurrent=True, length=96)
 
 
 @pytest.mark.parametrize("layers", [0, 2])

@@ -13,7 +13,7 @@ from scoreinv.cli import main
 from scoreinv.likelihood import Likelihood
 from scoreinv.noise import GaussianNoise
 from scoreinv.npe import NPE, NRE, Clipped, Fitting, ParameterPrior, Truncated, sequential
-from scoreinv.npe.examples import EXAMPLES, disc, power
+from scoreinv.npe.examples import EXAMPLES, chirp, disc, power
 from scoreinv.npe.examples.cluster import KEV, counted, energy_flux, expected, photons
 from scoreinv.npe.examples.dust import black_body
 from scoreinv.npe.figure import corner, predictive
@@ -116,6 +116,11 @@ def test_examples_have_the_units_that_they_say():
     V = simulator.simulate(face_on, None)
     torch.testing.assert_close(V[0], V[1])  # the position angle of a face-on disc says nothing
     assert float(V.max()) < 0.2
+    simulator, at = chirp(), int(0.3 * 1024)
+    theta = torch.tensor([[28.0, 0.45, 1.0, 0.0], [28.0, 0.45, 0.0, 1.0]]).double()
+    h = simulator.simulate(theta, None)[:, 0, at]
+    # the first is at its crest in the middle of the data, the second at a node, but for a fifth of a sample
+    torch.testing.assert_close(h, torch.tensor([0.15**-0.25, 0.0]).double(), atol=0.1, rtol=0.01)
 
 
 # --- rounds --------------------------------------------------------------------------------------

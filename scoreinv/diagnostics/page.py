@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,8 +23,11 @@ INK, FAINT, BAD, GOOD = "#1b1b1f", "#6f6f78", "#d1495b", "#30638e"
 COLOURS = ("#30638e", "#d1495b", "#edae49", "#3a7d44", "#7b4b94", "#00798c", "#8d6a3f", "#444444")
 MOST = 10  # names beside a panel
 CURVES = ("whitened distance", "distance in units of sd", "distance to reference")
-FINE = (0.8, 0.9, 1.0, 1.1, 1.2)  # ticks of widths near 1, and of others
-COARSE = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+TICKS = {  # of widths, by the ratio of the ends of their axis that they are fine enough for
+    1.6: (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4),
+    3.0: (0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 2.5),
+    math.inf: (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
+}
 
 
 def page(report: Coverage) -> Figure:
@@ -115,7 +119,8 @@ def _widths(ax: Axes, report: Coverage) -> None:
     ax.set_xscale("log")
     low, high = ax.get_xlim()
     low, high = min(low, 0.88), max(high, 1.13)
-    ax.xaxis.set_major_locator(FixedLocator(FINE if 0.7 < low < high < 1.4 else COARSE))
+    ticks = next(ticks for ratio, ticks in TICKS.items() if high / low <= ratio)
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlim(low, high)

@@ -34,18 +34,41 @@ class MLP(nn.Module):
 
 
 class _Residual(nn.Module):
-    """Two convolutions beside the identity, at half the resolution."""
+    """Two convolutions beside the identity, at a part of the resolution.
 
-    def __init__(self, conv: type[nn.Module], inputs: int, outputs: int) -> None:
+    Args:
+        conv: Kind of convolutions.
+        inputs: Channels.
+        outputs: Channels; a multiple of 8.
+        stride: Steps of the input from one of the output to the next.
+        raw: The input are data, whose units and level say something: taken as they are, not made alike.
+    """
+
+    def __init__(
+        self, conv: type[nn.Module], inputs: int, outputs: int, stride: int, raw: bool
+    ) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(1, inputs), nn.GroupNorm(8, outputs)
-        self.first = conv(inputs, outputs, 3, stride=2, padding=1)
-        self.second = conv(outputs, outputs, 3, padding=1)
-        self.skip = conv(inputs, outputs, 1, stride=2)
+        known = nn.Identity() if raw else nn.Sequential(nn.GroupNorm(1, inputs), nn.SiLU())
+        reach = max(1, stride - 1)
+        self.first = nn.Sequential(
+            known, conv(inputs, outputs, 2 * reach + 1, stride=stride, padding=reach)
+        )
+        self.second = nn.Sequential(
+            nn.GroupNorm(8, outputs), nn.SiLU(), conv(outputs, outputs, 3, padding=1)
+        )
+        self.skip = conv(inputs, outputs, 1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.first(nn.functional.silu(self.norm1(x)))
-        return self.skip(x) + self.second(nn.functional.silu(self.norm2(h)))
+        return self.skip(x) + self.second(self.first(x))
+
+
+def _residual(
+    conv: type[nn.Module], channels: int, widths: Sequence[int], stride: int = 2
+) -> nn.Sequential:
+    """Blocks of these widths, each at half the resolution of the one before; the first with a stride of its own."""
+    both = zip([channels, *widths], widths, strict=False)
+    blocks = (_Residual(conv, a, b, 2 if i else stride, not i) for i, (a, b) in enumerate(both))
+    return nn.Sequential(*blocks)
 
 
 class ResNet2D(nn.Module):
@@ -61,8 +84,7 @@ class ResNet2D(nn.Module):
         self, channels: int = 1, features: int = 64, widths: Sequence[int] = (16, 32, 64)
     ) -> None:
         super().__init__()
-        both = zip([channels, *widths], widths, strict=False)
-        self.blocks = nn.Sequential(*(_Residual(nn.Conv2d, a, b) for a, b in both))
+        self.blocks = _residual(nn.Conv2d, channels, widths)
         self.last, self.features = nn.Linear(2 * widths[-1], features), features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,13 +93,21 @@ class ResNet2D(nn.Module):
 
 
 class ResNet1D(nn.Module):
-    """Of series and spectra, with shape (B, channels, length); with a GRU over the coarse series if asked for.
+    """Of series and spectra, with shape (B, channels, length).
+
+    Features are means and maxima over the series; or means and the end of a GRU; or, of a series whose length is given, of
+    all there is at each place, which learns soonest where something happens: a phase, a redshift.
 
     Args:
         channels: Of the series; times, errors and a mask of missing data may be some.
         features: That it makes.
         widths: Channels of the residual blocks, each at half the resolution of the one before; multiples of 8.
         recurrent: End in a GRU, for light curves whose order matters over all their length.
+        length: Of all series; None for any.
+        stride: Of the first block, in samples; more than 2 where series are long and change slowly.
+
+    Raises:
+        ValueError: A GRU of a length that is given.
     """
 
     def __init__(
@@ -86,16 +116,27 @@ class ResNet1D(nn.Module):
         features: int = 64,
         widths: Sequence[int] = (16, 32, 64),
         recurrent: bool = False,
+        length: int | None = None,
+        stride: int = 2,
     ) -> None:
         super().__init__()
-        both = zip([channels, *widths], widths, strict=False)
-        self.blocks = nn.Sequential(*(_Residual(nn.Conv1d, a, b) for a, b in both))
-        width = widths[-1]
+        if recurrent and length:
+            raise ValueError("recurrent and length are two ways to keep the order; expected one")
+        self.blocks = _residual(nn.Conv1d, channels, widths, stride)
+        width, self.length, self.features = widths[-1], length, features
         self.gru = nn.GRU(width, width, batch_first=True) if recurrent else None
-        self.last, self.features = nn.Linear(2 * width, features), features
+        if length:
+            places = self.blocks(torch.zeros(1, channels, length)).numel()
+            self.last = MLP(places, features, hidden=(128,))
+        else:
+            self.last = nn.Linear(2 * width, features)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.length and x.shape[2] != self.length:
+            raise ValueError(f"a series has length {x.shape[2]}, expected {self.length}")
         h = self.blocks(x)
+        if self.length:
+            return self.last(h)
         end = h.amax(2) if self.gru is None else self.gru(h.transpose(1, 2))[1][0]
         return self.last(torch.cat([h.mean(2), end], 1))
 
@@ -158,10 +199,13 @@ class Named(nn.Module):
 
 def featurizer_for(shape: Sequence[int], features: int = 64) -> nn.Module:
     """A featurizer that suits data of a shape: some numbers, series (C, length), or images (C, H, W)."""
-    kinds = {1: MLP, 2: ResNet1D, 3: ResNet2D}
-    if len(shape) not in kinds:
+    if len(shape) not in (1, 2, 3):
         raise ValueError(
             f"a simulation has shape {tuple(shape)}, expected (numbers,), (channels, length) or (channels, H, W); or pass a "
             "featurizer"
         )
-    return kinds[len(shape)](shape[0], features)
+    if len(shape) == 2:
+        # at no more than some sixty places
+        stride = max(2, shape[1] // 256)
+        return ResNet1D(shape[0], features, length=shape[1], stride=stride)
+    return (MLP if len(shape) == 1 else ResNet2D)(shape[0], features)

@@ -21,6 +21,8 @@ from scoreinv.npe.weights import Average, joined
 from scoreinv.streams import integer, seeded, stream
 
 Fresh = Callable[[Inputs, torch.Generator], Inputs]
+FALLING = 0.2  # of the epochs, in which the rate falls
+GAIN = 1e-4  # of the loss of the held-out pairs, below which an epoch is no better than those before it
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Fitting:
     """How long and how fast.
 
     Args:
-        epochs: Passes over the pairs, at most.
+        epochs: Passes over the pairs, at most; in the last fifth of them the rate falls to nothing.
         batch: Pairs of a step.
         rate: First learning rate; halved when half of the patience is over.
         patience: Epochs without a better loss of the held-out pairs after which the fit ends.
@@ -131,14 +133,13 @@ def fit(
     ):
         average = Average(member, weights, plan.average)
         optimiser = torch.optim.AdamW(weights, lr=plan.rate, weight_decay=plan.decay, fused=True)
-        falling = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimiser, factor=0.5, patience=max(1, plan.patience // 2), threshold_mode="abs"
-        )
-        keeper.restore(member, average, optimiser, falling, progressed)
+        keeper.restore(member, average, optimiser, progressed)
         bar.update(len(progressed.history))
         for epoch in range(len(progressed.history), plan.epochs):
             if progressed.waited >= plan.patience:
                 break
+            rate = progressed.rate(plan)
+            optimiser.param_groups[0]["lr"] = rate
             generator, total = stream(seed, 1, epoch), 0.0
             member.train()
             order = trained[torch.randperm(len(trained), generator=generator)]
@@ -159,11 +160,9 @@ def fit(
                 raise FloatingPointError(
                     f"the loss of epoch {epoch} is not finite: are the data? Standardised, they should be a few units wide"
                 )
-            rate = optimiser.param_groups[0]["lr"]
-            falling.step(now)
             found = {"loss": total / len(trained), "held out": now, "rate": rate}
-            progressed.add(found, judged)
-            keeper.keep(member, average, optimiser, falling, progressed)
+            progressed.add(found, judged, plan)
+            keeper.keep(member, average, optimiser, progressed)
             bar.set_postfix(held_out=f"{now:.3f}", best=f"{progressed.best:.3f}")
             bar.update()
     member.load_state_dict(progressed.kept)
@@ -177,14 +176,24 @@ class Progress:
     def __init__(self, state: dict[str, Tensor]) -> None:
         self.history: list[dict[str, float]] = []
         self.best, self.waited, self.kept = math.inf, 0, copy.deepcopy(state)
+        self.least, self.stalled, self.halvings = math.inf, 0, 0
 
-    def add(self, epoch: dict[str, float], member: nn.Module) -> None:
+    def rate(self, plan: Fitting) -> float:
+        """Of the next epoch."""
+        left = (plan.epochs - len(self.history)) / (FALLING * plan.epochs)
+        return plan.rate * 0.5**self.halvings * min(1.0, left)
+
+    def add(self, epoch: dict[str, float], member: nn.Module, plan: Fitting) -> None:
         """One epoch more."""
         self.history.append(epoch)
-        self.waited += 1
+        self.waited, self.stalled = self.waited + 1, self.stalled + 1
         if epoch["held out"] < self.best:
             self.best, self.waited = epoch["held out"], 0
             self.kept = copy.deepcopy(member.state_dict())
+        if epoch["held out"] < self.least - GAIN:
+            self.least, self.stalled = epoch["held out"], 0
+        elif self.stalled > max(1, plan.patience // 2):
+            self.stalled, self.halvings = 0, self.halvings + 1
 
 
 class Keeper:
@@ -202,14 +211,13 @@ class Keeper:
         """After an epoch, so that what is there is always whole."""
         if self.file is None:
             return
-        average, optimiser, falling, progressed = others
+        average, optimiser, progressed = others
         self.file.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "card": self.card,
             "member": member.state_dict(),
             "average": average.state_dict(),
             "optimiser": optimiser.state_dict(),
-            "falling": falling.state_dict(),
             "progress": vars(progressed),
         }
         half = self.file.with_suffix(".part")
@@ -220,7 +228,7 @@ class Keeper:
         """Take up the state where there is one."""
         if self.file is None or not self.file.exists():
             return
-        average, optimiser, falling, progressed = others
+        average, optimiser, progressed = others
         try:
             state = torch.load(self.file, weights_only=True)
             card = state["card"]
@@ -238,7 +246,6 @@ class Keeper:
             member.load_state_dict(state["member"])
             average.load_state_dict(state["average"])
             optimiser.load_state_dict(state["optimiser"])
-            falling.load_state_dict(state["falling"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{self.file} is of the fit of another network ({error}); remove it to begin anew"

@@ -2,9 +2,11 @@
 
 To leading order the strain before the merger at t_c is
 
-    h = A [(t_c - t) / 1 s]^(-1/4) cos[phi - 2 ((t_c - t) / (5 tau))^(5/8)],    tau = G M / c^3,
+    h = [(t_c - t) / 1 s]^(-1/4) (a cos Phi + b sin Phi),    Phi = 2 (d_0^(5/8) - d^(5/8)),    d = (t_c - t) / (5 tau),
 
-of the chirp mass M in the frame of the detector (Maggiore, Gravitational Waves, volume 1, 2008, equations 4.30 to 4.32).
+with tau = G M / c^3 of the chirp mass M in the frame of the detector (Maggiore, Gravitational Waves, volume 1, 2008,
+equations 4.30 to 4.32). The phase is counted from a time in the middle of the data, where they know it best, as d_0 is, and
+a and b, its two quadratures, do not wrap around.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import ExpTransform, TransformedDistribution, Uniform
+from torch.distributions import Normal, Uniform
 
 from scoreinv.npe.featurizers import ResNet1D
 from scoreinv.npe.parameters import ParameterPrior
@@ -21,17 +23,19 @@ from scoreinv.npe.simulator import Simulator
 
 RATE, LENGTH = 1024, 512  # [1/s], and samples
 TIME = torch.arange(LENGTH, dtype=torch.float64) / RATE  # [s]
+MIDDLE = 0.3  # where the phase is counted from [s]
 SOLAR = 4.925e-6  # G M / c^3 of the sun [s]
 LAST = 1 / 256  # before the merger, where the strain ends [s]
 
 
 def strain(theta: Tensor) -> Tensor:
-    """In standard deviations of the noise, with shape (n, 1, 512), for M, A, t_c and phi."""
-    mass, amplitude, end, phase = (v[:, None] for v in theta.double().unbind(1))
+    """In standard deviations of the noise, with shape (n, 1, 512), for M, t_c, a and b."""
+    mass, end, cosine, sine = (v[:, None] for v in theta.double().unbind(1))
     left = end - TIME
     before = left.clamp_min(LAST)
-    phi = phase - 2 * (before / (5 * SOLAR * mass)) ** (5 / 8)
-    h = amplitude * before**-0.25 * phi.cos()
+    cycles = lambda left: 2 * (left / (5 * SOLAR * mass)) ** (5 / 8)  # in radians
+    phase = cycles(end - MIDDLE) - cycles(before)
+    h = before**-0.25 * (cosine * phase.cos() + sine * phase.sin())
     return torch.where(left >= LAST, h, 0.0)[:, None]
 
 
@@ -46,16 +50,15 @@ def log_likelihood(x: Tensor, theta: Tensor) -> Tensor:
 
 
 def featurizer() -> nn.Module:
-    return ResNet1D(1, 64, widths=(16, 32, 64, 64), recurrent=True)
+    return ResNet1D(1, 64, widths=(32, 64, 64), length=LENGTH, stride=8)
 
 
 def chirp() -> Simulator:
-    """Chirp mass [solar masses], amplitude, time of the merger [s] and phase there."""
-    loud = TransformedDistribution(Uniform(math.log(0.3), math.log(3.0)), ExpTransform())
+    """Chirp mass [solar masses], time of the merger [s], and both quadratures of the wave; of signal-to-noise 3 to 20."""
     prior = ParameterPrior(
-        chirp_mass=Uniform(15.0, 40.0),
-        amplitude=loud,
-        merger=Uniform(0.4, 0.48),
-        phase=Uniform(0.0, math.tau),
+        chirp_mass=Uniform(20.0, 35.0),
+        merger=Uniform(0.43, 0.47),
+        cosine=Normal(0.0, 0.3),
+        sine=Normal(0.0, 0.3),
     )
     return Simulator(prior, lambda theta, _: strain(theta), noisy, log_likelihood, featurizer)
