@@ -17,6 +17,7 @@ ORDER = [
     "streams",
     "digests",
     "tensors",
+    "averages",
     "processes",
     "diagnostics",
     "gaussian",

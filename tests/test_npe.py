@@ -943,7 +943,7 @@ def test_absent_members_are_no_part_of_a_set(layers):
 
 
 @pytest.mark.parametrize(
-    ("layers", "epochs"), [(0, 20), pytest.param(1, 40, marks=pytest.mark.slow)]
+    ("layers", "epochs"), [(0, 30), pytest.param(1, 40, marks=pytest.mark.slow)]
 )
 def test_a_larger_set_says_more(layers, epochs):
     """Means of up to 16 numbers of noise 1, of which 4 or 16 are there, are known to 1 / 5^1/2 and 1 / 17^1/2.

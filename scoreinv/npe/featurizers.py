@@ -48,10 +48,10 @@ class _Residual(nn.Module):
         self, conv: type[nn.Module], inputs: int, outputs: int, stride: int, raw: bool
     ) -> None:
         super().__init__()
-        known = nn.Identity() if raw else nn.Sequential(nn.GroupNorm(1, inputs), nn.SiLU())
+        alike = nn.Identity() if raw else nn.Sequential(nn.GroupNorm(1, inputs), nn.SiLU())
         reach = max(1, stride - 1)
         self.first = nn.Sequential(
-            known, conv(inputs, outputs, 2 * reach + 1, stride=stride, padding=reach)
+            alike, conv(inputs, outputs, 2 * reach + 1, stride=stride, padding=reach)
         )
         self.second = nn.Sequential(
             nn.GroupNorm(8, outputs), nn.SiLU(), conv(outputs, outputs, 3, padding=1)
@@ -96,7 +96,7 @@ class ResNet1D(nn.Module):
     """Of series and spectra, with shape (B, channels, length).
 
     Features are means and maxima over the series; or means and the end of a GRU; or, of a series whose length is given, of
-    all there is at each place, which learns soonest where something happens: a phase, a redshift.
+    each place by itself, for what is told by where things happen: a phase, a redshift.
 
     Args:
         channels: Of the series; times, errors and a mask of missing data may be some.

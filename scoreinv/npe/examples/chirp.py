@@ -33,8 +33,8 @@ def strain(theta: Tensor) -> Tensor:
     mass, end, cosine, sine = (v[:, None] for v in theta.double().unbind(1))
     left = end - TIME
     before = left.clamp_min(LAST)
-    cycles = lambda left: 2 * (left / (5 * SOLAR * mass)) ** (5 / 8)  # in radians
-    phase = cycles(end - MIDDLE) - cycles(before)
+    until = lambda left: 2 * (left / (5 * SOLAR * mass)) ** (5 / 8)  # the merger [rad]
+    phase = until(end - MIDDLE) - until(before)
     h = before**-0.25 * (cosine * phase.cos() + sine * phase.sin())
     return torch.where(left >= LAST, h, 0.0)[:, None]
 
@@ -54,7 +54,10 @@ def featurizer() -> nn.Module:
 
 
 def chirp() -> Simulator:
-    """Chirp mass [solar masses], time of the merger [s], and both quadratures of the wave; of signal-to-noise 3 to 20."""
+    """Chirp mass [solar masses], time of the merger [s], and both quadratures of the wave.
+
+    Nine of ten have a signal-to-noise ratio of 2 to 18.
+    """
     prior = ParameterPrior(
         chirp_mass=Uniform(20.0, 35.0),
         merger=Uniform(0.43, 0.47),
