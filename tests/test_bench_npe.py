@@ -134,6 +134,29 @@ def test_an_epoch_of_another_package_is_measured_alike(monkeypatch):
     assert row["an epoch [CPU s]"] == pytest.approx(0.1) and row["missed"] == "-"
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "missed"),
+    [(0.31, 0.52, "-"), (0.29, 0.40, "an epoch / sbi's"), (0.31, None, "an epoch [CPU s]")],
+)
+def test_an_epoch_is_judged_beside_one_of_sbi(ours, theirs, missed):
+    """By their ratio, as of 0.30 s to 0.47 s; by seconds where sbi has no row. Other rows are as they were."""
+    other = {"problem": "slcp", "package": "scoreinv", "C2ST": 0.9, "missed": "C2ST"}
+    row = lambda package, epoch: {
+        "problem": "speed",
+        "package": package,
+        "an epoch [CPU s]": epoch,
+        "10000 draws [CPU s]": 0.4,
+        "missed": "an epoch [CPU s]" if package == "scoreinv" else "-",
+    }
+    rows = [other, row("scoreinv", ours), *([row("sbi", theirs)] if theirs else [])]
+    found = npe.beside_sbi(rows)
+    assert found[0] == other and found[1]["missed"] == missed
+    assert len({tuple(r) for r in found[1:]}) == 1
+    if theirs:
+        assert found[1]["an epoch / sbi's"] == pytest.approx(ours / theirs)
+        assert found[2]["an epoch / sbi's"] == 1 and found[2]["missed"] == "-"
+
+
 def test_other_packages_are_judged_on_the_same_pairs_and_observations(monkeypatch):
     """One that draws from the prior is told apart; one that is not there is left out, and that is said."""
     monkeypatch.setattr(npe, "PAIRS", 500)

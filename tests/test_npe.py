@@ -42,7 +42,7 @@ from scoreinv.npe.data import Standardise
 from scoreinv.npe.estimator import stacked
 from scoreinv.npe.featurizers import featurizer_for
 from scoreinv.npe.fitting import Progress
-from scoreinv.npe.flows import KINDS, new_flow
+from scoreinv.npe.flows import EXPLICIT, KINDS, new_flow
 from scoreinv.npe.mixture import Mixture
 from scoreinv.npe.weights import Average, joined
 from scoreinv.streams import seeded, stream
@@ -395,6 +395,19 @@ def test_flows_are_densities(kind):
     assert torch.equal(torch.random.get_rng_state(), before)
     with seeded(1):
         assert torch.equal(one, q.sample((5,)))
+
+
+@pytest.mark.parametrize("kind", [NPE, NLE])
+@pytest.mark.parametrize("flow", EXPLICIT)
+def test_flows_have_the_size_that_is_asked_for(kind, flow):
+    made = kind(GAUSSIAN, flow, hidden=(9, 7), transforms=2).fit(THETA, X, 0, Fitting(epochs=1))
+    biases = [len(v) for v in made.members[0].flow.parameters() if v.ndim == 1]
+    layers = 1 if flow == "mixture" else 2
+    assert biases.count(9) == biases.count(7) == layers and len(biases) == 3 * layers
+    if flow == "mixture":
+        d = 2 if kind is NPE else 4
+        covariances = d * (d + 1) // 2
+        assert biases[-1] == 4 * (1 + d + covariances)
 
 
 def test_an_ensemble_is_a_mixture(pairs):
@@ -1030,9 +1043,11 @@ def test_estimators_are_kept_and_found_again(fitted, pairs, tmp_path):
     for other in (NPE(GAUSSIAN), *(NPE(ParameterPrior(**p), "maf") for p in others)):
         with pytest.raises(ValueError, match="holds an estimator of (flow|parameters)"):
             other.load(tmp_path)
+    with pytest.raises(ValueError, match="of transforms 5, expected transforms 3"):
+        NPE(GAUSSIAN, "maf", transforms=3).load(tmp_path)
     card = json.loads((tmp_path / "estimator.json").read_text())
     (tmp_path / "estimator.json").write_text(json.dumps({**card, "format": 0}))
-    with pytest.raises(ValueError, match="format 0, expected format 2"):
+    with pytest.raises(ValueError, match="format 0, expected format 3"):
         NPE(GAUSSIAN, flow="maf").load(tmp_path)
     (tmp_path / "estimator.safetensors").write_bytes(b"broken")
     for folder in (tmp_path, tmp_path / "nowhere"):
@@ -1098,6 +1113,9 @@ HOLED = torch.where(torch.arange(60)[:, None] < 3, math.nan, X)
         ),
         (fit(THETA, X, flow="glow"), "flow is 'glow', expected one of maf, nsf"),
         (lambda: new_flow("coupling", 1, 3), "a coupling needs two parameters"),
+        (fit(THETA, X, hidden=()), r"hidden is \[\] and transforms 5, expected one width"),
+        (fit(THETA, X, hidden=(64, 0)), r"hidden is \[64, 0\]"),
+        (lambda: NLE(GAUSSIAN, transforms=0), "and transforms 0, expected .* at least 1"),
         (lambda: NPE(GAUSSIAN).condition(X[0]), "has not been fitted"),
         (lambda: NPE(GAUSSIAN, members=0), "members is 0"),
         (fit(THETA[:, 0], X), r"theta has shape \(60,\), expected \(n, 2\)"),

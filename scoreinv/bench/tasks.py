@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class Task:
         reference: n draws of the posterior of one x, for a generator.
         log_likelihood: log p(x | theta) of one x for many theta; None where it has no closed form.
         flow: That suits it.
+        sizes: Of the flow, where others than those of `NPE` suit it.
         decay: Of the weights of its fit.
     """
 
@@ -44,6 +46,7 @@ class Task:
     reference: Callable[[Tensor, int, torch.Generator], Tensor]
     log_likelihood: Callable[[Tensor, Tensor], Tensor] | None = None
     flow: str = "nsf"
+    sizes: Mapping[str, Any] = field(default_factory=dict)
     decay: float = 0.0
 
 
@@ -113,7 +116,9 @@ def _gaussian_linear_uniform() -> Task:
     def log_likelihood(x: Tensor, theta: Tensor) -> Tensor:
         return -0.5 * ((x - theta) / spread).square().sum(1) - 5 * math.log(math.tau * 0.1)
 
-    return Task(prior, simulate, reference, log_likelihood, "coupling", decay=1.0)
+    # ten parameters are learned by heart where a flow has the size that suits others
+    small = {"hidden": (32, 32), "transforms": 2}
+    return Task(prior, simulate, reference, log_likelihood, "coupling", small, decay=1.0)
 
 
 def _gaussian_mixture() -> Task:

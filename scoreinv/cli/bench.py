@@ -255,6 +255,7 @@ def _rtb(config: BenchConfig) -> list[dict[str, Any]]:
     names = config.problems or (rtb.QUICK if config.quick else rtb.CASES)
     keys = {name: f"{name} {config.seed}" for name in names}
     rows = _kept(config, keys, lambda name: [rtb.row(name, config.seed)])
+    print(table(rows))
     if config.output:
         _publish(config, bounds_figure(rows), partial(controls, rows))
     return rows
@@ -262,7 +263,7 @@ def _rtb(config: BenchConfig) -> list[dict[str, Any]]:
 
 def _npe(config: BenchConfig) -> list[dict[str, Any]]:
     names = config.problems or (npe.QUICK if config.quick else npe.PROBLEMS)
-    fits, observations = (1, 3) if config.quick else (2, 10)
+    fits, observations = (1, 2) if config.quick else (2, 10)
     shown = sys.stderr.isatty()
     suite = npe.Suite(config.seed, fits, observations, config.members, progress=shown)
     keys = {
@@ -270,7 +271,8 @@ def _npe(config: BenchConfig) -> list[dict[str, Any]]:
         for name in names
         for package in npe.packages(name, config.peers)
     }
-    rows = _kept(config, keys, lambda case: [npe.npe(case[0], suite, case[1])])
+    rows = npe.beside_sbi(_kept(config, keys, lambda case: [npe.npe(case[0], suite, case[1])]))
+    print(table(rows))
     if config.output:
         _publish(config, estimates_figure(rows), partial(estimates, rows))
     return rows
@@ -288,7 +290,6 @@ def _kept(
             records.add(Rows(key, tuple(found(case))))
         rows += records[key].rows
         print(table(list(records[key].rows)), end="\n\n", flush=True)
-    print(table(rows))
     return rows
 
 

@@ -41,7 +41,7 @@ from scoreinv.npe.parameters import ParameterPrior
 from scoreinv.streams import integer, seeded, stream
 from scoreinv.tensors import as_tensor
 
-FORMAT = 2  # of the files of an estimator
+FORMAT = 3  # of the files of an estimator
 FEWEST = 50  # pairs that are worth a fit
 HELD_OUT = 10  # pairs, at least
 MEASURED = 10_000  # pairs that set units and usual features

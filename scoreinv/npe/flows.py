@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from scoreinv.npe.featurizers import MLP
 from scoreinv.priors.network import preconditioning
 
 EXPLICIT = ("maf", "nsf", "coupling", "mixture")
+HIDDEN, TRANSFORMS = (64, 64), 5
 KINDS = (*EXPLICIT, "matching", "score")
 WAVES = 6  # of time that a velocity sees, and of ln sigma that a denoiser does
 FINEST, COARSEST = 0.002, 80.0  # noise levels of a denoiser
@@ -40,8 +42,8 @@ def new_flow(
     kind: str,
     parameters: int,
     features: int,
-    hidden: tuple[int, ...] = (64, 64),
-    transforms: int = 5,
+    hidden: Sequence[int] = HIDDEN,
+    transforms: int = TRANSFORMS,
 ) -> nn.Module:
     """q(u | features), a module whose call gives a distribution.
 
@@ -53,15 +55,15 @@ def new_flow(
         transforms: Layers of a flow; half the components of a mixture.
 
     Raises:
-        ValueError: Another kind, or a coupling of one parameter.
+        ValueError: Another kind, sizes below 1, or a coupling of one parameter.
     """
-    if kind not in KINDS:
-        raise ValueError(f"flow is {kind!r}, expected one of {', '.join(KINDS)}")
+    check_flow(kind, hidden, transforms)
     if kind == "coupling" and parameters < 2:
         raise ValueError("a coupling needs two parameters or more; take maf, nsf or mixture")
     from zuko import flows
     from zuko.nn import MaskedLinear
 
+    hidden = tuple(hidden)
     if kind not in EXPLICIT:
         widths = tuple(2 * width for width in (*hidden, hidden[-1]))
         return (Matching if kind == "matching" else Score)(parameters, features, widths)
@@ -78,6 +80,25 @@ def new_flow(
             # multiplies weights at each step, and would be made of their type each time
             layer.mask = layer.mask.to(layer.weight.dtype)
     return flow
+
+
+def check_flow(
+    kind: str,
+    hidden: Sequence[int] = HIDDEN,
+    transforms: int = TRANSFORMS,
+    kinds: Sequence[str] = KINDS,
+) -> None:
+    """Of what `new_flow` takes.
+
+    Raises:
+        ValueError: A kind that is none of `kinds`, or sizes below 1.
+    """
+    if kind not in kinds:
+        raise ValueError(f"flow is {kind!r}, expected one of {', '.join(kinds)}")
+    if not hidden or min(hidden) < 1 or transforms < 1:
+        raise ValueError(
+            f"hidden is {list(hidden)} and transforms {transforms}, expected one width or more, and all at least 1"
+        )
 
 
 class Transport(nn.Module, ABC):

@@ -9,13 +9,15 @@ Papamakarios, Sterratt & Murray, Sequential Neural Likelihood (2019, arXiv:1805.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from scoreinv.npe.conditioned import Tempered
 from scoreinv.npe.data import ROWS, Inputs, Standardise
 from scoreinv.npe.estimator import Estimator
-from scoreinv.npe.flows import EXPLICIT, new_flow
+from scoreinv.npe.flows import EXPLICIT, HIDDEN, TRANSFORMS, check_flow, new_flow
 from scoreinv.npe.members import Member
 from scoreinv.npe.parameters import ParameterPrior
 
@@ -64,26 +66,33 @@ class NLE(Estimator):
         flow: maf, nsf, coupling or mixture.
         members: Of the ensemble.
         invalid: What to do with numbers that are not finite: raise; or drop such simulations.
+        hidden: Widths of the flow's networks, as those of `new_flow`.
+        transforms: Layers of the flow.
     """
 
     name = "nle"
     given = Tempered
 
     def __init__(
-        self, prior: ParameterPrior, flow: str = "maf", members: int = 1, invalid: str = "raise"
+        self,
+        prior: ParameterPrior,
+        flow: str = "maf",
+        members: int = 1,
+        invalid: str = "raise",
+        hidden: Sequence[int] = HIDDEN,
+        transforms: int = TRANSFORMS,
     ) -> None:
         super().__init__(prior, None, members, invalid)
-        if flow not in EXPLICIT:
-            raise ValueError(f"flow is {flow!r}, expected one of {', '.join(EXPLICIT)}")
+        check_flow(flow, hidden, transforms, EXPLICIT)
         if invalid == "mask":
             raise ValueError(
                 "invalid is 'mask', but a density of data has no place for missing numbers; expected raise or drop"
             )
-        self.flow = flow
+        self.flow, self.sizes = flow, {"hidden": list(hidden), "transforms": transforms}
 
     @property
     def options(self) -> dict:
-        return {"flow": self.flow}
+        return {"flow": self.flow, **self.sizes}
 
     def new(self, units: dict[str, Standardise]) -> LikelihoodDensity:
         numbers = sum(torch.Size(shape).numel() for shape in self.shapes.values())
@@ -91,4 +100,5 @@ class NLE(Estimator):
             raise ValueError(
                 f"data of {numbers} numbers, expected {MOST} or fewer; learn from summaries of them, or take NPE or NRE"
             )
-        return LikelihoodDensity(units, self.alone, new_flow(self.flow, numbers, len(self.prior)))
+        flow = new_flow(self.flow, numbers, len(self.prior), **self.sizes)
+        return LikelihoodDensity(units, self.alone, flow)

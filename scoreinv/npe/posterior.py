@@ -14,7 +14,8 @@ arXiv:1605.06376).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from scoreinv.npe.conditioned import CHAINS, Estimated
 from scoreinv.npe.data import ROWS, Inputs, Standardise
 from scoreinv.npe.estimator import Estimator
-from scoreinv.npe.flows import KINDS, Transport, new_flow
+from scoreinv.npe.flows import HIDDEN, TRANSFORMS, Transport, check_flow, new_flow
 from scoreinv.npe.members import Featured
 from scoreinv.npe.parameters import ParameterPrior
 from scoreinv.streams import integer, seeded, stream
@@ -101,6 +102,8 @@ class NPE(Estimator):
         members: Of the ensemble.
         invalid: What to do with numbers that are not finite: raise; drop such simulations; or mask, which sets missing ones
             of the data to the mean and tells the featurizer where, by as many channels more.
+        hidden: Widths of a flow's networks, as those of `new_flow`; half as wide may say more where pairs are few.
+        transforms: Layers of a flow; fewer, too.
 
     Attributes:
         members: Densities, after `fit`.
@@ -118,17 +121,20 @@ class NPE(Estimator):
         featurizer: Callable[[], nn.Module] | None = None,
         members: int = 1,
         invalid: str = "raise",
+        hidden: Sequence[int] = HIDDEN,
+        transforms: int = TRANSFORMS,
     ) -> None:
         super().__init__(prior, featurizer, members, invalid)
-        if isinstance(flow, str) and flow not in KINDS:
-            raise ValueError(f"flow is {flow!r}, expected one of {', '.join(KINDS)}")
-        self.flow = flow
+        self.flow, self.sizes = flow, {"hidden": list(hidden), "transforms": transforms}
+        if isinstance(flow, str):
+            check_flow(flow, **self.sizes)
 
     @property
     def options(self) -> dict:
-        return {"flow": self.flow if isinstance(self.flow, str) else "own"}
+        return {"flow": self.flow, **self.sizes} if isinstance(self.flow, str) else {"flow": "own"}
 
     def new(self, units: dict[str, Standardise]) -> Density:
-        make = self.flow if callable(self.flow) else lambda d, c: new_flow(self.flow, d, c)
+        own = callable(self.flow)
+        make = self.flow if own else partial(new_flow, self.flow, **self.sizes)
         featurizer = self.new_featurizer()
         return Density(units, self.alone, featurizer, make(len(self.prior), featurizer.features))

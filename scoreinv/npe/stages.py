@@ -34,7 +34,7 @@ from scoreinv.npe.estimator import Estimator
 from scoreinv.npe.featurizers import Data
 from scoreinv.npe.figure import corner, predictive
 from scoreinv.npe.fitting import Fitting
-from scoreinv.npe.flows import KINDS
+from scoreinv.npe.flows import HIDDEN, KINDS, TRANSFORMS, check_flow
 from scoreinv.npe.nle import NLE
 from scoreinv.npe.nre import NRE
 from scoreinv.npe.posterior import NPE
@@ -51,13 +51,16 @@ PREDICTED = 500  # data for a figure
 WORTH_SHOWING = 50  # effective draws
 TABLE, POSTERIOR = "train.json", "posterior.npz"
 
-METHODS: dict[str, Callable[..., Estimator]] = {
+FLOWS: dict[str, Callable[..., Estimator]] = {
     **{kind: partial(NPE, flow=kind) for kind in KINDS},
     "nle": lambda featurizer, **options: NLE(**options),
+}
+RATIOS: dict[str, Callable[..., Estimator]] = {
     "nre": NRE,
     "contrastive": partial(NRE, contrasts=8),
     "balanced": partial(NRE, balance=100.0),
 }
+METHODS = FLOWS | RATIOS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,8 @@ class Training:
         fits: Of each method, from different seeds.
         members: Of each ensemble.
         invalid: What to do with numbers that are not finite: raise, drop or mask.
+        hidden: Widths of the networks of flows.
+        transforms: Layers of flows.
         plan: How long and how fast.
     """
 
@@ -76,6 +81,8 @@ class Training:
     fits: int = 1
     members: int = 1
     invalid: str = "raise"
+    hidden: tuple[int, ...] = HIDDEN
+    transforms: int = TRANSFORMS
     plan: Fitting = field(default_factory=Fitting)
 
     def __post_init__(self) -> None:
@@ -86,14 +93,17 @@ class Training:
             )
         if self.fits < 1:
             raise ValueError(f"fits is {self.fits}, expected at least 1")
+        check_flow(KINDS[0], self.hidden, self.transforms)
 
     def new(self, method: str, simulator: Simulator) -> Estimator:
         """An estimator that is not fitted."""
+        sizes = {"hidden": self.hidden, "transforms": self.transforms}
         return METHODS[method](
             prior=simulator.prior,
             featurizer=simulator.featurizer,
             members=self.members,
             invalid=self.invalid,
+            **(sizes if method in FLOWS else {}),
         )
 
 
