@@ -2,7 +2,6 @@
 
 import json
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from scoreinv.bench import document, npe, tasks
 from scoreinv.bench.figure import estimates_figure
 from scoreinv.bench.peers import estimates as peers
 from scoreinv.cli.bench import BenchConfig, bench
-from scoreinv.npe import Fitting
 from scoreinv.streams import stream
 
 
@@ -95,8 +93,7 @@ def test_the_table_says_how_good_an_estimate_is(monkeypatch):
     monkeypatch.setattr(npe, "PAIRS", 500)
     monkeypatch.setattr(npe, "DRAWS", 300)
     monkeypatch.setattr(npe, "WEIGHTED", 5000)
-    plan = Fitting(epochs=3)
-    row = npe.npe("gaussian_mixture", npe.Suite(0, 1, 2, plan=plan))
+    row = npe.npe("gaussian_mixture", npe.Suite(0, 1, 2, epochs=3))
     assert 0.7 < row["C2ST"] > row["C2ST weighted"] + 0.02 and row["missed"].startswith("C2ST")
     assert 0 < row["n_eff / n"] < 1 and row["epochs"] == 3
 
@@ -105,7 +102,7 @@ def test_rounds_have_a_row_and_targets(monkeypatch):
     """Rounds of 300 and three epochs are far from the targets, and say so."""
     monkeypatch.setattr(npe, "A_ROUND", 300)
     monkeypatch.setattr(npe, "WEIGHTED", 500)
-    row = npe.npe("sine", npe.Suite(0, plan=Fitting(epochs=3)))
+    row = npe.npe("sine", npe.Suite(0, epochs=3))
     assert row["missed"].startswith("n_eff of a round") and 1 <= row["rounds"] <= 3
 
 
@@ -172,7 +169,7 @@ def test_other_packages_are_judged_on_the_same_pairs_and_observations(monkeypatc
     monkeypatch.setattr(npe, "missing", lambda package: "gone" if package == "absent" else "")
     with pytest.warns(UserWarning, match="left out: gone"):
         beside = npe.packages("gaussian_mixture", peers=True)
-    suite = npe.Suite(0, 2, 2, plan=Fitting(epochs=3))
+    suite = npe.Suite(0, 2, 2, epochs=3)
     ours, theirs = (npe.npe("gaussian_mixture", suite, package) for package in beside)
     assert (ours["package"], theirs["package"]) == ("scoreinv", "lazy")
     assert theirs["C2ST"] > 0.9 and theirs["missed"] == "-"
@@ -222,10 +219,11 @@ def test_a_table_is_kept_with_its_page_and_found_again(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(npe, "missing", lambda package: "")
     monkeypatch.setattr(document, "version", lambda package: "1.0")
-    monkeypatch.setattr(npe, "Fitting", partial(Fitting, epochs=2))
+    monkeypatch.setattr(npe, "QUICK_EPOCHS", 2)
     config = BenchConfig(
         "npe",
         problems=("two_moons", "gaussian_mixture"),
+        quick=True,
         peers=True,
         output=str(tmp_path / "estimates.json"),
     )
@@ -235,7 +233,8 @@ def test_a_table_is_kept_with_its_page_and_found_again(monkeypatch, tmp_path):
     monkeypatch.setattr(npe, "npe", None)
     assert bench(config) == 1 and (tmp_path / "estimates.json").read_text() == first
     assert (
-        "bench npe --problems two_moons,gaussian_mixture --peers true`, scoreinv 1.0, sbi" in page
+        "bench npe --problems two_moons,gaussian_mixture --quick true --peers true`, scoreinv 1.0, sbi"
+        in page
     )
     assert page.count("\n| scoreinv |") == page.count("\n| sbi |") == page.count("## ") == 2
     figure = estimates_figure(json.loads(first.replace("null", "NaN")))
