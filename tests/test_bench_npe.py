@@ -137,7 +137,7 @@ def test_an_epoch_of_another_package_is_measured_alike(monkeypatch):
 )
 def test_an_epoch_is_judged_beside_one_of_sbi(ours, theirs, missed):
     """By their ratio, as of 0.30 s to 0.47 s; by seconds where sbi has no row. Other rows are as they were."""
-    other = {"problem": "slcp", "package": "scoreinv", "C2ST": 0.9, "missed": "C2ST"}
+    other = {"problem": "geometry", "flow": "nsf", "missed": "-"}
     row = lambda package, epoch: {
         "problem": "speed",
         "package": package,

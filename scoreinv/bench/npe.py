@@ -198,8 +198,10 @@ def beside_sbi(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Seconds are a machine's; the ratio is less so.
     """
-    theirs = [r[EPOCH] for r in rows if (r["problem"], r["package"]) == (SPEED, SBI)]
-    return [_over(r, theirs[0]) if theirs and r["problem"] == SPEED else r for r in rows]
+    epochs = {r["package"]: r[EPOCH] for r in rows if r["problem"] == SPEED}
+    if SBI not in epochs:
+        return list(rows)
+    return [_over(r, epochs[SBI]) if r["problem"] == SPEED else r for r in rows]
 
 
 def _over(row: dict[str, Any], theirs: float) -> dict[str, Any]:
