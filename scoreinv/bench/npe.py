@@ -80,7 +80,7 @@ class Suite:
         fits: Of each of `tasks.TASKS`, of simulations of their own, each judged by a share of the observations.
         observations: Of each, those published, from the first on.
         members: Of the ensemble.
-        epochs: Of each of our fits, at most; those of each problem if not given.
+        epochs: Of each of our fits, at most; of sines and scenes fewer.
         progress: Show how many observations have judged a fit.
     """
 
@@ -88,7 +88,7 @@ class Suite:
     fits: int = 2
     observations: int = 10
     members: int = 1
-    epochs: int | None = None
+    epochs: int = Fitting.epochs
     progress: bool = False
 
 
@@ -105,10 +105,10 @@ def npe(name: str, suite: Suite, package: str = OURS) -> dict[str, Any]:
         if name == SPEED:
             return speed(seed, package)
         if name in SCENES:
-            plan = Fitting(epochs=suite.epochs or 60, batch=100)
+            plan = Fitting(epochs=min(60, suite.epochs), batch=100)
             return of_images(name, seed, suite.observations, plan)
         if name == SINE:
-            plan = Fitting(epochs=suite.epochs or 40)
+            plan = Fitting(epochs=min(40, suite.epochs))
             rounds = _rounds if package == OURS else _rounds_by_nbi
             return sine(seed, package, lambda s: rounds(s, plan))
         return estimates(name, suite, package)
@@ -124,7 +124,7 @@ def present(package: str) -> bool:
 def estimates(name: str, suite: Suite, package: str) -> dict[str, Any]:
     """The row of one of `tasks.TASKS`, of the same pairs and observations for each package."""
     task, seen = tasks.TASKS[name](), tasks.published(name)[: suite.observations]
-    plan = Fitting(epochs=suite.epochs or Fitting.epochs, decay=task.decay)
+    plan = Fitting(epochs=suite.epochs, decay=task.decay)
 
     def fitted(i: int) -> tuple[list[dict[str, float]], dict[str, float]]:
         """What is known of the estimates of some observations, and what the fit cost."""

@@ -263,7 +263,9 @@ def _rtb(config: BenchConfig) -> list[dict[str, Any]]:
 
 def _npe(config: BenchConfig) -> list[dict[str, Any]]:
     names = config.problems or (npe.QUICK if config.quick else npe.PROBLEMS)
-    fits, observations, epochs = (1, 2, npe.QUICK_EPOCHS) if config.quick else (2, 10, None)
+    fits, observations, epochs = (
+        (1, 2, npe.QUICK_EPOCHS) if config.quick else (2, 10, npe.Suite.epochs)
+    )
     shown = sys.stderr.isatty()
     suite = npe.Suite(config.seed, fits, observations, config.members, epochs, shown)
     keys = {
