@@ -457,6 +457,7 @@ def test_a_learned_likelihood_tells_the_evidence_of_the_data(mine, tmp_path, cap
     out = tmp_path / "out"
     words = ("--simulator", mine, "--output", str(out), "--n", "1500", "--samples", "1000")
     words += ("--training.plan.epochs", "16", "--training.plan.batch", "100")
+    words += ("--training.hidden", "[32, 32]", "--training.transforms", "2")
     assert npe("data", *words) == 0
     for method, x in (
         ("nle", (0.1, 0.0, 0.2)),
