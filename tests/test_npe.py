@@ -1115,6 +1115,10 @@ HOLED = torch.where(torch.arange(60)[:, None] < 3, math.nan, X)
         (lambda: new_flow("coupling", 1, 3), "a coupling needs two parameters"),
         (fit(THETA, X, hidden=()), r"hidden is \[\] and transforms 5, expected one width"),
         (fit(THETA, X, hidden=(64, 0)), r"hidden is \[64, 0\]"),
+        (
+            fit(THETA, X, flow=lambda d, c: None, hidden=(32,)),
+            "a flow of your own has its own sizes",
+        ),
         (lambda: NLE(GAUSSIAN, transforms=0), "and transforms 0, expected .* at least 1"),
         (lambda: NPE(GAUSSIAN).condition(X[0]), "has not been fitted"),
         (lambda: NPE(GAUSSIAN, members=0), "members is 0"),

@@ -128,6 +128,10 @@ class NPE(Estimator):
         self.flow, self.sizes = flow, {"hidden": list(hidden), "transforms": transforms}
         if isinstance(flow, str):
             check_flow(flow, **self.sizes)
+        elif (tuple(hidden), transforms) != (HIDDEN, TRANSFORMS):
+            raise ValueError(
+                f"hidden is {list(hidden)} and transforms {transforms}; a flow of your own has its own sizes, leave them out"
+            )
 
     @property
     def options(self) -> dict:
